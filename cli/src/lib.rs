@@ -1,0 +1,1 @@
+//! fairway: the command line and the multi-call binary.

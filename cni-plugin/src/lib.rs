@@ -1,0 +1,1 @@
+//! Capture of pod traffic: the CNI plugin and the node agent.

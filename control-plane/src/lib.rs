@@ -1,0 +1,1 @@
+//! Manifests to model to discovery, and the workload CA.

@@ -1,0 +1,1 @@
+//! Virtual nodes and pods on one machine: plays kubelet and container runtime.

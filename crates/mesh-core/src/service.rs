@@ -1,0 +1,120 @@
+//! Services: names and virtual addresses in front of workloads.
+
+use std::sync::Arc;
+
+use ipnet::IpNet;
+
+use crate::{
+    addr::NetworkAddress,
+    workload::{GatewayAddress, PortMapping},
+};
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Service {
+    pub name: Arc<str>,
+    pub namespace: Arc<str>,
+    /// `<name>.<namespace>.svc.<domain>`, or the host of a ServiceEntry (may start with `*.`).
+    pub hostname: Arc<str>,
+    pub vips: Vec<NetworkAddress>,
+    /// Virtual address ranges, (network, prefix).
+    pub cidr_vips: Vec<(Arc<str>, IpNet)>,
+    pub ports: Vec<ServicePort>,
+    /// Further identities accepted from its endpoints, as written.
+    pub subject_alt_names: Vec<Arc<str>>,
+    pub waypoint: Option<GatewayAddress>,
+    pub weighted_waypoints: Vec<(GatewayAddress, u32)>,
+    pub load_balancing: Option<LoadBalancing>,
+    pub ip_families: IpFamilies,
+    pub canonical: bool,
+    pub ingress_use_waypoint: bool,
+    pub visibility: Visibility,
+}
+
+impl Service {
+    /// Primary key `namespace/hostname`.
+    pub fn key(&self) -> Arc<str> {
+        format!("{}/{}", self.namespace, self.hostname).into()
+    }
+
+    pub fn new(namespace: impl Into<Arc<str>>, name: impl Into<Arc<str>>, hostname: impl Into<Arc<str>>) -> Self {
+        Self {
+            name: name.into(),
+            namespace: namespace.into(),
+            hostname: hostname.into(),
+            vips: Vec::new(),
+            cidr_vips: Vec::new(),
+            ports: Vec::new(),
+            subject_alt_names: Vec::new(),
+            waypoint: None,
+            weighted_waypoints: Vec::new(),
+            load_balancing: None,
+            ip_families: IpFamilies::Automatic,
+            canonical: true,
+            ingress_use_waypoint: false,
+            visibility: Visibility::Public,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ServicePort {
+    pub mapping: PortMapping,
+    pub app_protocol: AppProtocol,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum AppProtocol {
+    Grpc,
+    Http11,
+    Http2,
+    Tcp,
+    Tls,
+    Unknown,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct LoadBalancing {
+    /// Most significant first.
+    pub routing_preference: Vec<Scope>,
+    pub mode: LoadBalancingMode,
+    pub health_policy: HealthPolicy,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scope {
+    Cluster,
+    Network,
+    Node,
+    Region,
+    Subzone,
+    Zone,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum LoadBalancingMode {
+    Failover,
+    Passthrough,
+    Standard,
+    Strict,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HealthPolicy {
+    AllowAll,
+    OnlyHealthy,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum IpFamilies {
+    Automatic,
+    Dual,
+    Ipv4Only,
+    Ipv6Only,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Visibility {
+    /// Only clients of the service's own namespace resolve it.
+    Namespace,
+    Public,
+}

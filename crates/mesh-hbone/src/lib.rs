@@ -1,0 +1,1 @@
+//! HBONE tunnels: HTTP/2 CONNECT in mutual TLS.

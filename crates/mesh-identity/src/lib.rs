@@ -1,0 +1,1 @@
+//! Workload certificates: requests, rotation, verification, TLS configurations.

@@ -1,0 +1,1 @@
+//! Sockets, namespaces, netlink, byte copy: the one home of unsafe.

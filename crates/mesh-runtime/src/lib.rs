@@ -1,0 +1,1 @@
+//! How every program here starts, reports, and stops.

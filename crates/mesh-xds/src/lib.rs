@@ -1,0 +1,1 @@
+//! Delta discovery: one state machine, its client, its server, wire to model.

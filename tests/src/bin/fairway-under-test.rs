@@ -1,0 +1,2 @@
+//! Placeholder until its library is in place.
+fn main() {}

@@ -1,0 +1,1 @@
+//! System tests by what they need.
