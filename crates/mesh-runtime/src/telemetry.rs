@@ -1,0 +1,337 @@
+//! Logs: one line per event, plain or JSON, written by a thread of its own.
+//!
+//! A full queue drops the line and counts it: a slow disk or terminal never blocks a connection.
+
+use std::{
+    fmt, io,
+    sync::{
+        OnceLock,
+        atomic::{AtomicU64, Ordering},
+        mpsc::{Receiver, SyncSender, sync_channel},
+    },
+};
+
+use tracing::{Event, Level, Subscriber, field::Field, field::Visit};
+use tracing_subscriber::{
+    EnvFilter, Registry,
+    fmt::{
+        FmtContext, FormatEvent, FormatFields, FormattedFields, MakeWriter,
+        format::Writer,
+        time::{FormatTime, SystemTime},
+    },
+    layer::SubscriberExt,
+    registry::LookupSpan,
+    reload,
+    util::SubscriberInitExt,
+};
+
+/// Lines waiting for the writer thread; more are dropped and counted.
+const QUEUE_LINES: usize = 10_000;
+
+static DROPPED: AtomicU64 = AtomicU64::new(0);
+static FILTER: OnceLock<(String, reload::Handle<EnvFilter, Registry>)> = OnceLock::new();
+
+/// Line format.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Format {
+    Json,
+    #[default]
+    Plain,
+}
+
+/// Starts logging to standard error. `filter` is a `RUST_LOG` expression. A second call in one process changes nothing.
+///
+/// # Errors
+/// When the filter does not parse (the text says which part).
+pub fn init(filter: &str, format: Format) -> Result<(), String> {
+    let parsed = EnvFilter::try_new(filter).map_err(|e| e.to_string())?;
+    let (layer, handle) = reload::Layer::new(parsed);
+    let lines = tracing_subscriber::fmt::layer()
+        .with_ansi(false)
+        .with_writer(Queue::start(io::stderr()))
+        .event_format(Lines(format));
+    if tracing_subscriber::registry().with(layer).with(lines).try_init().is_ok() {
+        drop(FILTER.set((filter.to_owned(), handle)));
+    }
+    Ok(())
+}
+
+/// Replaces the filter at run time, or restores the initial one with `None`; returns the filter now in force.
+///
+/// # Errors
+/// When the filter does not parse, or logging was never started.
+pub fn set_filter(filter: Option<&str>) -> Result<String, String> {
+    let (initial, handle) = FILTER.get().ok_or("logging is not running in this process")?;
+    if let Some(filter) = filter {
+        let parsed = EnvFilter::try_new(filter).map_err(|e| e.to_string())?;
+        handle.reload(parsed).map_err(|e| e.to_string())?;
+    } else {
+        handle.reload(EnvFilter::new(initial)).map_err(|e| e.to_string())?;
+    }
+    current_filter()
+}
+
+/// The filter in force.
+///
+/// # Errors
+/// When logging was never started.
+pub fn current_filter() -> Result<String, String> {
+    let (_, handle) = FILTER.get().ok_or("logging is not running in this process")?;
+    handle.with_current(ToString::to_string).map_err(|e| e.to_string())
+}
+
+/// Lines lost to a full queue since the start.
+pub fn dropped_lines() -> u64 {
+    DROPPED.load(Ordering::Relaxed)
+}
+
+/// `MakeWriter` over a bounded queue.
+#[derive(Clone, Debug)]
+struct Queue(SyncSender<Vec<u8>>);
+
+impl Queue {
+    fn start(mut out: impl io::Write + Send + 'static) -> Self {
+        let (lines, queue) = sync_channel::<Vec<u8>>(QUEUE_LINES);
+        let spawned = std::thread::Builder::new().name("log".to_owned()).spawn(move || write_lines(&queue, &mut out));
+        if let Err(error) = spawned {
+            eprintln!("cannot start the log thread: {error}");
+        }
+        Self(lines)
+    }
+}
+
+fn write_lines(queue: &Receiver<Vec<u8>>, out: &mut impl io::Write) {
+    while let Ok(mut batch) = queue.recv() {
+        // One write for what has piled up, within reason.
+        while batch.len() < 64 * 1024 {
+            let Ok(line) = queue.try_recv() else { break };
+            batch.extend_from_slice(&line);
+        }
+        // Nowhere to report a failing log to.
+        drop(out.write_all(&batch).and_then(|()| out.flush()));
+    }
+}
+
+impl<'a> MakeWriter<'a> for Queue {
+    type Writer = Line<'a>;
+
+    fn make_writer(&'a self) -> Line<'a> {
+        Line(&self.0)
+    }
+}
+
+struct Line<'a>(&'a SyncSender<Vec<u8>>);
+
+impl io::Write for Line<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.try_send(bytes.to_vec()).is_err() {
+            DROPPED.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// The two line formats of upstream's logs, so that existing parsers keep working.
+struct Lines(Format);
+
+impl<S, N> FormatEvent<S, N> for Lines
+where
+    S: Subscriber + for<'a> LookupSpan<'a>,
+    N: for<'a> FormatFields<'a> + 'static,
+{
+    fn format_event(&self, ctx: &FmtContext<'_, S, N>, mut out: Writer<'_>, event: &Event<'_>) -> fmt::Result {
+        let mut time = String::new();
+        SystemTime.format_time(&mut Writer::new(&mut time))?;
+        let meta = event.metadata();
+        let mut fields = Fields::default();
+        event.record(&mut fields);
+        match self.0 {
+            Format::Plain => {
+                write!(out, "{time}\t{}\t{}", level(*meta.level()), meta.target().trim_start_matches("ztunnel::"))?;
+                for span in ctx.event_scope().into_iter().flat_map(|scope| scope.from_root()) {
+                    write!(out, ":{}", span.name())?;
+                    if let Some(text) = span.extensions().get::<FormattedFields<N>>()
+                        && !text.is_empty()
+                    {
+                        write!(out, "{{{}}}", text.fields)?;
+                    }
+                }
+                write!(out, "\t{}\t", fields.message)?;
+                for (i, (name, value)) in fields.others.iter().enumerate() {
+                    write!(out, "{}{name}={}", if i == 0 { "" } else { " " }, value.plain())?;
+                }
+                writeln!(out)
+            }
+            Format::Json => {
+                write!(
+                    out,
+                    "{{\"level\":\"{}\",\"time\":\"{time}\",\"scope\":{}",
+                    level(*meta.level()),
+                    json(meta.target())
+                )?;
+                if !fields.message.is_empty() {
+                    write!(out, ",\"message\":{}", json(&fields.message))?;
+                }
+                for (name, value) in &fields.others {
+                    write!(out, ",{}:{}", json(name), value.json())?;
+                }
+                for span in ctx.event_scope().into_iter().flat_map(|scope| scope.from_root()) {
+                    let extensions = span.extensions();
+                    let text = extensions.get::<FormattedFields<N>>().map_or("", |f| f.fields.as_str());
+                    write!(out, ",{}:{}", json(span.name()), json(text))?;
+                }
+                writeln!(out, "}}")
+            }
+        }
+    }
+}
+
+fn level(level: Level) -> &'static str {
+    match level {
+        Level::ERROR => "error",
+        Level::WARN => "warn",
+        Level::INFO => "info",
+        Level::DEBUG => "debug",
+        Level::TRACE => "trace",
+    }
+}
+
+/// Strings are quoted in plain text, displayed values are not.
+enum Value {
+    Displayed(String),
+    Text(String),
+}
+
+impl Value {
+    fn plain(&self) -> String {
+        match self {
+            Self::Displayed(v) => v.clone(),
+            Self::Text(v) => format!("{v:?}"),
+        }
+    }
+
+    fn json(&self) -> String {
+        match self {
+            Self::Displayed(v) if v.parse::<f64>().is_ok_and(f64::is_finite) || v == "true" || v == "false" => {
+                v.clone()
+            }
+            Self::Displayed(v) | Self::Text(v) => json(v),
+        }
+    }
+}
+
+#[derive(Default)]
+struct Fields {
+    message: String,
+    others: Vec<(&'static str, Value)>,
+}
+
+impl Visit for Fields {
+    fn record_str(&mut self, field: &Field, value: &str) {
+        if field.name() == "message" {
+            value.clone_into(&mut self.message);
+        } else {
+            self.others.push((field.name(), Value::Text(value.to_owned())));
+        }
+    }
+
+    fn record_error(&mut self, field: &Field, value: &(dyn std::error::Error + 'static)) {
+        self.others.push((field.name(), Value::Text(value.to_string())));
+    }
+
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        let text = format!("{value:?}");
+        if field.name() == "message" {
+            self.message = text;
+        } else {
+            self.others.push((field.name(), Value::Displayed(text)));
+        }
+    }
+}
+
+/// A JSON string literal (RFC 8259 §7).
+pub fn json(text: &str) -> String {
+    let mut out = String::with_capacity(text.len() + 2);
+    out.push('"');
+    for c in text.chars() {
+        match c {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            '\r' => out.push_str("\\r"),
+            '\t' => out.push_str("\\t"),
+            c if u32::from(c) < 0x20 => out.push_str(&format!("\\u{:04x}", u32::from(c))),
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Sink(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Sink {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn logged(format: Format) -> String {
+        let sink = Sink::default();
+        let writer = sink.clone();
+        let layer = tracing_subscriber::fmt::layer()
+            .with_ansi(false)
+            .with_writer(move || writer.clone())
+            .event_format(Lines(format));
+        tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
+            let address = "10.0.0.1:5";
+            let _span = tracing::info_span!("inbound", id = 7).entered();
+            tracing::info!(target: "access", { src.addr = %address, who = "a \"b\"" }, "connection complete");
+        });
+        let bytes = sink.0.lock().unwrap().clone();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn plain_lines_are_tab_separated() {
+        let line = logged(Format::Plain);
+        let fields: Vec<&str> = line.trim_end().split('\t').collect();
+        assert_eq!(
+            fields[1..],
+            ["info", "access:inbound{id=7}", "connection complete", "src.addr=10.0.0.1:5 who=\"a \\\"b\\\"\""]
+        );
+    }
+
+    #[test]
+    fn json_lines_escape_what_peers_wrote() {
+        let line = logged(Format::Json);
+        assert!(
+            line.contains(
+                r#""scope":"access","message":"connection complete","src.addr":"10.0.0.1:5","who":"a \"b\"""#
+            ),
+            "{line}"
+        );
+        assert_eq!(json("a\u{1}\n"), "\"a\\u0001\\n\"");
+    }
+
+    #[test]
+    fn a_bad_filter_is_refused() {
+        assert!(init("info,=what=", Format::Plain).is_err());
+    }
+}
