@@ -1,1 +1,10 @@
-//! Workload certificates: requests, rotation, verification, TLS configurations.
+//! Workload identity: keys and requests for certificates, the manager that keeps one certificate per identity fresh, verifiers that
+//! compare SPIFFE identities, and the TLS configurations made of it all.
+//!
+//! Keys are made here and never leave the process. Deliberately absent: HTTP/2 tunnels, discovery, who may ask for which identity
+//! (that is the certificate authority's decision; [`authority`] only signs).
+
+#![forbid(unsafe_code)]
+
+pub mod authority;
+pub mod csr;
