@@ -1,1 +1,21 @@
-//! Sockets, namespaces, netlink, byte copy: the one home of unsafe.
+//! Sockets, namespaces, netlink, byte copy: what the programs ask of the Linux kernel, and the one home of `unsafe`.
+//!
+//! Modules in the order a node comes to life: [`isolate`] puts a program into namespaces of its own, [`netns`] and [`link`]
+//! build networks, [`nft`] captures traffic, [`unix`] passes namespaces between processes, [`sockets`] opens what carries the
+//! traffic, [`mod@copy`] moves its bytes, and [`capture`] looks at it on the wire.
+
+pub mod netns;
+
+mod netlink;
+
+pub mod link;
+
+pub mod sockets;
+pub mod unix;
+
+mod sys;
+
+pub use netlink::NetlinkError;
+pub use netns::{NetNs, NetNsId};
+pub use sockets::{KeepAlive, SocketOptions, Transparent};
+pub use unix::{PeerCred, SeqListener, SeqStream};
