@@ -207,7 +207,10 @@ fn answers(index: &Index) -> String {
     sorted("names", index.workloads_by_name.iter().map(|(k, v)| format!("{k} {v:?}")).collect());
     sorted("hosts", index.workloads_by_hostname.iter().map(|(k, v)| format!("{k} {v:?}")).collect());
     sorted("identities", index.identities.iter().map(|(k, v)| format!("{k:?} {v}")).collect());
-    sorted("endpoints", index.endpoints.iter().map(|(k, v)| format!("{k} {v:?}")).collect());
+    sorted(
+        "endpoints",
+        index.endpoints.iter().map(|(k, v)| format!("{k} {:?}", v.values().collect::<Vec<_>>())).collect(),
+    );
     sorted("services", index.services.iter().map(|(k, v)| format!("{k} {v:?}")).collect());
     sorted("vips", index.services_by_vip.iter().map(|(k, v)| format!("{k} {v:?}")).collect());
     sorted("service hosts", index.services_by_hostname.iter().map(|(k, v)| format!("{k} {v:?}")).collect());
@@ -216,33 +219,36 @@ fn answers(index: &Index) -> String {
         |trie: &CidrTrie| trie.iter().map(|(range, services)| format!("{range} {services:?}")).collect::<Vec<_>>();
     sorted("cidrs", index.cidrs.iter().map(|(k, v)| format!("{k} {:?}", ranges(v))).collect());
     sorted("policies", index.policies.iter().map(|(k, v)| format!("{k} {v:?}")).collect());
-    sorted("scopes", index.policies_by_scope.iter().map(|(k, v)| format!("{k} {v:?}")).collect());
+    sorted(
+        "scopes",
+        index.policies_by_scope.iter().map(|(k, v)| format!("{k} {:?}", v.values().collect::<Vec<_>>())).collect(),
+    );
     text
 }
 
 fn any_resource() -> impl Strategy<Value = Resource> {
     let ip = || (0u8..4).prop_map(|n| std::net::IpAddr::from([10, 0, 0, n]));
     let name = || proptest::sample::select(vec!["a", "b", "c"]);
-    let workload =
+    let workloads =
         (name(), prop::collection::vec(ip(), 0..3), any::<[bool; 3]>(), name(), prop::collection::vec(name(), 0..3));
-    let workload = workload.prop_map(|(n, ips, [host, hbone, named], node, services)| {
+    let workloads = workloads.prop_map(|(n, ips, [host, hbone, named], node, members)| {
         Resource::Workload(workload(n, |w| {
             w.addresses = ips;
             w.node = node.into();
             w.network_mode = if host { NetworkMode::HostNetwork } else { NetworkMode::Standard };
             w.tunnel_protocol = if hbone { TunnelProtocol::Hbone } else { TunnelProtocol::None };
             w.hostname = if named { "h".into() } else { "".into() };
-            w.services = services.iter().map(|s| (Arc::from(format!("demo/{s}.demo.svc")), Vec::new())).collect();
+            w.services = members.iter().map(|s| (Arc::from(format!("demo/{s}.demo.svc")), Vec::new())).collect();
         }))
     });
-    let service = (
+    let services = (
         name(),
         name(),
         prop::collection::vec(ip(), 0..3),
         prop::collection::vec((ip(), 8u8..33), 0..3),
         any::<bool>(),
     );
-    let service = service.prop_map(|(ns, n, vips, ranges, canonical)| {
+    let services = services.prop_map(|(ns, n, vips, ranges, canonical)| {
         Resource::Service(service(ns, n, |s| {
             s.vips = vips.into_iter().map(|ip| NetworkAddress::new("", ip)).collect();
             s.cidr_vips = ranges.into_iter().map(|(ip, len)| ("".into(), IpNet::new(ip, len).unwrap())).collect();
@@ -250,8 +256,8 @@ fn any_resource() -> impl Strategy<Value = Resource> {
         }))
     });
     let scope = proptest::sample::select(vec![Scope::Global, Scope::Namespace, Scope::WorkloadSelector]);
-    let policy = (name(), name(), scope).prop_map(|(ns, n, scope)| Resource::Policy(policy(ns, n, scope)));
-    prop_oneof![workload, service, policy]
+    let policies = (name(), name(), scope).prop_map(|(ns, n, scope)| Resource::Policy(policy(ns, n, scope)));
+    prop_oneof![workloads, services, policies]
 }
 
 proptest! {
