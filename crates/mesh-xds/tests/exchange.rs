@@ -1,0 +1,275 @@
+//! Client and server against each other over loopback.
+
+use std::{future::Future, net::SocketAddr, pin::Pin, sync::Arc, time::Duration};
+
+use mesh_core::{
+    index::{Resource, ResourceKey},
+    policy::{Action, Policy, Scope},
+    workload::Workload,
+};
+use mesh_runtime::drain;
+use mesh_xds::{
+    client::{BoxError, Client, Handler, Transport, Update},
+    convert::{Encoded, resource_to_wire},
+    server::{Authenticate, Cache, Caller, Change, DeltaService, Event, Lane},
+};
+use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, core::Node};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::TcpListenerStream;
+use tonic::{
+    Status,
+    metadata::MetadataMap,
+    transport::{Channel, Endpoint, Server},
+};
+
+const DEADLINE: Duration = Duration::from_secs(20);
+
+struct Token;
+
+impl Authenticate for Token {
+    fn authenticate<'a>(
+        &'a self,
+        metadata: &'a MetadataMap,
+    ) -> Pin<Box<dyn Future<Output = Result<Caller, Status>> + Send + 'a>> {
+        Box::pin(async move {
+            match metadata.get("authorization").and_then(|v| v.to_str().ok()) {
+                Some("Bearer good") => Ok(Caller {
+                    node: "n1".into(),
+                    namespace: "s".into(),
+                    service_account: "z".into(),
+                    pod: "p".into(),
+                }),
+                _ => Err(Status::unauthenticated("no")),
+            }
+        })
+    }
+}
+
+struct Dial(SocketAddr);
+
+impl Transport for Dial {
+    fn channel(&self) -> Pin<Box<dyn Future<Output = Result<Channel, BoxError>> + Send + '_>> {
+        Box::pin(async move { Ok(Endpoint::new(format!("http://{}", self.0))?.connect().await?) })
+    }
+
+    fn metadata(&self) -> Result<MetadataMap, BoxError> {
+        let mut map = MetadataMap::new();
+        map.insert("authorization", "Bearer good".parse()?);
+        Ok(map)
+    }
+}
+
+#[derive(Debug)]
+enum Seen {
+    Update(Update),
+    Synced,
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+struct Tell(mpsc::UnboundedSender<Seen>);
+
+impl Handler for Tell {
+    fn apply(&mut self, update: Update) {
+        self.0.send(Seen::Update(update)).unwrap_or_default();
+    }
+
+    fn synced(&mut self, _: &'static str) {
+        self.0.send(Seen::Synced).unwrap_or_default();
+    }
+}
+
+struct Mesh {
+    cache: Arc<Cache>,
+    address: SocketAddr,
+    /// (resources, unchanged) of each initial answer for addresses.
+    sent: mpsc::UnboundedReceiver<(usize, usize)>,
+    server: Option<tokio::runtime::Runtime>,
+}
+
+impl Mesh {
+    fn start(cache: Arc<Cache>) -> Self {
+        Self::start_at(cache, "127.0.0.1:0".parse().unwrap())
+    }
+
+    /// The server has a runtime of its own, so that killing it cuts its connections too.
+    fn start_at(cache: Arc<Cache>, address: SocketAddr) -> Self {
+        let (tell, sent) = mpsc::unbounded_channel();
+        let observer = Arc::new(move |event: Event<'_>| {
+            if let Event::Sent { type_url: ADDRESS_TYPE_URL, resources, unchanged, initial: true, .. } = event {
+                tell.send((resources, unchanged)).unwrap_or_default();
+            }
+        });
+        let service = DeltaService::new(cache.clone(), Arc::new(Token), observer).into_server();
+        let listener = std::net::TcpListener::bind(address).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        server.spawn(async move {
+            let incoming = TcpListenerStream::new(tokio::net::TcpListener::from_std(listener).unwrap());
+            Server::builder().add_service(service).serve_with_incoming(incoming).await.unwrap();
+        });
+        Self { cache, address, sent, server: Some(server) }
+    }
+
+    fn kill(&mut self) {
+        if let Some(server) = self.server.take() {
+            server.shutdown_background();
+        }
+    }
+
+    fn client(&self) -> (Client, mpsc::UnboundedReceiver<Seen>) {
+        let (tell, seen) = mpsc::unbounded_channel();
+        let types = [ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL];
+        let client =
+            Client::new(Arc::new(Dial(self.address)), Node::default(), &types, Box::new(Tell(tell)), Box::new(|_| {}));
+        (client, seen)
+    }
+}
+
+async fn next(seen: &mut mpsc::UnboundedReceiver<Seen>) -> Seen {
+    tokio::time::timeout(DEADLINE, seen.recv()).await.unwrap().unwrap()
+}
+
+async fn until_synced(seen: &mut mpsc::UnboundedReceiver<Seen>) -> Vec<Update> {
+    let (mut left, mut updates) = (2, Vec::new());
+    while left > 0 {
+        match next(seen).await {
+            Seen::Update(update) => updates.push(update),
+            Seen::Synced => left -= 1,
+        }
+    }
+    updates
+}
+
+async fn next_change(seen: &mut mpsc::UnboundedReceiver<Seen>) -> Update {
+    loop {
+        if let Seen::Update(update) = next(seen).await
+            && !(update.upserts.is_empty() && update.removals.is_empty())
+        {
+            return update;
+        }
+    }
+}
+
+fn workload(name: &str, node: &str) -> Encoded {
+    let mut w = Workload::new(format!("Kubernetes//Pod/ns/{name}"), "ns", name);
+    w.node = node.into();
+    w.addresses = vec!["10.0.0.1".parse().unwrap()];
+    resource_to_wire(&Resource::Workload(Arc::new(w)))
+}
+
+fn upsert(encoded: Encoded) -> Change {
+    Change::Upsert { encoded, lane: Lane::Bulk }
+}
+
+fn policy(name: &str) -> Encoded {
+    resource_to_wire(&Resource::Policy(Arc::new(Policy {
+        name: name.into(),
+        namespace: "ns".into(),
+        scope: Scope::Namespace,
+        action: Action::Deny,
+        rules: Vec::new(),
+        dry_run: false,
+        origin: Default::default(),
+    })))
+}
+
+fn filled(count: usize) -> Arc<Cache> {
+    let cache = Arc::new(Cache::new());
+    cache.publish((0..count).map(|i| upsert(workload(&format!("w{i}"), "n1"))));
+    cache.set_ready();
+    cache
+}
+
+#[tokio::test]
+async fn a_client_gets_everything_then_exactly_what_changes() {
+    let mesh = Mesh::start(filled(50));
+    let (client, mut seen) = mesh.client();
+    let (trigger, watcher) = drain::channel();
+    let running = tokio::spawn(client.run(watcher));
+    let total: usize = until_synced(&mut seen).await.iter().map(|u| u.upserts.len()).sum();
+    assert_eq!(total, 50);
+
+    assert_eq!(mesh.cache.publish([upsert(workload("w7", "n2")), upsert(workload("w8", "n1"))]), 1, "one is unchanged");
+    let change = next_change(&mut seen).await;
+    let Resource::Workload(changed) = &change.upserts[0] else { panic!("{change:?}") };
+    assert_eq!((change.upserts.len(), &*changed.node), (1, "n2"));
+
+    let name: Arc<str> = "Kubernetes//Pod/ns/w3".into();
+    mesh.cache.publish([Change::Remove { type_url: ADDRESS_TYPE_URL, name: name.clone(), lane: Lane::Urgent }]);
+    assert!(matches!(&next_change(&mut seen).await.removals[..], [ResourceKey::Address(gone)] if *gone == name));
+
+    assert_eq!(trigger.drain(DEADLINE).await, drain::Drained::Complete);
+    running.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_reconnect_resends_nothing_unchanged_and_names_what_is_gone() {
+    let mut mesh = Mesh::start(filled(50));
+    let (client, mut seen) = mesh.client();
+    let (trigger, watcher) = drain::channel();
+    let running = tokio::spawn(client.run(watcher));
+    until_synced(&mut seen).await;
+    assert_eq!(mesh.sent.recv().await, Some((50, 0)));
+
+    // The control plane goes away and comes back on the same port, one workload poorer and one changed.
+    mesh.kill();
+    let cache = filled(49);
+    cache.publish([upsert(workload("w0", "moved"))]);
+    let mut again = Mesh::start_at(cache, mesh.address);
+    assert_eq!(tokio::time::timeout(DEADLINE, again.sent.recv()).await.unwrap(), Some((1, 48)));
+    let change = next_change(&mut seen).await;
+    assert_eq!((change.upserts.len(), change.removals.len()), (1, 1));
+
+    trigger.drain(DEADLINE).await;
+    running.await.unwrap();
+}
+
+#[tokio::test]
+async fn policies_come_before_workloads_and_leave_after_them() {
+    let mesh = Mesh::start(filled(1));
+    let (client, mut seen) = mesh.client();
+    let (trigger, watcher) = drain::channel();
+    let running = tokio::spawn(client.run(watcher));
+    until_synced(&mut seen).await;
+    mesh.cache.publish([upsert(workload("w0", "x")), upsert(policy("p"))]);
+    assert!(matches!(next_change(&mut seen).await.upserts[..], [Resource::Policy(_)]));
+    assert!(matches!(next_change(&mut seen).await.upserts[..], [Resource::Workload(_)]));
+    let gone = Change::Remove { type_url: AUTHORIZATION_TYPE_URL, name: "ns/p".into(), lane: Lane::Bulk };
+    mesh.cache.publish([gone, upsert(workload("w0", "y"))]);
+    assert!(matches!(next_change(&mut seen).await.upserts[..], [Resource::Workload(_)]));
+    assert!(matches!(next_change(&mut seen).await.removals[..], [ResourceKey::Policy(_)]));
+    trigger.drain(DEADLINE).await;
+    running.await.unwrap();
+}
+
+#[tokio::test]
+async fn one_bad_resource_is_rejected_alone() {
+    let cache = filled(3);
+    let bad =
+        Encoded { type_url: ADDRESS_TYPE_URL, name: "bad".into(), aliases: Vec::new(), body: vec![0xff, 0xff].into() };
+    cache.publish([upsert(bad)]);
+    let mesh = Mesh::start(cache);
+    let (client, mut seen) = mesh.client();
+    let (trigger, watcher) = drain::channel();
+    let running = tokio::spawn(client.run(watcher));
+    let total: usize = until_synced(&mut seen).await.iter().map(|u| u.upserts.len()).sum();
+    assert_eq!(total, 3);
+    trigger.drain(DEADLINE).await;
+    running.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_caller_without_a_token_is_refused() {
+    use proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
+    let mesh = Mesh::start(filled(1));
+    let channel = Endpoint::new(format!("http://{}", mesh.address)).unwrap().connect().await.unwrap();
+    let requests = tokio_stream::iter([proto::discovery::DeltaDiscoveryRequest::default()]);
+    let refused = AggregatedDiscoveryServiceClient::new(channel).delta_aggregated_resources(requests).await;
+    assert_eq!(refused.unwrap_err().code(), tonic::Code::Unauthenticated);
+}
