@@ -10,11 +10,13 @@ mod netlink;
 
 pub mod link;
 
+pub mod copy;
 pub mod sockets;
 pub mod unix;
 
 mod sys;
 
+pub use copy::{BufferPool, CopyOutcome, End, Progress, Side, copy_bidirectional};
 pub use netlink::NetlinkError;
 pub use netns::{NetNs, NetNsId};
 pub use sockets::{KeepAlive, SocketOptions, Transparent};
