@@ -4,15 +4,20 @@
 //! build networks, [`nft`] captures traffic, [`unix`] passes namespaces between processes, [`sockets`] opens what carries the
 //! traffic, [`mod@copy`] moves its bytes, and [`capture`] looks at it on the wire.
 
+pub mod isolate;
 pub mod netns;
 
 mod netlink;
 
 pub mod link;
+pub mod nft;
 
-pub mod copy;
 pub mod sockets;
 pub mod unix;
+
+pub mod copy;
+
+pub mod capture;
 
 mod sys;
 

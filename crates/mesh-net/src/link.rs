@@ -114,17 +114,9 @@ impl Netlink {
     }
 
     pub fn add_bridge(&mut self, name: &str) -> Result<()> {
-        self.add_simple(name, "bridge")
-    }
-
-    pub fn add_dummy(&mut self, name: &str) -> Result<()> {
-        self.add_simple(name, "dummy")
-    }
-
-    fn add_simple(&mut self, name: &str, kind: &str) -> Result<()> {
-        let mut message = new_link(format!("add {kind} {name}"));
+        let mut message = new_link(format!("add bridge {name}"));
         name_and_mtu(&mut message, name, None);
-        link_info(&mut message, kind, |_| {});
+        link_info(&mut message, "bridge", |_| {});
         self.0.request(message)
     }
 

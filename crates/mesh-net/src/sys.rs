@@ -33,7 +33,7 @@ pub(crate) fn struct_option<T: Plain>(socket: &impl AsFd, level: i32, name: i32)
 }
 
 #[allow(clippy::cast_possible_truncation, reason = "C structures are far smaller than 4 GiB")]
-const fn socklen<T>() -> libc::socklen_t {
+pub(crate) const fn socklen<T>() -> libc::socklen_t {
     size_of::<T>() as libc::socklen_t
 }
 
