@@ -4,7 +4,6 @@ use std::{
     fs::{self, File},
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-    os::unix::fs::MetadataExt,
     path::Path,
     process, ptr,
     sync::Arc,
@@ -63,8 +62,8 @@ impl NetNs {
 
     /// What decides whether two descriptors mean the same namespace.
     pub fn id(&self) -> io::Result<NetNsId> {
-        let stat = fs::metadata(format!("/proc/self/fd/{}", self.0.as_raw_fd()))?;
-        Ok(NetNsId { dev: stat.dev(), ino: stat.ino() })
+        let stat = nix::sys::stat::fstat(&*self.0)?;
+        Ok(NetNsId { dev: stat.st_dev, ino: stat.st_ino })
     }
 
     /// Runs `f` on this thread inside the namespace and comes home, also when `f` panics. Sockets that `f` creates keep the
