@@ -7,4 +7,18 @@
 #![forbid(unsafe_code)]
 
 pub mod authority;
+pub mod ca;
 pub mod csr;
+mod grpc;
+mod manager;
+mod schedule;
+pub mod svid;
+pub mod tls;
+pub mod verify;
+
+pub use ca::{CaClient, CaError};
+pub use grpc::{GrpcCa, GrpcCaConfig, RootSource, TokenSource};
+pub use manager::{Config, Entry, EntryState, FetchError, IdentityError, Manager, Priority};
+pub use svid::{Svid, SvidError};
+pub use tls::{client_config, peer_name, server_config};
+pub use verify::peer_identity;

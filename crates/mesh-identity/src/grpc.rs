@@ -1,0 +1,413 @@
+//! The certificate service of a control plane: `istio.v1.auth.IstioCertificateService` over TLS.
+
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
+
+use hyper_util::rt::TokioIo;
+use mesh_core::identity::Identity;
+use proto::ca::{IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient};
+use rustls::{
+    ClientConfig, DigitallySignedStruct, Error, RootCertStore, SignatureScheme,
+    client::{
+        WebPkiServerVerifier,
+        danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    },
+};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime, pem::PemObject};
+use tokio::net::TcpStream;
+use tokio_rustls::{TlsConnector, client::TlsStream};
+use tonic::{
+    Request, Status,
+    metadata::{AsciiMetadataKey, AsciiMetadataValue},
+    transport::{Channel, Endpoint, Uri},
+};
+
+use crate::{
+    ca::{BoxFuture, CaClient, CaError},
+    tls::provider,
+};
+
+/// For one request, connecting included.
+const DEADLINE: Duration = Duration::from_secs(15);
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Where distributions keep the machine's trust roots.
+const SYSTEM_ROOTS: [&str; 3] =
+    ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
+
+/// The roots that the CA's serving certificate must lead to.
+#[derive(Clone, Debug)]
+pub enum RootSource {
+    /// Read again at each connect, so that a rotated file needs no restart.
+    File(PathBuf),
+    Pem(String),
+    System,
+}
+
+/// The token that says who we are.
+#[derive(Clone, Debug)]
+pub enum TokenSource {
+    /// Read again for each request: kubelet rotates it.
+    File(PathBuf),
+    Literal(String),
+    None,
+}
+
+#[derive(Clone, Debug)]
+pub struct GrpcCaConfig {
+    /// `host:port`, with or without `https://`.
+    pub address: String,
+    pub roots: RootSource,
+    pub token: TokenSource,
+    /// Further request metadata.
+    pub headers: Vec<(String, String)>,
+    /// Accepted when the serving certificate does not name the address's host.
+    pub alternative_name: Option<String>,
+    /// Requested life of certificates.
+    pub ttl: Duration,
+    /// Name the identity in the request's metadata (a node proxy asks on behalf of pods); otherwise the token decides.
+    pub impersonate: bool,
+}
+
+/// A [`CaClient`] over gRPC; one channel, connected at first need and again after a loss.
+#[derive(Clone, Debug)]
+pub struct GrpcCa {
+    config: Arc<GrpcCaConfig>,
+    channel: Channel,
+}
+
+/// An address, header or name in the configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} `{value}` is not usable: expected {expected}")]
+pub struct GrpcCaConfigError {
+    pub what: &'static str,
+    pub value: String,
+    pub expected: &'static str,
+}
+
+impl GrpcCa {
+    /// Does not connect yet; must be called within a runtime.
+    ///
+    /// # Errors
+    /// Names what in the configuration cannot be used.
+    pub fn new(config: GrpcCaConfig) -> Result<Self, GrpcCaConfigError> {
+        let bare = config.address.strip_prefix("https://").unwrap_or(&config.address).trim_end_matches('/');
+        let invalid = |what, value: &str, expected| GrpcCaConfigError { what, value: value.to_owned(), expected };
+        // TLS is the connector's business; tonic, built without TLS, wants the plain scheme.
+        let uri: Uri =
+            format!("http://{bare}").parse().map_err(|_| invalid("CA address", &config.address, "host:port"))?;
+        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+        let name = ServerName::try_from(host).map_err(|_| invalid("CA address", &config.address, "host:port"))?;
+        let alternative = config.alternative_name.as_ref().map(|name| {
+            ServerName::try_from(name.clone()).map_err(|_| invalid("alternative CA name", name, "a host name"))
+        });
+        for (key, value) in &config.headers {
+            metadata(key, value).ok_or_else(|| invalid("CA header", key, "an ASCII name and value"))?;
+        }
+        let config = Arc::new(config);
+        let dialer = Dialer { config: config.clone(), name, alternative: alternative.transpose()? };
+        let endpoint = Endpoint::from(uri)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .timeout(DEADLINE)
+            .http2_keep_alive_interval(Duration::from_secs(30))
+            .keep_alive_timeout(Duration::from_secs(10));
+        let channel = endpoint.connect_with_connector_lazy(tower::service_fn(move |uri: Uri| {
+            let dialer = dialer.clone();
+            async move { dialer.dial(&uri).await.map(TokioIo::new) }
+        }));
+        Ok(Self { config, channel })
+    }
+
+    async fn request(&self, identity: Identity, csr: String) -> Result<Vec<String>, CaError> {
+        let body = IstioCertificateRequest {
+            csr,
+            validity_duration: i64::try_from(self.config.ttl.as_secs()).unwrap_or(i64::MAX),
+            metadata: self.config.impersonate.then(|| impersonated(&identity)),
+        };
+        let mut request = Request::new(body);
+        for (key, value) in &self.config.headers {
+            if let Some((key, value)) = metadata(key, value) {
+                request.metadata_mut().insert(key, value);
+            }
+        }
+        if let Some(token) = self.token().await? {
+            let value = format!("Bearer {token}").parse().map_err(|_| CaError::MalformedToken)?;
+            request.metadata_mut().insert("authorization", value);
+        }
+        let mut client = IstioCertificateServiceClient::new(self.channel.clone());
+        match tokio::time::timeout(DEADLINE, client.create_certificate(request)).await {
+            Ok(Ok(answer)) => Ok(answer.into_inner().cert_chain),
+            Ok(Err(status)) => Err(self.explain(&status)),
+            Err(_) => Err(CaError::Timeout(DEADLINE)),
+        }
+    }
+
+    async fn token(&self) -> Result<Option<String>, CaError> {
+        let path = match &self.config.token {
+            TokenSource::None => return Ok(None),
+            TokenSource::Literal(token) => return Ok(Some(token.clone())),
+            TokenSource::File(path) => path,
+        };
+        let name = || path.display().to_string();
+        let text = tokio::fs::read_to_string(path).await.map_err(|source| CaError::Token { path: name(), source })?;
+        match text.trim() {
+            "" => Err(CaError::EmptyToken(name())),
+            token => Ok(Some(token.to_owned())),
+        }
+    }
+
+    fn explain(&self, status: &Status) -> CaError {
+        // A status with a source was made on this side, by the transport.
+        let Some(mut cause) = std::error::Error::source(status) else {
+            return CaError::Refused(format!("{:?}: {}", status.code(), status.message()));
+        };
+        while let Some(deeper) = cause.source() {
+            cause = deeper;
+        }
+        CaError::Unreachable { address: self.config.address.clone(), cause: cause.to_string() }
+    }
+}
+
+impl CaClient for GrpcCa {
+    fn sign(&self, identity: &Identity, csr_pem: String) -> BoxFuture<'_, Result<Vec<String>, CaError>> {
+        Box::pin(self.request(identity.clone(), csr_pem))
+    }
+}
+
+fn impersonated(identity: &Identity) -> prost_types::Struct {
+    let value = prost_types::Value { kind: Some(prost_types::value::Kind::StringValue(identity.to_string())) };
+    prost_types::Struct { fields: [("ImpersonatedIdentity".to_owned(), value)].into() }
+}
+
+fn metadata(key: &str, value: &str) -> Option<(AsciiMetadataKey, AsciiMetadataValue)> {
+    Some((key.to_ascii_lowercase().parse().ok()?, value.parse().ok()?))
+}
+
+/// Dials TCP and TLS, with the roots as they are now.
+#[derive(Clone, Debug)]
+struct Dialer {
+    config: Arc<GrpcCaConfig>,
+    name: ServerName<'static>,
+    alternative: Option<ServerName<'static>>,
+}
+
+impl Dialer {
+    async fn dial(&self, uri: &Uri) -> io::Result<TlsStream<TcpStream>> {
+        let config = self.tls().await?;
+        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+        let dial = async {
+            let tcp = TcpStream::connect((host, uri.port_u16().unwrap_or(443))).await?;
+            tcp.set_nodelay(true)?;
+            TlsConnector::from(config).connect(self.name.clone(), tcp).await
+        };
+        tokio::time::timeout(CONNECT_TIMEOUT, dial).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
+    }
+
+    async fn tls(&self) -> io::Result<Arc<ClientConfig>> {
+        let mut roots = RootCertStore::empty();
+        roots.add_parsable_certificates(self.roots().await?);
+        let strict = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider()).build();
+        let strict = strict.map_err(|_| io::Error::other(format!("no usable root in {:?}", self.config.roots)))?;
+        let mut config = ClientConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .expect("the provider has TLS 1.3 suites")
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(EitherName { strict, alternative: self.alternative.clone() }))
+            .with_no_client_auth();
+        config.alpn_protocols = vec![b"h2".to_vec()];
+        Ok(Arc::new(config))
+    }
+
+    async fn roots(&self) -> io::Result<Vec<CertificateDer<'static>>> {
+        let pem = match &self.config.roots {
+            RootSource::Pem(pem) => pem.clone().into_bytes(),
+            RootSource::File(path) => tokio::fs::read(path)
+                .await
+                .map_err(|e| io::Error::new(e.kind(), format!("cannot read trust roots {}: {e}", path.display())))?,
+            RootSource::System => system_roots().await?,
+        };
+        Ok(CertificateDer::pem_slice_iter(&pem).filter_map(Result::ok).collect())
+    }
+}
+
+async fn system_roots() -> io::Result<Vec<u8>> {
+    for path in SYSTEM_ROOTS {
+        if let Ok(pem) = tokio::fs::read(path).await {
+            return Ok(pem);
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::NotFound, format!("no system trust roots at {}", SYSTEM_ROOTS.join(", "))))
+}
+
+/// Accepts the dialled name, or the alternative one.
+#[derive(Debug)]
+struct EitherName {
+    strict: Arc<WebPkiServerVerifier>,
+    alternative: Option<ServerName<'static>>,
+}
+
+impl ServerCertVerifier for EitherName {
+    fn verify_server_cert(
+        &self,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        let first = self.strict.verify_server_cert(leaf, intermediates, name, ocsp, now);
+        match (&first, &self.alternative) {
+            (Err(_), Some(other)) => self.strict.verify_server_cert(leaf, intermediates, other, ocsp, now).or(first),
+            _ => first,
+        }
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.strict.verify_tls12_signature(message, cert, dss)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.strict.verify_tls13_signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.strict.supported_verify_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use proto::ca::{
+        IstioCertificateResponse,
+        istio_certificate_service_server::{IstioCertificateService, IstioCertificateServiceServer},
+    };
+    use rustls::ServerConfig;
+    use rustls_pki_types::PrivateKeyDer;
+    use tokio_rustls::TlsAcceptor;
+    use tonic::Response;
+
+    use super::*;
+    use crate::{Config, Manager, Priority, authority::SigningAuthority};
+
+    /// Signs whom the metadata names, if the token is right.
+    struct Ca(Arc<SigningAuthority>);
+
+    #[tonic::async_trait]
+    impl IstioCertificateService for Ca {
+        async fn create_certificate(
+            &self,
+            request: Request<IstioCertificateRequest>,
+        ) -> Result<Response<IstioCertificateResponse>, Status> {
+            if request.metadata().get("authorization").is_none_or(|v| v != "Bearer secret") {
+                return Err(Status::unauthenticated("who are you?"));
+            }
+            let body = request.into_inner();
+            let fields = body.metadata.unwrap_or_default().fields;
+            let Some(prost_types::value::Kind::StringValue(identity)) =
+                fields.get("ImpersonatedIdentity").and_then(|v| v.kind.clone())
+            else {
+                return Err(Status::invalid_argument("no identity"));
+            };
+            let ttl = Duration::from_secs(body.validity_duration.unsigned_abs());
+            let cert_chain = self.0.sign(&body.csr, &identity.parse().unwrap(), ttl, SystemTime::now()).unwrap();
+            Ok(Response::new(IstioCertificateResponse { cert_chain }))
+        }
+    }
+
+    async fn serve(authority: Arc<SigningAuthority>) -> std::net::SocketAddr {
+        let server = authority
+            .server_certificate(&["istiod.test".to_owned()], Duration::from_secs(600), SystemTime::now())
+            .unwrap();
+        let config = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&rustls::version::TLS13])
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(server.chain, PrivateKeyDer::clone_key(&server.key))
+            .unwrap();
+        let acceptor = TlsAcceptor::from(Arc::new(config));
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let incoming = async_incoming(listener, acceptor);
+        tokio::spawn(
+            tonic::transport::Server::builder()
+                .add_service(IstioCertificateServiceServer::new(Ca(authority)))
+                .serve_with_incoming(incoming),
+        );
+        address
+    }
+
+    fn async_incoming(
+        listener: tokio::net::TcpListener,
+        acceptor: TlsAcceptor,
+    ) -> impl tokio_stream::Stream<Item = io::Result<tokio::io::DuplexStream>> {
+        futures_util::stream::unfold((listener, acceptor), |(listener, acceptor)| async move {
+            let (tcp, _) = listener.accept().await.ok()?;
+            // tonic knows no TLS streams of others, but it knows duplex ones.
+            let (near, mut far) = tokio::io::duplex(1 << 16);
+            let accepting = acceptor.accept(tcp);
+            tokio::spawn(async move {
+                let mut tls = accepting.await?;
+                tokio::io::copy_bidirectional(&mut tls, &mut far).await
+            });
+            Some((Ok(near), (listener, acceptor)))
+        })
+    }
+
+    fn config(address: std::net::SocketAddr, authority: &SigningAuthority, token: TokenSource) -> GrpcCaConfig {
+        GrpcCaConfig {
+            address: format!("https://{address}"),
+            roots: RootSource::Pem(authority.root_pem().to_owned()),
+            token,
+            headers: vec![("ClusterID".to_owned(), "Kubernetes".to_owned())],
+            alternative_name: Some("istiod.test".to_owned()),
+            ttl: Duration::from_secs(600),
+            impersonate: true,
+        }
+    }
+
+    #[tokio::test]
+    async fn fetches_a_certificate_and_reads_the_token_anew_each_time() {
+        let authority = Arc::new(SigningAuthority::generate("cluster.local").unwrap());
+        let address = serve(authority.clone()).await;
+        let dir = tempfile::tempdir().unwrap();
+        let token = dir.path().join("token");
+        std::fs::write(&token, "wrong\n").unwrap();
+        let ca = GrpcCa::new(config(address, &authority, TokenSource::File(token.clone()))).unwrap();
+        let identity = Identity::new("cluster.local", "demo", "client");
+        let csr = crate::csr::Csr::generate(&identity).unwrap().pem;
+        let refused = ca.sign(&identity, csr).await.unwrap_err();
+        assert!(refused.to_string().contains("who are you?"), "{refused}");
+
+        std::fs::write(&token, "secret\n").unwrap();
+        let (manager, task) = Manager::new(Config::default(), Arc::new(ca));
+        let task = tokio::spawn(task);
+        let svid = manager.certificate(&identity, Priority::RealTime).await.unwrap();
+        assert_eq!(svid.identity, identity);
+        drop(manager);
+        task.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn says_which_root_or_name_did_not_fit() {
+        let authority = Arc::new(SigningAuthority::generate("cluster.local").unwrap());
+        let stranger = SigningAuthority::generate("cluster.local").unwrap();
+        let address = serve(authority.clone()).await;
+        let identity = Identity::new("cluster.local", "demo", "client");
+        let ca = GrpcCa::new(config(address, &stranger, TokenSource::None)).unwrap();
+        let error = ca.sign(&identity, String::new()).await.unwrap_err().to_string();
+        assert!(error.contains("cannot reach the CA at https://127.0.0.1") && error.contains("certificate"), "{error}");
+        let mut bad = config(address, &authority, TokenSource::None);
+        bad.address = "not an address".to_owned();
+        assert!(GrpcCa::new(bad).unwrap_err().to_string().contains("CA address `not an address` is not usable"));
+    }
+}

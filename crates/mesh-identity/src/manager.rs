@@ -1,0 +1,448 @@
+//! One certificate per identity, fetched once however many wait, renewed in time, kept while it is valid.
+//!
+//! A task owned by the caller does all the work; readers find valid certificates in a shared map without asking it.
+
+use std::{
+    collections::{HashMap, hash_map::Entry::Vacant},
+    future::Future,
+    sync::{Arc, atomic::AtomicU64, atomic::Ordering},
+    time::SystemTime,
+};
+
+use arc_swap::ArcSwap;
+use mesh_core::identity::Identity;
+use tokio::{
+    sync::{mpsc, oneshot},
+    task::{JoinError, JoinSet},
+    time::Instant,
+};
+
+pub use crate::schedule::Priority;
+use crate::{
+    ca::{CaClient, CaError},
+    csr::{Csr, CsrError},
+    schedule::Schedule,
+    svid::{Svid, SvidError},
+};
+
+/// Commands waiting for the task; askers wait beyond it.
+const COMMANDS: usize = 1024;
+
+/// Where the manager gets time from; certificates are judged by the wall clock.
+#[derive(Clone)]
+pub struct Config {
+    pub clock: Arc<dyn Fn() -> SystemTime + Send + Sync>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { clock: Arc::new(SystemTime::now) }
+    }
+}
+
+impl std::fmt::Debug for Config {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Config").finish_non_exhaustive()
+    }
+}
+
+/// Why there is no certificate. Cheap to clone: every waiter gets it.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum IdentityError {
+    #[error("certificate for {identity} failed")]
+    Fetch { identity: Identity, source: Arc<FetchError> },
+    #[error("the identity is no longer needed")]
+    Forgotten,
+    #[error("the certificate manager has stopped")]
+    Stopped,
+}
+
+/// One failed attempt.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchError {
+    #[error(transparent)]
+    Ca(#[from] CaError),
+    #[error(transparent)]
+    Csr(#[from] CsrError),
+    #[error("the CA's answer is not usable: {0}")]
+    Svid(#[from] SvidError),
+    #[error("the CA's certificate has expired already; compare both clocks")]
+    Expired,
+    #[error("the attempt was aborted")]
+    Aborted,
+}
+
+/// One line of the manager's state.
+#[derive(Clone, Debug)]
+pub struct Entry {
+    pub identity: Identity,
+    pub state: EntryState,
+    /// The certificate held, if any; kept while valid even when its renewal fails.
+    pub svid: Option<Arc<Svid>>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum EntryState {
+    Available,
+    Initializing,
+    /// The last failure, causes included.
+    Unavailable(String),
+}
+
+/// A handle; clones share the manager.
+#[derive(Clone, Debug)]
+pub struct Manager {
+    commands: mpsc::Sender<Command>,
+    shared: Arc<Shared>,
+    config: Config,
+}
+
+#[derive(Debug, Default)]
+struct Shared {
+    entries: ArcSwap<HashMap<Identity, Entry>>,
+    /// Commands that found the queue full and were not waited for.
+    dropped: AtomicU64,
+}
+
+#[derive(Debug)]
+enum Command {
+    Want { identity: Identity, priority: Priority, reply: Option<Reply> },
+    Forget(Identity),
+}
+
+type Reply = oneshot::Sender<Result<Arc<Svid>, IdentityError>>;
+
+impl Manager {
+    /// The handle, and the task that must run for it; the task ends when the last handle is gone.
+    pub fn new(config: Config, ca: Arc<dyn CaClient>) -> (Self, impl Future<Output = ()> + Send + 'static) {
+        let (commands, queue) = mpsc::channel(COMMANDS);
+        let shared = Arc::new(Shared::default());
+        let task = Task {
+            ca,
+            clock: config.clock.clone(),
+            started: Instant::now(),
+            shared: shared.clone(),
+            schedule: Schedule::default(),
+            entries: HashMap::new(),
+            waiters: HashMap::new(),
+            attempts: JoinSet::new(),
+            in_flight: HashMap::new(),
+            generation: 0,
+        };
+        (Self { commands, shared, config }, task.run(queue))
+    }
+
+    /// The valid certificate of `identity`: at once when there is one, else after the attempt that this call waits for (started or
+    /// joined). Unbounded: the caller sets the deadline. Cancel safe.
+    ///
+    /// # Errors
+    /// [`IdentityError::Fetch`] when that attempt failed.
+    pub async fn certificate(&self, identity: &Identity, priority: Priority) -> Result<Arc<Svid>, IdentityError> {
+        if let Some(svid) = self.cached(identity) {
+            return Ok(svid);
+        }
+        let (reply, answer) = oneshot::channel();
+        let command = Command::Want { identity: identity.clone(), priority, reply: Some(reply) };
+        self.commands.send(command).await.map_err(|_| IdentityError::Stopped)?;
+        answer.await.map_err(|_| IdentityError::Stopped)?
+    }
+
+    /// The valid certificate of `identity`, if it is here now.
+    pub fn cached(&self, identity: &Identity) -> Option<Arc<Svid>> {
+        let entries = self.shared.entries.load();
+        entries.get(identity)?.svid.clone().filter(|svid| svid.is_valid_at((self.config.clock)()))
+    }
+
+    /// Fetches ahead of need. A full queue loses the hint, which costs a later connection the wait.
+    pub fn warm(&self, identity: Identity) {
+        self.hint(Command::Want { identity, priority: Priority::Warmup, reply: None });
+    }
+
+    /// Drops the identity's certificate and plans; waiters get [`IdentityError::Forgotten`].
+    pub fn forget(&self, identity: &Identity) {
+        self.hint(Command::Forget(identity.clone()));
+    }
+
+    /// Every identity known, sorted.
+    pub fn entries(&self) -> Vec<Entry> {
+        let mut entries: Vec<Entry> = self.shared.entries.load().values().cloned().collect();
+        entries.sort_by(|a, b| a.identity.cmp(&b.identity));
+        entries
+    }
+
+    fn hint(&self, command: Command) {
+        if self.commands.try_send(command).is_err() {
+            self.shared.dropped.fetch_add(1, Ordering::Relaxed);
+            tracing::debug!("certificate manager is busy or stopped; hint lost");
+        }
+    }
+}
+
+struct Task {
+    ca: Arc<dyn CaClient>,
+    clock: Arc<dyn Fn() -> SystemTime + Send + Sync>,
+    started: Instant,
+    shared: Arc<Shared>,
+    schedule: Schedule,
+    entries: HashMap<Identity, Entry>,
+    /// Bounded by the connections that wait.
+    waiters: HashMap<Identity, Vec<Reply>>,
+    attempts: JoinSet<Result<Svid, FetchError>>,
+    in_flight: HashMap<tokio::task::Id, Identity>,
+    generation: u64,
+}
+
+impl Task {
+    async fn run(mut self, mut queue: mpsc::Receiver<Command>) {
+        loop {
+            self.start_due();
+            let due = self.schedule.next_due().map(|due| self.started + due);
+            tokio::select! {
+                command = queue.recv() => match command {
+                    Some(command) => self.command(command),
+                    None => return,
+                },
+                Some(done) = self.attempts.join_next_with_id() => self.finished(done),
+                () = sleep_until(due) => {}
+            }
+        }
+    }
+
+    fn command(&mut self, command: Command) {
+        match command {
+            Command::Want { identity, priority, reply } => self.want(identity, priority, reply),
+            Command::Forget(identity) => self.forget(&identity),
+        }
+    }
+
+    fn want(&mut self, identity: Identity, priority: Priority, reply: Option<Reply>) {
+        let held = self.entries.get(&identity).and_then(|entry| entry.svid.clone());
+        if let Some(svid) = held.filter(|svid| svid.is_valid_at((self.clock)())) {
+            // Renewed between the asker's look and now.
+            drop(reply.map(|reply| reply.send(Ok(svid))));
+            return;
+        }
+        self.schedule.want(&identity, priority, self.started.elapsed());
+        if let Some(reply) = reply {
+            self.waiters.entry(identity.clone()).or_default().push(reply);
+        }
+        if let Vacant(slot) = self.entries.entry(identity.clone()) {
+            slot.insert(Entry { identity, state: EntryState::Initializing, svid: None });
+            self.publish();
+        }
+    }
+
+    fn forget(&mut self, identity: &Identity) {
+        self.schedule.forget(identity);
+        self.answer(identity, &Err(IdentityError::Forgotten));
+        if self.entries.remove(identity).is_some() {
+            self.publish();
+        }
+    }
+
+    fn start_due(&mut self) {
+        while let Some(identity) = self.schedule.start(self.started.elapsed()) {
+            self.generation += 1;
+            let (ca, generation, wanted) = (self.ca.clone(), self.generation, identity.clone());
+            let attempt = self.attempts.spawn(async move { fetch(&*ca, &wanted, generation).await });
+            self.in_flight.insert(attempt.id(), identity);
+        }
+    }
+
+    fn finished(&mut self, done: Result<(tokio::task::Id, Result<Svid, FetchError>), JoinError>) {
+        // A panic in a CA client is a failed attempt like any other.
+        let (id, result) = done.unwrap_or_else(|error| (error.id(), Err(FetchError::Aborted)));
+        let Some(identity) = self.in_flight.remove(&id) else { return };
+        let now = (self.clock)();
+        match result {
+            Ok(svid) if !svid.is_valid_at(now) => self.failed(identity, Arc::new(FetchError::Expired), now),
+            Ok(svid) => self.succeeded(identity, Arc::new(svid), now),
+            Err(error) => self.failed(identity, Arc::new(error), now),
+        }
+    }
+
+    fn succeeded(&mut self, identity: Identity, svid: Arc<Svid>, now: SystemTime) {
+        // Life counts from now, not from a notBefore that was dated back.
+        let life = svid.not_after.duration_since(now).unwrap_or_default();
+        if !self.schedule.succeeded(&identity, life, rand::random(), self.started.elapsed()) {
+            return;
+        }
+        tracing::debug!(%identity, ?life, "certificate ready");
+        self.answer(&identity, &Ok(svid.clone()));
+        let entry = Entry { identity: identity.clone(), state: EntryState::Available, svid: Some(svid) };
+        self.entries.insert(identity, entry);
+        self.publish();
+    }
+
+    fn failed(&mut self, identity: Identity, error: Arc<FetchError>, now: SystemTime) {
+        let held =
+            self.entries.get(&identity).and_then(|entry| entry.svid.clone()).filter(|svid| svid.is_valid_at(now));
+        let left = held.as_ref().and_then(|svid| svid.not_after.duration_since(now).ok());
+        if !self.schedule.failed(&identity, left, rand::random(), self.started.elapsed()) {
+            return;
+        }
+        let text = chain(&*error);
+        tracing::warn!(%identity, error = text, held = held.is_some(), "certificate request failed");
+        self.answer(&identity, &Err(IdentityError::Fetch { identity: identity.clone(), source: error }));
+        let state = if held.is_some() { EntryState::Available } else { EntryState::Unavailable(text) };
+        self.entries.insert(identity.clone(), Entry { identity, state, svid: held });
+        self.publish();
+    }
+
+    fn answer(&mut self, identity: &Identity, result: &Result<Arc<Svid>, IdentityError>) {
+        for reply in self.waiters.remove(identity).unwrap_or_default() {
+            // Whoever stopped waiting needs no answer.
+            drop(reply.send(result.clone()));
+        }
+    }
+
+    fn publish(&self) {
+        self.shared.entries.store(Arc::new(self.entries.clone()));
+    }
+}
+
+async fn fetch(ca: &dyn CaClient, identity: &Identity, generation: u64) -> Result<Svid, FetchError> {
+    let csr = Csr::generate(identity)?;
+    let answer = ca.sign(identity, csr.pem).await?;
+    Ok(Svid::new(identity.clone(), csr.key, &answer, generation)?)
+}
+
+async fn sleep_until(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// An error with its causes, `: `-joined.
+fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(error.source(), |e| e.source()).fold(error.to_string(), |text, e| format!("{text}: {e}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        sync::{Mutex, atomic::AtomicUsize},
+        time::Duration,
+    };
+
+    use super::*;
+    use crate::{authority::SigningAuthority, ca::BoxFuture};
+
+    const TTL: Duration = Duration::from_secs(10);
+    const ANSWER_TIME: Duration = Duration::from_millis(50);
+
+    /// A CA on a paused clock that can be made to refuse.
+    struct FakeCa {
+        authority: SigningAuthority,
+        clock: Arc<dyn Fn() -> SystemTime + Send + Sync>,
+        asked: AtomicUsize,
+        down: Mutex<bool>,
+    }
+
+    impl CaClient for FakeCa {
+        fn sign(&self, identity: &Identity, csr_pem: String) -> BoxFuture<'_, Result<Vec<String>, CaError>> {
+            let identity = identity.clone();
+            Box::pin(async move {
+                self.asked.fetch_add(1, Ordering::SeqCst);
+                tokio::time::sleep(ANSWER_TIME).await;
+                if *self.down.lock().unwrap() {
+                    return Err(CaError::Refused("down".to_owned()));
+                }
+                Ok(self.authority.sign(&csr_pem, &identity, TTL, (self.clock)()).unwrap())
+            })
+        }
+    }
+
+    fn start() -> (Manager, Arc<FakeCa>, tokio::task::JoinHandle<()>) {
+        let (origin, base) = (Instant::now(), SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
+        let clock: Arc<dyn Fn() -> SystemTime + Send + Sync> = Arc::new(move || base + origin.elapsed());
+        let authority = SigningAuthority::generate("cluster.local").unwrap();
+        let ca =
+            Arc::new(FakeCa { authority, clock: clock.clone(), asked: AtomicUsize::new(0), down: Mutex::new(false) });
+        let (manager, task) = Manager::new(Config { clock }, ca.clone());
+        (manager, ca, tokio::spawn(task))
+    }
+
+    fn identity() -> Identity {
+        Identity::new("cluster.local", "demo", "client")
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn many_waiters_share_one_request() {
+        let (manager, ca, _task) = start();
+        let (manager, identity) = (&manager, &identity());
+        let all = futures_util::future::join_all((0..50).map(|_| manager.certificate(identity, Priority::RealTime)));
+        let generations: Vec<u64> = all.await.into_iter().map(|svid| svid.unwrap().generation).collect();
+        assert_eq!(generations, [1; 50]);
+        assert_eq!(ca.asked.load(Ordering::SeqCst), 1);
+        assert_eq!(manager.entries()[0].state, EntryState::Available);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn ten_second_certificates_never_lapse() {
+        let (manager, ca, _task) = start();
+        let mut last = manager.certificate(&identity(), Priority::RealTime).await.unwrap().generation;
+        for _ in 0..120 {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let svid = manager.cached(&identity()).expect("a valid certificate at every moment");
+            assert!(svid.generation >= last);
+            last = svid.generation;
+        }
+        let asked = ca.asked.load(Ordering::SeqCst);
+        assert!((12..=25).contains(&asked), "{asked} requests in two minutes");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_valid_certificate_survives_failed_renewals() {
+        let (manager, ca, _task) = start();
+        let first = manager.certificate(&identity(), Priority::RealTime).await.unwrap();
+        *ca.down.lock().unwrap() = true;
+        tokio::time::sleep(Duration::from_millis(9500)).await;
+        assert!(ca.asked.load(Ordering::SeqCst) > 1, "renewal was tried");
+        assert!(Arc::ptr_eq(&manager.cached(&identity()).unwrap(), &first));
+        assert_eq!(manager.entries()[0].state, EntryState::Available);
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        assert!(manager.cached(&identity()).is_none(), "an expired certificate is not handed out");
+        *ca.down.lock().unwrap() = false;
+        assert!(manager.certificate(&identity(), Priority::RealTime).await.unwrap().generation > first.generation);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failure_reaches_every_waiter_and_a_later_connection_shortens_the_back_off() {
+        let (manager, ca, _task) = start();
+        *ca.down.lock().unwrap() = true;
+        let (a, b) = (identity(), identity());
+        let (a, b) =
+            tokio::join!(manager.certificate(&a, Priority::RealTime), manager.certificate(&b, Priority::RealTime));
+        assert!(a.is_err() && b.is_err());
+        // Let the back-off grow, then ask: the answer comes long before the next planned attempt.
+        tokio::time::sleep(Duration::from_secs(300)).await;
+        *ca.down.lock().unwrap() = false;
+        let asked = Instant::now();
+        manager.certificate(&identity(), Priority::RealTime).await.unwrap();
+        assert!(asked.elapsed() <= Duration::from_millis(1100));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn forgetting_answers_waiters_and_stops_renewal() {
+        let (manager, ca, _task) = start();
+        let (waiter, identity) = (manager.clone(), identity());
+        let wanted = identity.clone();
+        let waiting = tokio::spawn(async move { waiter.certificate(&wanted, Priority::RealTime).await });
+        tokio::time::sleep(ANSWER_TIME / 2).await;
+        manager.forget(&identity);
+        assert!(matches!(waiting.await.unwrap(), Err(IdentityError::Forgotten)));
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        assert_eq!(ca.asked.load(Ordering::SeqCst), 1);
+        assert!(manager.entries().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_task_ends_with_its_last_handle() {
+        let (manager, _ca, task) = start();
+        manager.warm(identity());
+        drop(manager);
+        task.await.unwrap();
+    }
+}
