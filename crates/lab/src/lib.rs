@@ -1,1 +1,28 @@
-//! Virtual nodes and pods on one machine: plays kubelet and container runtime.
+//! A cluster on one machine: nodes and pods are network namespaces, and this crate plays what surrounds a mesh on a real node:
+//! kubelet, container runtime, service proxy and a minimal pod network. The mesh's own programs run as themselves, each in its own
+//! process.
+//!
+//! ```text
+//!  outside                      inside a user + network + mount + PID namespace
+//!  fairway lab … ──unix──▶ supervisor ──▶ wire (bridge) ─┬─ control: fairwayd
+//!                               │                        ├─ node1: ztunnel, fairway-node, pods
+//!                               └── CNI ADD/DEL, exec    └─ node2: …
+//! ```
+//!
+//! Nothing outlives the supervisor: it is the first child of the PID namespace's init, all state is on a private tmpfs, and its
+//! control socket is abstract. Deliberately absent: scheduling, images, DNS servers.
+
+#![forbid(unsafe_code)]
+
+pub mod apps;
+pub mod cluster;
+pub mod components;
+pub mod control;
+pub mod kubeproxy;
+pub mod manifest;
+pub mod plugin;
+pub mod pods;
+pub mod protocol;
+pub mod supervisor;
+pub mod topology;
+pub mod wire;

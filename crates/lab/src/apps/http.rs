@@ -1,0 +1,148 @@
+//! A small HTTP/1.1 server and client over plain `std` sockets: enough for requests whose bytes one wants to find on a wire.
+
+use std::{
+    io::{self, BufRead, BufReader, Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
+    time::Duration,
+};
+
+/// Largest head or body either side accepts.
+const LIMIT: u64 = 64 * 1024;
+
+/// Answers every request with the server's name, the peer it saw and the request's path, until the process ends.
+///
+/// # Errors
+/// When the port cannot be bound.
+pub fn serve(listen: SocketAddr, name: &str) -> io::Result<()> {
+    let listener = TcpListener::bind(listen)?;
+    for stream in listener.incoming() {
+        let Ok(stream) = stream else { continue };
+        let name = name.to_owned();
+        // One thread per connection: a test server for tens of connections; the load generator has its own.
+        std::thread::spawn(move || drop(answer(&stream, &name)));
+    }
+    Ok(())
+}
+
+fn answer(stream: &TcpStream, name: &str) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let peer = stream.peer_addr()?.ip().to_canonical();
+    let mut reader = BufReader::new(stream);
+    while let Some(request) = read_head(&mut reader)? {
+        let path = request.lines().next().and_then(|l| l.split(' ').nth(1)).unwrap_or("/").to_owned();
+        let body = format!("{name} saw {peer} ask for {path}\n");
+        let length = body.len();
+        let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\ncontent-type: text/plain\r\n\r\n{body}");
+        (&mut &*stream).write_all(answer.as_bytes())?;
+    }
+    Ok(())
+}
+
+/// One answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Answer {
+    pub status: u16,
+    pub body: String,
+}
+
+/// `GET http://host[:port]/path` on a connection of its own.
+///
+/// # Errors
+/// Whatever the sockets say; a malformed URL or answer is `InvalidInput` or `InvalidData`.
+pub fn get(url: &str, timeout: Duration) -> io::Result<Answer> {
+    let rest = url.strip_prefix("http://").ok_or_else(|| invalid("the URL must start with http://"))?;
+    let (authority, path) = rest.split_once('/').map_or_else(|| (rest, "/".to_owned()), |(a, p)| (a, format!("/{p}")));
+    let stream = dial(authority, 80, timeout)?;
+    stream.set_read_timeout(Some(timeout))?;
+    let request = format!("GET {path} HTTP/1.1\r\nhost: {authority}\r\nconnection: close\r\n\r\n");
+    (&stream).write_all(request.as_bytes())?;
+    read_answer(&mut BufReader::new(&stream))
+}
+
+/// Connects to `host[:port]`, trying each address the name has.
+///
+/// # Errors
+/// The last address's error.
+pub fn dial(authority: &str, default_port: u16, timeout: Duration) -> io::Result<TcpStream> {
+    let with_port = if authority.parse::<SocketAddr>().is_ok()
+        || authority.rsplit_once(':').is_some_and(|(h, p)| !h.contains(':') && p.parse::<u16>().is_ok())
+    {
+        authority.to_owned()
+    } else {
+        format!("{authority}:{default_port}")
+    };
+    let mut last = invalid("the name has no address");
+    for address in with_port.to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, timeout) {
+            Ok(stream) => {
+                stream.set_nodelay(true)?;
+                return Ok(stream);
+            }
+            Err(error) => last = error,
+        }
+    }
+    Err(last)
+}
+
+/// Reads one answer with a `content-length` or up to the end of the stream.
+///
+/// # Errors
+/// An early end or a malformed head.
+pub fn read_answer(reader: &mut impl BufRead) -> io::Result<Answer> {
+    let head = read_head(reader)?.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
+    let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).ok_or_else(|| malformed("no status"))?;
+    let length = head.lines().find_map(|l| {
+        let (name, value) = l.split_once(':')?;
+        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<u64>().ok())?
+    });
+    let mut body = Vec::new();
+    reader.take(length.unwrap_or(LIMIT).min(LIMIT)).read_to_end(&mut body)?;
+    if length.is_some_and(|l| body.len() as u64 != l) {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(Answer { status, body: String::from_utf8_lossy(&body).into_owned() })
+}
+
+/// A head up to its empty line; `None` at a clean end of stream.
+fn read_head(reader: &mut impl BufRead) -> io::Result<Option<String>> {
+    let mut head = Vec::new();
+    loop {
+        let n = reader.by_ref().take(LIMIT - head.len() as u64).read_until(b'\n', &mut head)?;
+        if n == 0 {
+            return if head.is_empty() { Ok(None) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
+        }
+        if head.ends_with(b"\r\n\r\n") || head.ends_with(b"\n\n") {
+            return Ok(Some(String::from_utf8_lossy(&head).into_owned()));
+        }
+    }
+}
+
+fn invalid(text: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidInput, text)
+}
+
+fn malformed(text: &str) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_answered_with_peer_and_path() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let server = std::thread::spawn(move || answer(&listener.accept().unwrap().0, "server"));
+        let answer = get(&format!("http://{address}/nonce-1"), Duration::from_secs(5)).unwrap();
+        assert_eq!(answer, Answer { status: 200, body: "server saw 127.0.0.1 ask for /nonce-1\n".to_owned() });
+        server.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn malformed_answers_are_errors() {
+        for bad in ["", "HTTP/1.1", "HTTP/1.1 abc\r\n\r\n", "HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nab"] {
+            assert!(read_answer(&mut bad.as_bytes()).is_err(), "{bad:?}");
+        }
+    }
+}

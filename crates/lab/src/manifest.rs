@@ -1,0 +1,176 @@
+//! Users' manifests, as the lab's kubelet reads them: it takes Pods, Services and Namespaces out (it has to fill in what an API
+//! server would) and leaves every other document in place, on its own lines, for the control plane to read.
+
+use serde_json::{Map, Value, json};
+
+/// One file, taken apart.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Split {
+    /// The file with the documents below blanked out, so that line numbers still hold.
+    pub rest: String,
+    pub namespaces: Vec<Value>,
+    pub pods: Vec<Value>,
+    pub services: Vec<Value>,
+}
+
+/// Why a manifest was not taken; nothing of its file is applied.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{file}:{line}: {message}")]
+pub struct ManifestError {
+    pub file: String,
+    /// 1-based.
+    pub line: usize,
+    pub message: String,
+}
+
+/// # Errors
+/// The first document that is not YAML, has no kind or name, or is a Pod that cannot run here.
+pub fn split(file: &str, text: &str) -> Result<Split, ManifestError> {
+    let mut out = Split::default();
+    for document in documents(text) {
+        let fail = |message: String| ManifestError { file: file.to_owned(), line: document.line, message };
+        let value: Value = serde_saphyr::from_str(&document.text).map_err(|e| fail(first_line(&e.to_string())))?;
+        if value.is_null() {
+            out.rest.push_str(&document.blank());
+            continue;
+        }
+        let kind = value["kind"].as_str().ok_or_else(|| fail("`kind` is missing".to_owned()))?;
+        if value["metadata"]["name"].as_str().is_none_or(str::is_empty) {
+            return Err(fail("`metadata.name` is missing".to_owned()));
+        }
+        let list = match kind {
+            "Namespace" => &mut out.namespaces,
+            "Pod" => {
+                check_pod(&value).map_err(&fail)?;
+                &mut out.pods
+            }
+            "Service" => &mut out.services,
+            "CronJob" | "DaemonSet" | "Deployment" | "Job" | "ReplicaSet" | "StatefulSet" => {
+                return Err(fail(format!("the lab runs Pods only; write this {kind}'s template as `kind: Pod`")));
+            }
+            _ => {
+                out.rest.push_str(&document.raw);
+                continue;
+            }
+        };
+        list.push(with_defaults(value));
+        out.rest.push_str(&document.blank());
+    }
+    Ok(out)
+}
+
+/// A YAML document and where it starts.
+struct Document {
+    line: usize,
+    /// As written, separator lines included.
+    raw: String,
+    /// Without separators.
+    text: String,
+}
+
+impl Document {
+    fn blank(&self) -> String {
+        // Separators stay: they keep neighbours apart.
+        self.raw.lines().map(|l| if l.starts_with("---") { "---\n" } else { "\n" }).collect()
+    }
+}
+
+fn documents(text: &str) -> Vec<Document> {
+    let mut out = vec![Document { line: 1, raw: String::new(), text: String::new() }];
+    for (index, line) in text.lines().enumerate() {
+        if line.starts_with("---") {
+            out.push(Document { line: index + 1, raw: String::new(), text: String::new() });
+        }
+        if let Some(current) = out.last_mut() {
+            current.raw.push_str(line);
+            current.raw.push('\n');
+            current.text.push_str(line.strip_prefix("---").unwrap_or(line));
+            current.text.push('\n');
+        }
+    }
+    out
+}
+
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
+fn check_pod(pod: &Value) -> Result<(), String> {
+    let containers = pod["spec"]["containers"].as_array().filter(|c| !c.is_empty());
+    let containers = containers.ok_or("`spec.containers` is missing or empty")?;
+    for (i, container) in containers.iter().enumerate() {
+        if container["command"].as_array().is_none_or(Vec::is_empty) {
+            return Err(format!(
+                "`spec.containers[{i}].command` is missing; the lab has no images, so it must say what to run on this machine"
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn with_defaults(mut value: Value) -> Value {
+    let kind = value["kind"].as_str().unwrap_or_default().to_owned();
+    let metadata = value["metadata"].as_object_mut().map(std::mem::take).unwrap_or_default();
+    let mut metadata: Map<String, Value> = metadata;
+    if kind != "Namespace" {
+        metadata.entry("namespace").or_insert_with(|| json!("default"));
+    }
+    value["metadata"] = Value::Object(metadata);
+    value
+}
+
+/// `namespace/name` of a namespaced object.
+pub fn key(value: &Value) -> (String, String) {
+    let text = |field: &str| value["metadata"][field].as_str().unwrap_or_default().to_owned();
+    (text("namespace"), text("name"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FILE: &str = "\
+# a comment
+apiVersion: v1
+kind: Pod
+metadata: {name: a, namespace: demo}
+spec:
+  containers:
+  - {name: c, command: [sleep, inf]}
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata:
+  name: p
+  namespace: demo
+---
+apiVersion: v1
+kind: Service
+metadata: {name: s}
+";
+
+    #[test]
+    fn what_remains_keeps_its_lines() {
+        let split = split("f.yaml", FILE).unwrap();
+        assert_eq!((split.pods.len(), split.services.len()), (1, 1));
+        assert_eq!(key(&split.services[0]), ("default".to_owned(), "s".to_owned()));
+        let line = split.rest.lines().position(|l| l.contains("AuthorizationPolicy")).unwrap();
+        assert_eq!(FILE.lines().nth(line).unwrap(), "kind: AuthorizationPolicy");
+        assert!(!split.rest.contains("kind: Pod") && !split.rest.contains("Service"));
+    }
+
+    #[test]
+    fn says_where_and_what_instead() {
+        let error = |text: &str| split("my.yaml", text).unwrap_err().to_string();
+        assert!(error("a: 1\n---\nkind: Pod\nmetadata: {name: x}\n").contains("my.yaml:1: `kind` is missing"));
+        assert!(
+            error("kind: Pod\nmetadata: {name: x}\nspec: {containers: [{name: c}]}\n")
+                .contains("containers[0].command")
+        );
+        assert!(
+            error("kind: Deployment\nmetadata: {name: x}\n")
+                .contains("write this Deployment's template as `kind: Pod`")
+        );
+        assert!(error("kind: Pod\nmetadata: {name: [\n").starts_with("my.yaml:1:"));
+    }
+}
