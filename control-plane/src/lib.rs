@@ -1,1 +1,27 @@
-//! Manifests to model to discovery, and the workload CA.
+//! The control plane: a folder of manifests in, discovery and workload certificates out.
+//!
+//! ```text
+//! source ── objects, with origins ──▶ index ── changed resources ──▶ publish ──▶ discovery cache ──▶ every node
+//!    └──── problems ──▶ log, /debug/problems, `fairwayd check`   └──▶ ca: who runs where, as whom
+//! ```
+//! Stateless but for its keys: everything is rebuilt from the manifests. Deliberately absent: decisions about connections, which are
+//! `mesh-core`'s, and anything that waypoints need.
+
+#![forbid(unsafe_code)]
+
+pub mod app;
+mod ca;
+mod cli;
+mod fields;
+mod index;
+mod metrics;
+mod objects;
+pub mod problem;
+mod publish;
+mod source;
+mod state;
+mod tls;
+pub mod token;
+mod yaml;
+
+pub use cli::main;

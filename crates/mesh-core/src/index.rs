@@ -12,7 +12,7 @@
 //! (node, identity) ──▶ number of workloads
 //! ```
 
-use std::{borrow::Borrow, collections::BTreeMap, hash::Hash, sync::Arc};
+use std::{borrow::Borrow, collections::BTreeMap, fmt, hash::Hash, sync::Arc};
 
 use foldhash::fast::RandomState;
 use ipnet::IpNet;
@@ -107,6 +107,19 @@ pub struct Index {
     policies: Map<Arc<str>, Arc<Policy>>,
     /// By namespace, "" for global ones; those of selector scope are only found by key.
     policies_by_scope: Map<Arc<str>, Sorted<Policy>>,
+}
+
+/// Sizes only: the contents have pages of their own.
+impl fmt::Debug for Index {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Index")
+            .field("version", &self.version)
+            .field("policies_complete", &self.policies_complete)
+            .field("workloads", &self.workloads.size())
+            .field("services", &self.services.size())
+            .field("policies", &self.policies.size())
+            .finish_non_exhaustive()
+    }
 }
 
 impl Default for Index {

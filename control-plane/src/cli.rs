@@ -1,0 +1,189 @@
+//! `fairwayd run|token|check`.
+
+use std::{
+    ffi::OsString,
+    net::SocketAddr,
+    path::PathBuf,
+    process::ExitCode,
+    time::{Duration, SystemTime},
+};
+
+use clap::{Args, Parser, Subcommand};
+use mesh_runtime::{
+    env::parse_duration,
+    signal::Shutdown,
+    telemetry::{self, Format},
+};
+
+use crate::{
+    app::{self, Config},
+    ca::with_causes,
+    source::Folder,
+    token::{Subject, TokenKey},
+};
+
+/// The mesh's control plane: manifests to discovery, and the workload CA.
+#[derive(Debug, Parser)]
+#[command(name = "fairwayd", version, max_term_width = 120)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve discovery and certificates for a folder of manifests.
+    Run(Run),
+    /// Print a token for a node's proxy.
+    Token(Token),
+    /// Validate manifests: prints each problem with its place and remedy, and exits 1 if there is any.
+    Check(Check),
+}
+
+#[derive(Debug, Args)]
+struct Run {
+    /// Folder of Kubernetes manifests, watched, with its subfolders.
+    #[arg(long, env = "FAIRWAY_MANIFESTS", value_name = "DIR")]
+    manifests: PathBuf,
+    /// Folder of keys and certificates; made when missing, and worth keeping.
+    #[arg(long, value_name = "DIR")]
+    state: PathBuf,
+    /// Where to serve discovery and certificates.
+    #[arg(long, value_name = "IP:PORT", default_value = "0.0.0.0:15012")]
+    listen: SocketAddr,
+    /// Where to serve readiness, metrics and debugging pages.
+    #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:15014")]
+    admin: SocketAddr,
+    #[arg(long, value_name = "DOMAIN", default_value = mesh_core::identity::DEFAULT_TRUST_DOMAIN)]
+    trust_domain: String,
+    /// Default and longest life of workload certificates.
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = duration)]
+    workload_cert_ttl: Duration,
+    /// A further name or address this server is reached by; may be repeated.
+    #[arg(long = "server-name", value_name = "NAME")]
+    server_names: Vec<String>,
+    /// A service account whose tokens may ask for the identities of pods on their node; may be repeated.
+    #[arg(long = "trusted-account", value_name = "NAMESPACE/NAME", default_value = "istio-system/ztunnel", value_parser = account)]
+    trusted_accounts: Vec<(String, String)>,
+}
+
+#[derive(Debug, Args)]
+struct Token {
+    /// The state folder of the server that shall accept the token.
+    #[arg(long, value_name = "DIR")]
+    state: PathBuf,
+    /// The node the token speaks for.
+    #[arg(long)]
+    node: String,
+    #[arg(long, default_value = "istio-system")]
+    namespace: String,
+    #[arg(long, default_value = "ztunnel")]
+    service_account: String,
+    #[arg(long, default_value = "")]
+    pod: String,
+    #[arg(long, default_value = "")]
+    pod_uid: String,
+    #[arg(long, value_name = "DURATION", default_value = "12h", value_parser = duration)]
+    ttl: Duration,
+}
+
+#[derive(Debug, Args)]
+struct Check {
+    #[arg(long, env = "FAIRWAY_MANIFESTS", value_name = "DIR")]
+    manifests: PathBuf,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    parse_duration(text).filter(|d| !d.is_zero()).ok_or_else(|| "expected a duration like 90s, 15m or 24h".to_owned())
+}
+
+fn account(text: &str) -> Result<(String, String), String> {
+    match text.split_once('/') {
+        Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() => Ok((namespace.into(), name.into())),
+        _ => Err("expected NAMESPACE/NAME".to_owned()),
+    }
+}
+
+/// Runs the program with `args`, its own name left out.
+pub fn main(args: Vec<OsString>) -> ExitCode {
+    let cli = match Cli::try_parse_from(std::iter::once(OsString::from("fairwayd")).chain(args)) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Printing help to a closed pipe is not worth an error.
+            drop(error.print());
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    let outcome = match cli.command {
+        Command::Run(run) => self::run(run),
+        Command::Token(token) => self::token(token),
+        Command::Check(check) => return self::check(check),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("fairwayd: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(run: Run) -> Result<(), String> {
+    let var = |name: &str| std::env::var(name).unwrap_or_default();
+    let filter = Some(var("RUST_LOG")).filter(|filter| !filter.is_empty()).unwrap_or_else(|| "info".to_owned());
+    let format = if var("LOG_FORMAT") == "json" { Format::Json } else { Format::Plain };
+    telemetry::init(&filter, format).map_err(|error| format!("RUST_LOG={filter}: {error}"))?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+    let runtime = runtime.map_err(|error| format!("cannot start: {error}"))?;
+    runtime.block_on(serve(Config {
+        manifests: run.manifests,
+        state: run.state,
+        listen: run.listen,
+        admin: run.admin,
+        trust_domain: run.trust_domain,
+        workload_cert_ttl: run.workload_cert_ttl,
+        server_names: run.server_names,
+        trusted_accounts: run.trusted_accounts,
+    }))
+}
+
+async fn serve(config: Config) -> Result<(), String> {
+    let mut shutdown = Shutdown::new().map_err(|error| format!("cannot catch signals: {error}"))?;
+    let mut running = app::start(config).await.map_err(|error| with_causes(&error))?;
+    let outcome = tokio::select! {
+        signal = shutdown.recv() => {
+            tracing::info!(signal, "stopping");
+            Ok(())
+        }
+        error = running.failed() => Err(with_causes(&error)),
+    };
+    running.stop().await;
+    outcome
+}
+
+fn token(token: Token) -> Result<(), String> {
+    let Token { state, node, namespace, service_account, pod, pod_uid, ttl } = token;
+    let subject = Subject { node, namespace, service_account, pod, pod_uid };
+    let issued = TokenKey::open(&state).and_then(|key| key.issue(&subject, ttl, SystemTime::now()));
+    println!("{}", issued.map_err(|error| with_causes(&error))?);
+    Ok(())
+}
+
+fn check(check: Check) -> ExitCode {
+    let mut folder = Folder::new(check.manifests, app::manifest_settings());
+    let objects = folder.scan().len();
+    let problems = folder.problems();
+    for problem in &problems {
+        println!("{problem}");
+    }
+    match problems.len() {
+        0 => {
+            println!("{objects} objects, no problems");
+            ExitCode::SUCCESS
+        }
+        count => {
+            eprintln!("fairwayd: {count} {} in {objects} objects", if count == 1 { "problem" } else { "problems" });
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! Objects in, model out: a pure function, evaluated incrementally.
+//!
+//! Each object is a *unit* that yields some resources. A change marks the units that depend on it; only those are computed again, and
+//! only resources that came out different are reported. That equals computing everything from scratch, which the tests hold it to.
+//!
+//! ```text
+//! Pod ◀── PodEnrolment, Node, Service (selector), EndpointSlice (targetRef), AuthorizationPolicy (selector), PeerAuthentication
+//! Service ◀── Namespace        EndpointSlice ◀── Service        PeerAuthentication ◀── PeerAuthentication of wider scope
+//! everything with an address ◀── the root Namespace (network)
+//! ```
+
+mod mtls;
+mod service;
+mod workload;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use mesh_core::index::{Delta, Index, Provenance, Resource, ResourceKey};
+
+use crate::{
+    objects::{AuthorizationPolicy, EndpointSlice, Kind, Labels, Object, ObjectKey, PeerAuthentication, Service, Spec},
+    source::ObjectChange,
+};
+
+/// What the model depends on besides objects.
+#[derive(Clone, Debug)]
+pub(crate) struct Settings {
+    /// Its policies apply to the whole mesh, its network label names the cluster's network.
+    pub(crate) root_namespace: Arc<str>,
+    pub(crate) trust_domain: Arc<str>,
+    pub(crate) cluster_id: Arc<str>,
+    /// The `cluster.local` of `web.demo.svc.cluster.local`.
+    pub(crate) cluster_domain: Arc<str>,
+}
+
+/// A resource that came out different.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct ResourceChange {
+    pub(crate) before: Option<Resource>,
+    pub(crate) after: Option<Resource>,
+}
+
+/// See the module's documentation.
+#[derive(Clone)]
+pub(crate) struct ClusterIndex {
+    settings: Settings,
+    objects: BTreeMap<ObjectKey, Arc<Object>>,
+    pods_by_node: BTreeMap<Arc<str>, BTreeSet<ObjectKey>>,
+    /// What each unit yields now.
+    yields: BTreeMap<ObjectKey, BTreeMap<ResourceKey, Resource>>,
+    model: Index,
+}
+
+impl ClusterIndex {
+    pub(crate) fn new(settings: Settings) -> Self {
+        let mut model = Index::default();
+        model.set_policies_complete(true);
+        let (objects, pods_by_node, yields) = Default::default();
+        Self { settings, objects, pods_by_node, yields, model }
+    }
+
+    /// The resources as the proxies see them.
+    pub(crate) fn model(&self) -> &Index {
+        &self.model
+    }
+
+    pub(crate) fn apply(&mut self, changes: Vec<ObjectChange>) -> Vec<ResourceChange> {
+        let mut units = BTreeSet::new();
+        for (key, new) in changes {
+            let old = self.replace(&key, new.clone());
+            let versions: Vec<Arc<Object>> = [old, new].into_iter().flatten().collect();
+            for object in &versions {
+                self.dependents(object, &mut units);
+            }
+            units.insert(key);
+        }
+        let changes: Vec<ResourceChange> = units.iter().flat_map(|unit| self.recompute(unit)).collect();
+        self.model.apply(delta(&changes));
+        changes
+    }
+
+    fn replace(&mut self, key: &ObjectKey, new: Option<Arc<Object>>) -> Option<Arc<Object>> {
+        if let Some(node) = new.as_deref().and_then(node_of) {
+            self.pods_by_node.entry(node.clone()).or_default().insert(key.clone());
+        }
+        let old = match new.clone() {
+            Some(object) => self.objects.insert(key.clone(), object),
+            None => self.objects.remove(key),
+        };
+        let (before, after) = (old.as_deref().and_then(node_of), new.as_deref().and_then(node_of));
+        if let Some(node) = before.filter(|node| Some(*node) != after)
+            && let Some(pods) = self.pods_by_node.get_mut(node)
+        {
+            pods.remove(key);
+            if pods.is_empty() {
+                self.pods_by_node.remove(node);
+            }
+        }
+        old
+    }
+
+    /// Units other than the object itself that a change of this version of it may concern.
+    fn dependents(&self, object: &Object, units: &mut BTreeSet<ObjectKey>) {
+        let ObjectKey { namespace, name, .. } = &object.key;
+        let is_root = *namespace == self.settings.root_namespace;
+        match &object.spec {
+            Spec::Pod(_) | Spec::ServiceAccount => {}
+            Spec::PodEnrolment(_) => drop(units.insert(ObjectKey::new(Kind::Pod, namespace, name))),
+            Spec::Node(_) => units.extend(self.pods_by_node.get(name).into_iter().flatten().cloned()),
+            Spec::Namespace(_) if *name == self.settings.root_namespace => {
+                units.extend(
+                    [Kind::EndpointSlice, Kind::Pod, Kind::Service].iter().flat_map(|kind| self.keys(*kind, None)),
+                );
+            }
+            Spec::Namespace(_) => units.extend(self.keys(Kind::Service, Some(name))),
+            Spec::Service(service) => {
+                self.selected(&service.selector, Some(namespace), units);
+                for (key, slice) in self.slices(namespace).filter(|(_, slice)| slice.service.as_ref() == Some(name)) {
+                    units.insert(key.clone());
+                    targets(namespace, slice, units);
+                }
+            }
+            Spec::EndpointSlice(slice) => targets(namespace, slice, units),
+            Spec::AuthorizationPolicy(policy) => {
+                self.selected(&policy.selector, (!is_root).then_some(namespace), units);
+            }
+            Spec::PeerAuthentication(_) => {
+                let within = (!is_root).then_some(namespace);
+                units.extend([Kind::PeerAuthentication, Kind::Pod].iter().flat_map(|kind| self.keys(*kind, within)));
+            }
+        }
+    }
+
+    /// Pods that a non-empty selector matches.
+    fn selected(&self, selector: &Labels, namespace: Option<&Arc<str>>, units: &mut BTreeSet<ObjectKey>) {
+        if selector.is_empty() {
+            return;
+        }
+        let pods = self.objects_of(Kind::Pod, namespace);
+        let matching = pods.filter(|o| matches!(&o.spec, Spec::Pod(pod) if matches(selector, &pod.labels)));
+        units.extend(matching.map(|o| o.key.clone()));
+    }
+
+    fn recompute(&mut self, unit: &ObjectKey) -> Vec<ResourceChange> {
+        let after = self.evaluate(unit);
+        let before = self.yields.remove(unit).unwrap_or_default();
+        let mut changes = Vec::new();
+        for (key, old) in &before {
+            if !after.contains_key(key) {
+                changes.push(ResourceChange { before: Some(old.clone()), after: None });
+            }
+        }
+        for (key, new) in &after {
+            if before.get(key) != Some(new) {
+                changes.push(ResourceChange { before: before.get(key).cloned(), after: Some(new.clone()) });
+            }
+        }
+        if !after.is_empty() {
+            self.yields.insert(unit.clone(), after);
+        }
+        changes
+    }
+
+    fn evaluate(&self, unit: &ObjectKey) -> BTreeMap<ResourceKey, Resource> {
+        let Some(object) = self.objects.get(unit) else { return BTreeMap::new() };
+        let resources: Vec<Resource> = match &object.spec {
+            Spec::AuthorizationPolicy(AuthorizationPolicy { policy, .. }) => {
+                policy.iter().cloned().map(|p| Resource::Policy(Arc::new(p))).collect()
+            }
+            Spec::EndpointSlice(slice) => {
+                self.slice_workloads(unit, slice).map(|w| Resource::Workload(Arc::new(w))).collect()
+            }
+            Spec::PeerAuthentication(peer) => {
+                self.converted(unit, peer).map(|p| Resource::Policy(Arc::new(p))).into_iter().collect()
+            }
+            Spec::Pod(pod) => {
+                self.pod_workload(unit, pod).map(|w| Resource::Workload(Arc::new(w))).into_iter().collect()
+            }
+            Spec::Service(service) => {
+                self.service(unit, service).map(|s| Resource::Service(Arc::new(s))).into_iter().collect()
+            }
+            Spec::Namespace(_) | Spec::Node(_) | Spec::PodEnrolment(_) | Spec::ServiceAccount => Vec::new(),
+        };
+        resources.into_iter().map(|r| (r.key(), r)).collect()
+    }
+
+    /// Objects of a kind, in one namespace or in all, by name.
+    fn objects_of(&self, kind: Kind, namespace: Option<&Arc<str>>) -> impl Iterator<Item = &Arc<Object>> {
+        let first = ObjectKey { kind, namespace: namespace.cloned().unwrap_or_default(), name: "".into() };
+        let namespace = namespace.cloned();
+        let within =
+            move |key: &ObjectKey| key.kind == kind && namespace.as_ref().is_none_or(|ns| key.namespace == *ns);
+        self.objects.range(first..).take_while(move |(key, _)| within(key)).map(|(_, object)| object)
+    }
+
+    fn keys(&self, kind: Kind, namespace: Option<&Arc<str>>) -> impl Iterator<Item = ObjectKey> {
+        self.objects_of(kind, namespace).map(|o| o.key.clone())
+    }
+
+    fn services(&self, namespace: &Arc<str>) -> impl Iterator<Item = (&ObjectKey, &Service)> {
+        self.objects_of(Kind::Service, Some(namespace)).filter_map(|o| match &o.spec {
+            Spec::Service(service) => Some((&o.key, &**service)),
+            _ => None,
+        })
+    }
+
+    fn slices(&self, namespace: &Arc<str>) -> impl Iterator<Item = (&ObjectKey, &EndpointSlice)> {
+        self.objects_of(Kind::EndpointSlice, Some(namespace)).filter_map(|o| match &o.spec {
+            Spec::EndpointSlice(slice) => Some((&o.key, slice)),
+            _ => None,
+        })
+    }
+
+    fn peer_authentications(&self, namespace: &Arc<str>) -> impl Iterator<Item = (&ObjectKey, &PeerAuthentication)> {
+        self.objects_of(Kind::PeerAuthentication, Some(namespace)).filter_map(|o| match &o.spec {
+            Spec::PeerAuthentication(peer) => Some((&o.key, peer)),
+            _ => None,
+        })
+    }
+
+    fn namespace(&self, name: &Arc<str>) -> Option<&crate::objects::Namespace> {
+        match &self.objects.get(&ObjectKey::new(Kind::Namespace, &"".into(), name))?.spec {
+            Spec::Namespace(namespace) => Some(namespace),
+            _ => None,
+        }
+    }
+
+    fn network(&self) -> Arc<str> {
+        self.namespace(&self.settings.root_namespace).and_then(|ns| ns.network.clone()).unwrap_or_default()
+    }
+}
+
+/// Whether every label of a selector is there.
+fn matches(selector: &Labels, labels: &Labels) -> bool {
+    selector.iter().all(|(name, value)| labels.get(name) == Some(value))
+}
+
+fn node_of(object: &Object) -> Option<&Arc<str>> {
+    match &object.spec {
+        Spec::Pod(pod) => Some(&pod.node),
+        _ => None,
+    }
+}
+
+fn targets(namespace: &Arc<str>, slice: &EndpointSlice, units: &mut BTreeSet<ObjectKey>) {
+    let pods = slice.endpoints.iter().filter_map(|e| e.pod.as_ref());
+    units.extend(pods.map(|(name, _)| ObjectKey::new(Kind::Pod, namespace, name)));
+}
+
+fn delta(changes: &[ResourceChange]) -> Delta {
+    let gone = changes.iter().filter(|c| c.after.is_none()).filter_map(|c| c.before.as_ref());
+    let removals = gone.map(Resource::key).collect();
+    let upserts = changes.iter().filter_map(|c| c.after.clone()).collect();
+    Delta { provenance: Provenance::Xds, upserts, removals }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,152 @@
+//! Pods and bare endpoints → workloads.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use mesh_core::workload::{Health, Locality, NetworkMode, PortMapping, TunnelProtocol, Workload};
+
+use super::{ClusterIndex, matches};
+use crate::objects::{EndpointSlice, Kind, Labels, ObjectKey, Pod, Service, Spec, TargetPort};
+
+type Ports = Vec<PortMapping>;
+
+impl ClusterIndex {
+    /// `None` while the pod has no address or node, and once it has ended.
+    pub(super) fn pod_workload(&self, key: &ObjectKey, pod: &Pod) -> Option<Workload> {
+        if pod.terminal || pod.addresses.is_empty() || pod.node.is_empty() {
+            return None;
+        }
+        let hbone = !pod.host_network && (pod.native_tunnel || self.is_enrolled(key, pod));
+        let label =
+            |names: [&str; 3]| names.iter().find_map(|name| pod.labels.get(*name)).filter(|v| !v.is_empty()).cloned();
+        let canonical_name = label(["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]);
+        let canonical_revision = label(["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"]);
+        Some(Workload {
+            service_account: pod.service_account.clone(),
+            addresses: pod.addresses.clone(),
+            node: pod.node.clone(),
+            locality: self.locality(&pod.node),
+            tunnel_protocol: if hbone { TunnelProtocol::Hbone } else { TunnelProtocol::None },
+            native_tunnel: pod.native_tunnel && hbone,
+            network_mode: if pod.host_network { NetworkMode::HostNetwork } else { NetworkMode::Standard },
+            health: if pod.ready { Health::Healthy } else { Health::Unhealthy },
+            canonical_name: canonical_name.unwrap_or_else(|| pod.workload_name.clone()),
+            canonical_revision: canonical_revision.unwrap_or_else(|| "latest".into()),
+            workload_type: pod.workload_type,
+            workload_name: pod.workload_name.clone(),
+            authorization_policies: self.policies_of(&key.namespace, &pod.labels),
+            services: self.services_of(key, pod),
+            ..self.workload(&format!("{}//Pod/{}/{}", self.settings.cluster_id, key.namespace, key.name), key)
+        })
+    }
+
+    fn workload(&self, uid: &str, key: &ObjectKey) -> Workload {
+        Workload {
+            trust_domain: self.settings.trust_domain.clone(),
+            cluster_id: self.settings.cluster_id.clone(),
+            network: self.network(),
+            ..Workload::new(uid, key.namespace.clone(), key.name.clone())
+        }
+    }
+
+    /// Only an agent's word that the pod is captured counts, be it the annotation or, from a folder, its enrolment.
+    fn is_enrolled(&self, key: &ObjectKey, pod: &Pod) -> bool {
+        let enrolment = self.objects.get(&ObjectKey { kind: Kind::PodEnrolment, ..key.clone() });
+        pod.annotated_enrolled
+            || enrolment.is_some_and(|o| match &o.spec {
+                Spec::PodEnrolment(enrolment) => enrolment.enabled && enrolment.pod_uid == pod.uid,
+                _ => false,
+            })
+    }
+
+    fn locality(&self, node: &Arc<str>) -> Locality {
+        match self.objects.get(&ObjectKey::new(Kind::Node, &"".into(), node)).map(|o| &o.spec) {
+            Some(Spec::Node(locality)) => locality.clone(),
+            _ => Locality::default(),
+        }
+    }
+
+    /// Sorted keys of the selector policies in force for a workload.
+    fn policies_of(&self, namespace: &Arc<str>, labels: &Labels) -> Vec<Arc<str>> {
+        let root = &self.settings.root_namespace;
+        let namespaces = std::iter::once(namespace).chain((namespace != root).then_some(root));
+        let policies = namespaces.flat_map(|ns| self.objects_of(Kind::AuthorizationPolicy, Some(ns)));
+        let selecting = policies.filter_map(|o| match &o.spec {
+            Spec::AuthorizationPolicy(p) if !p.selector.is_empty() && matches(&p.selector, labels) => p.policy.as_ref(),
+            _ => None,
+        });
+        let mut keys: Vec<Arc<str>> = selecting.map(|policy| policy.key()).collect();
+        keys.extend(self.strict_policy(namespace, labels));
+        keys.sort();
+        keys
+    }
+
+    fn services_of(&self, key: &ObjectKey, pod: &Pod) -> BTreeMap<Arc<str>, Ports> {
+        let member = |(service_key, service): (&ObjectKey, &Service)| {
+            let ports = match service.selector.is_empty() {
+                _ if service.external_name => return None,
+                false => matches(&service.selector, &pod.labels).then(|| selected_ports(service, pod)),
+                true => self.sliced_ports(service_key, service, key, pod),
+            };
+            Some((self.service_key(service_key), ports?))
+        };
+        self.services(&key.namespace).filter_map(member).collect()
+    }
+
+    fn service_key(&self, key: &ObjectKey) -> Arc<str> {
+        format!("{}/{}", key.namespace, self.hostname(key)).into()
+    }
+
+    /// The ports of a service without selector that a slice gives this very pod; addresses alone never link the two.
+    fn sliced_ports(&self, service_key: &ObjectKey, service: &Service, key: &ObjectKey, pod: &Pod) -> Option<Ports> {
+        let is_pod = |target: &(Arc<str>, Option<Arc<str>>)| {
+            target.0 == key.name && target.1.as_ref().is_none_or(|uid| *uid == pod.uid)
+        };
+        let own = self.slices(&key.namespace).filter(|(_, slice)| slice.service.as_ref() == Some(&service_key.name));
+        let mut naming =
+            own.filter(|(_, slice)| slice.endpoints.iter().filter_map(|e| e.pod.as_ref()).any(is_pod)).peekable();
+        naming.peek()?;
+        Some(naming.flat_map(|(_, slice)| joined_ports(service, slice)).collect())
+    }
+
+    /// Endpoints of a slice that are no pods.
+    pub(super) fn slice_workloads(&self, key: &ObjectKey, slice: &EndpointSlice) -> impl Iterator<Item = Workload> {
+        let service_key = slice.service.as_ref().map(|name| ObjectKey::new(Kind::Service, &key.namespace, name));
+        let service = service_key.and_then(|key| match &self.objects.get(&key)?.spec {
+            Spec::Service(service) if !service.external_name => Some((self.service_key(&key), &**service)),
+            _ => None,
+        });
+        let services: BTreeMap<Arc<str>, Ports> =
+            service.map(|(key, service)| (key, joined_ports(service, slice))).into_iter().collect();
+        let bare = slice.endpoints.iter().filter(|e| e.pod.is_none() && slice.service.is_some());
+        bare.map(move |endpoint| {
+            let ObjectKey { namespace, name, .. } = key;
+            let cluster = &self.settings.cluster_id;
+            let uid = format!("{cluster}/discovery.k8s.io/EndpointSlice/{namespace}/{name}/{}", endpoint.address);
+            Workload {
+                addresses: vec![endpoint.address],
+                node: endpoint.node.clone().unwrap_or_default(),
+                network_mode: NetworkMode::HostNetwork,
+                health: if endpoint.ready { Health::Healthy } else { Health::Unhealthy },
+                services: services.clone(),
+                ..self.workload(&uid, key)
+            }
+        })
+    }
+}
+
+/// A named port that the pod does not have is left out: the pod is no endpoint for it.
+fn selected_ports(service: &Service, pod: &Pod) -> Ports {
+    let target = |target: &TargetPort| match target {
+        TargetPort::Number(number) => Some(*number),
+        TargetPort::Name(name) => pod.named_ports.get(name).copied(),
+    };
+    let mapping = |service_port, target_port| PortMapping { service_port, target_port };
+    service.ports.iter().filter_map(|port| Some(mapping(port.port, target(&port.target)?))).collect()
+}
+
+/// Joined by name, as the two objects are.
+fn joined_ports(service: &Service, slice: &EndpointSlice) -> Ports {
+    let target = |name: &Arc<str>| slice.ports.iter().find(|(n, _)| n == name).map(|(_, number)| *number);
+    let mapping = |service_port, target_port| PortMapping { service_port, target_port };
+    service.ports.iter().filter_map(|port| Some(mapping(port.port, target(&port.name)?))).collect()
+}

@@ -1,0 +1,93 @@
+//! What the control plane counts, under the names dashboards know.
+
+use mesh_runtime::metrics::Registry;
+use mesh_xds::server::Event;
+use prometheus::{Gauge, IntCounter, IntCounterVec, IntGauge, Opts};
+use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
+
+/// Handles to every family; cheap to clone.
+#[derive(Clone, Debug)]
+pub(crate) struct Metrics {
+    pub(crate) csr_count: IntCounter,
+    pub(crate) authentication_failures: IntCounter,
+    pub(crate) csr_parsing_errors: IntCounter,
+    pub(crate) csr_sign_errors: IntCounter,
+    pub(crate) issued: IntCounter,
+    pub(crate) refusals: IntCounterVec,
+    pub(crate) root_expiry: Gauge,
+    pub(crate) problems: IntGauge,
+    pub(crate) services: IntGauge,
+    pub(crate) workloads: IntGauge,
+    pub(crate) policies: IntGauge,
+    clients: IntGauge,
+    pushes: IntCounterVec,
+    rejects: IntCounterVec,
+}
+
+impl Metrics {
+    pub(crate) fn register(registry: &Registry) -> Self {
+        let counter = |name, help| registry.add(IntCounter::new(name, help));
+        let gauge = |name, help| registry.add(IntGauge::new(name, help));
+        let by = |name, help, label| registry.add(IntCounterVec::new(Opts::new(name, help), &[label]));
+        Self {
+            csr_count: counter("citadel_server_csr_count", "Certificate requests received"),
+            authentication_failures: counter(
+                "citadel_server_authentication_failure_count",
+                "Calls whose credentials were not believed",
+            ),
+            csr_parsing_errors: counter("citadel_server_csr_parsing_err_count", "Unreadable certificate requests"),
+            csr_sign_errors: counter(
+                "citadel_server_csr_sign_err_count",
+                "Certificate requests that could not be signed",
+            ),
+            issued: counter("citadel_server_success_cert_issuance_count", "Certificates issued"),
+            refusals: by("fairwayd_ca_refusals_total", "Identities refused to a caller, by reason", "reason"),
+            root_expiry: registry.add(Gauge::new(
+                "citadel_server_root_cert_expiry_timestamp",
+                "Unix time at which the root certificate expires",
+            )),
+            problems: gauge("fairwayd_manifest_problems", "Problems found in the manifests as they are now"),
+            services: gauge("pilot_services", "Services known"),
+            workloads: gauge("fairwayd_workloads", "Workloads known"),
+            policies: gauge("fairwayd_policies", "Layer-4 policies in force"),
+            clients: gauge("pilot_xds", "Discovery clients connected"),
+            pushes: by("pilot_xds_pushes", "Discovery responses sent, by resource type", "type"),
+            rejects: by(
+                "pilot_total_xds_rejects",
+                "Discovery responses that clients rejected, by resource type",
+                "type",
+            ),
+        }
+    }
+
+    /// Counts and logs what happens on discovery streams.
+    pub(crate) fn observe(&self, event: &Event<'_>) {
+        match event {
+            Event::Opened { caller, node_id } => {
+                self.clients.inc();
+                tracing::info!(node = %caller.node, node_id, "discovery client connected");
+            }
+            Event::Closed { caller } => {
+                self.clients.dec();
+                tracing::info!(node = %caller.node, "discovery client gone");
+            }
+            Event::Sent { caller, type_url, resources, removals, initial, unchanged } => {
+                self.pushes.with_label_values(&[short(type_url)]).inc();
+                tracing::debug!(node = %caller.node, r#type = short(type_url), resources, removals, initial, unchanged, "pushed");
+            }
+            Event::Nacked { caller, type_url, message } => {
+                self.rejects.with_label_values(&[short(type_url)]).inc();
+                tracing::warn!(node = %caller.node, r#type = short(type_url), message, "a client rejected resources");
+            }
+        }
+    }
+}
+
+/// Bounded, whatever a client asks for.
+fn short(type_url: &str) -> &'static str {
+    match type_url {
+        ADDRESS_TYPE_URL => "wds",
+        AUTHORIZATION_TYPE_URL => "wads",
+        _ => "other",
+    }
+}

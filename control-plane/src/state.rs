@@ -1,0 +1,53 @@
+//! The model as `/debug/state` shows it.
+
+use mesh_core::{
+    index::Index,
+    policy::Policy,
+    service::Service,
+    workload::{Health, TunnelProtocol, Workload},
+};
+use serde_json::{Value, json};
+
+pub(crate) fn describe(index: &Index) -> Value {
+    json!({
+        "version": index.version(),
+        "workloads": sorted(index.workloads().map(|w| (w.uid.to_string(), workload(w)))),
+        "services": sorted(index.services().map(|s| (s.key().to_string(), service(s)))),
+        "policies": sorted(index.policies().map(|p| (p.key().to_string(), policy(p)))),
+    })
+}
+
+fn sorted(entries: impl Iterator<Item = (String, Value)>) -> Value {
+    Value::Object(entries.collect())
+}
+
+fn workload(w: &Workload) -> Value {
+    json!({
+        "addresses": w.addresses,
+        "node": *w.node,
+        "network": *w.network,
+        "identity": w.identity().to_string(),
+        "hbone": w.tunnel_protocol == TunnelProtocol::Hbone,
+        "healthy": w.health == Health::Healthy,
+        "workload": *w.workload_name,
+        "services": w.services.keys().map(|key| key.to_string()).collect::<Vec<_>>(),
+        "policies": w.authorization_policies.iter().map(|key| key.to_string()).collect::<Vec<_>>(),
+    })
+}
+
+fn service(s: &Service) -> Value {
+    json!({
+        "vips": s.vips.iter().map(|vip| vip.to_string()).collect::<Vec<_>>(),
+        "ports": s.ports.iter().map(|p| format!("{}→{}", p.mapping.service_port, p.mapping.target_port)).collect::<Vec<_>>(),
+    })
+}
+
+fn policy(p: &Policy) -> Value {
+    json!({
+        "action": format!("{:?}", p.action),
+        "scope": format!("{:?}", p.scope),
+        "dryRun": p.dry_run,
+        "rules": p.rules.len(),
+        "origin": p.origin.to_string(),
+    })
+}

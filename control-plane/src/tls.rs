@@ -1,0 +1,180 @@
+//! The TLS listener under the gRPC services: server certificate only, callers prove themselves by token.
+
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+    time::{Duration, SystemTime},
+};
+
+use mesh_identity::authority::{AuthorityError, SigningAuthority};
+use rustls::ServerConfig;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::{Semaphore, mpsc},
+    task::JoinSet,
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tonic::transport::server::Connected;
+
+/// Of the server's own certificate; renewed at half of it.
+const CERTIFICATE_TTL: Duration = Duration::from_secs(30 * 24 * 3600);
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
+/// Handshakes at once; further connections wait in the backlog.
+const MAX_HANDSHAKES: usize = 128;
+/// Rest after a failed accept: out of descriptors, most likely, and spinning would make it worse.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// The server's certificate, renewed in time.
+#[derive(Debug)]
+pub(crate) struct Certificate {
+    authority: Arc<SigningAuthority>,
+    names: Vec<String>,
+    config: Arc<ServerConfig>,
+    renew_at: SystemTime,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum CertificateError {
+    #[error("the server certificate cannot be made")]
+    Authority(#[from] AuthorityError),
+    #[error("the server certificate cannot be used")]
+    Tls(#[from] rustls::Error),
+}
+
+impl Certificate {
+    pub(crate) fn new(
+        authority: Arc<SigningAuthority>,
+        names: Vec<String>,
+        now: SystemTime,
+    ) -> Result<Self, CertificateError> {
+        let config = server_config(&authority, &names, now)?;
+        Ok(Self { authority, names, config, renew_at: now + CERTIFICATE_TTL / 2 })
+    }
+
+    /// The configuration for a connection accepted `now`.
+    fn current(&mut self, now: SystemTime) -> Arc<ServerConfig> {
+        if now >= self.renew_at {
+            match server_config(&self.authority, &self.names, now) {
+                Ok(config) => (self.config, self.renew_at) = (config, now + CERTIFICATE_TTL / 2),
+                Err(error) => tracing::error!(%error, "the old server certificate stays in use"),
+            }
+        }
+        self.config.clone()
+    }
+}
+
+fn server_config(
+    authority: &SigningAuthority,
+    names: &[String],
+    now: SystemTime,
+) -> Result<Arc<ServerConfig>, CertificateError> {
+    let certificate = authority.server_certificate(names, CERTIFICATE_TTL, now)?;
+    let mut config = ServerConfig::builder_with_provider(mesh_identity::tls::provider())
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(certificate.chain, certificate.key)?;
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    Ok(Arc::new(config))
+}
+
+/// Accepts until `stop_accepting`; what was accepted ends at `stop`. Handshakes run side by side, and a peer that stalls in one costs
+/// a slot for a bounded time only.
+pub(crate) async fn accept(
+    listener: TcpListener,
+    mut certificate: Certificate,
+    connections: mpsc::Sender<io::Result<Connection>>,
+    stop_accepting: CancellationToken,
+    stop: CancellationToken,
+) {
+    let slots = Arc::new(Semaphore::new(MAX_HANDSHAKES));
+    let mut handshakes = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            () = stop_accepting.cancelled() => break,
+            // Reap what has finished; an empty set is disabled by the guard.
+            Some(_) = handshakes.join_next(), if !handshakes.is_empty() => continue,
+            accepted = accept_one(&listener, &slots) => accepted,
+        };
+        let Some((stream, peer, slot)) = accepted else { continue };
+        let acceptor = TlsAcceptor::from(certificate.current(SystemTime::now()));
+        let (connections, stop) = (connections.clone(), stop.clone());
+        handshakes.spawn(async move {
+            let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream));
+            let stream = match handshake.await {
+                Ok(Ok(stream)) => stream,
+                Ok(Err(error)) => return tracing::debug!(%peer, %error, "TLS handshake failed"),
+                Err(_) => return tracing::debug!(%peer, "TLS handshake timed out"),
+            };
+            drop(slot);
+            // Refused only while the server is going away.
+            drop(connections.send(Ok(Connection::new(stream, stop))).await);
+        });
+    }
+    handshakes.shutdown().await;
+}
+
+type Slot = tokio::sync::OwnedSemaphorePermit;
+
+async fn accept_one(listener: &TcpListener, slots: &Arc<Semaphore>) -> Option<(TcpStream, SocketAddr, Slot)> {
+    let slot = slots.clone().acquire_owned().await.ok()?;
+    match listener.accept().await {
+        Ok((stream, peer)) => {
+            if let Err(error) = stream.set_nodelay(true) {
+                tracing::debug!(%peer, %error, "cannot disable Nagle's algorithm");
+            }
+            Some((stream, peer, slot))
+        }
+        Err(error) => {
+            tracing::warn!(%error, "accept failed");
+            tokio::time::sleep(ACCEPT_PAUSE).await;
+            None
+        }
+    }
+}
+
+/// A connection that ends when told to, whatever streams are open on it.
+pub(crate) struct Connection {
+    stream: TlsStream<TcpStream>,
+    stopped: Pin<Box<WaitForCancellationFutureOwned>>,
+}
+
+impl Connection {
+    fn new(stream: TlsStream<TcpStream>, stop: CancellationToken) -> Self {
+        Self { stream, stopped: Box::pin(stop.cancelled_owned()) }
+    }
+}
+
+impl Connected for Connection {
+    type ConnectInfo = ();
+
+    fn connect_info(&self) {}
+}
+
+impl AsyncRead for Connection {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.stopped.as_mut().poll(cx).is_ready() {
+            return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
+        }
+        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
