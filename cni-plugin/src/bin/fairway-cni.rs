@@ -1,2 +1,7 @@
-//! Placeholder until its library is in place.
-fn main() {}
+//! The CNI plugin.
+
+#![forbid(unsafe_code)]
+
+fn main() -> std::process::ExitCode {
+    cni_plugin::plugin_main()
+}

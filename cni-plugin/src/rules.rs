@@ -1,0 +1,10 @@
+//! What capture means inside a pod's namespace.
+
+pub mod flows;
+pub mod model;
+pub mod reconcile;
+
+pub use model::Options;
+pub use reconcile::{
+    RulesError, apply, captured_flows, flush_redirects, older_flows, remove, verify, verify_installed,
+};

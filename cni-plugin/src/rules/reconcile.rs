@@ -1,0 +1,156 @@
+//! Putting the rules into a namespace, looking whether they are there, and taking them out again without cutting flows.
+//!
+//! Everything here blocks for a few milliseconds and may be repeated at any time.
+
+use std::{fs, io};
+
+use mesh_net::{
+    NetNs, NetlinkError,
+    link::Netlink,
+    nft::{Batch, Nft},
+};
+
+use super::{flows, model};
+use crate::rules::model::{FAMILY, MANGLE, MANIFEST, NAT, OUTPUT, Options, PREROUTING, RAW};
+
+/// Why rules could not be read or written, or are not what they should be.
+#[derive(Debug, thiserror::Error)]
+pub enum RulesError {
+    #[error("cannot work in the pod's network namespace")]
+    Namespace(#[from] io::Error),
+    #[error("the kernel refuses the pod's rules")]
+    Kernel(#[from] NetlinkError),
+    #[error("the pod's rules are not as they were installed: {0}")]
+    Mismatch(String),
+}
+
+type Result<T> = std::result::Result<T, RulesError>;
+
+/// Makes the namespace's rules those of `options`; says whether anything had to change. IPv6 is left out where `lo` has none.
+pub fn apply(ns: &NetNs, options: &Options) -> Result<bool> {
+    let options = Options { ipv6: options.ipv6 && has_ipv6(ns)?, ..options.clone() };
+    match verify_exactly(ns, &options) {
+        Ok(()) => return Ok(false),
+        Err(RulesError::Mismatch(_)) => {}
+        Err(error) => return Err(error),
+    }
+    // Routing before rules: a marked packet that finds no route would leave the pod.
+    let mut netlink = Netlink::in_ns(ns)?;
+    let lo = netlink.index("lo")?;
+    for (rule, route) in model::routing(lo, options.ipv6) {
+        netlink.add_route(&route)?;
+        netlink.add_rule(&rule)?;
+    }
+    Nft::in_ns(ns)?.apply(model::batch(&options))?;
+    verify_exactly(ns, &options)?;
+    Ok(true)
+}
+
+/// As [`apply`] would have left it, without changing anything.
+pub fn verify(ns: &NetNs, options: &Options) -> Result<()> {
+    verify_exactly(ns, &Options { ipv6: options.ipv6 && has_ipv6(ns)?, ..options.clone() })
+}
+
+fn verify_exactly(ns: &NetNs, options: &Options) -> Result<()> {
+    let found = installed_manifest(ns)?.ok_or_else(|| RulesError::Mismatch("there are none".into()))?;
+    let rules = model::rules(options);
+    let wanted = model::manifest(rules.iter().map(|p| (p.table, p.chain, p.rule.comment.as_str())), options.ipv6);
+    if found != wanted {
+        return Err(RulesError::Mismatch("they are of another version or for other settings".into()));
+    }
+    verify_installed(ns).map(drop)
+}
+
+/// Whether the rules are complete by their own manifest; `false` when the namespace has none at all.
+pub fn verify_installed(ns: &NetNs) -> Result<bool> {
+    let mut nft = Nft::in_ns(ns)?;
+    let Some(manifest) = manifest_of(&mut nft)? else {
+        let traces = nft.tables(FAMILY)?.into_iter().find(|t| t == NAT || t == MANGLE);
+        return traces.map_or(Ok(false), |t| Err(RulesError::Mismatch(format!("table {t} has no manifest"))));
+    };
+    let mut rules = nft.rules(FAMILY, MANGLE)?;
+    rules.extend(nft.rules(FAMILY, NAT)?);
+    rules.retain(|rule| rule.chain != MANIFEST);
+    let ipv6 = model::manifest_has_ipv6(&manifest);
+    let found = model::manifest(rules.iter().map(|r| (r.table.as_str(), r.chain.as_str(), r.comment.as_str())), ipv6);
+    if found != manifest {
+        return Err(RulesError::Mismatch(format!("found {found}, installed were {manifest}")));
+    }
+    verify_routing(ns, ipv6).map(|()| true)
+}
+
+fn verify_routing(ns: &NetNs, ipv6: bool) -> Result<()> {
+    let mut netlink = Netlink::in_ns(ns)?;
+    let lo = netlink.index("lo")?;
+    let (rules, routes) = (netlink.rules()?, netlink.routes(model::ROUTE_TABLE)?);
+    for (rule, route) in model::routing(lo, ipv6) {
+        if !rules.contains(&rule) {
+            return Err(RulesError::Mismatch(format!("the routing rule for mark {:#x} is missing", rule.mark)));
+        }
+        if !routes.contains(&route) {
+            let text = format!("the local route to {} in table {} is missing", route.dst, route.table);
+            return Err(RulesError::Mismatch(text));
+        }
+    }
+    Ok(())
+}
+
+/// First step of leaving: new connections are no longer redirected, captured ones go on.
+pub fn flush_redirects(ns: &NetNs) -> Result<()> {
+    let mut nft = Nft::in_ns(ns)?;
+    let present = nft.chains(FAMILY, NAT)?;
+    let mut batch = Batch::new(FAMILY);
+    for chain in [PREROUTING, OUTPUT] {
+        if present.iter().any(|c| c == chain) {
+            batch.flush_chain(NAT, chain);
+        }
+    }
+    Ok(nft.apply(batch)?)
+}
+
+/// Last step of leaving: no trace remains. Captured flows that are still open are cut.
+pub fn remove(ns: &NetNs) -> Result<()> {
+    let mut batch = Batch::new(FAMILY);
+    for table in [NAT, RAW, MANGLE] {
+        batch.remove_table(table);
+    }
+    Nft::in_ns(ns)?.apply(batch)?;
+    let mut netlink = Netlink::in_ns(ns)?;
+    let lo = netlink.index("lo")?;
+    for (rule, route) in model::routing(lo, has_ipv6(ns)?) {
+        netlink.delete_rule(&rule)?;
+        netlink.delete_route(&route)?;
+    }
+    Ok(())
+}
+
+/// Open connections that depend on the rules.
+pub fn captured_flows(ns: &NetNs) -> io::Result<usize> {
+    Ok(rows(ns)?.into_iter().filter(|row| row.is_captured()).count())
+}
+
+/// Open connections with the world in which ztunnel has no part: when rules have just been installed, the flows that are older.
+pub fn older_flows(ns: &NetNs) -> io::Result<usize> {
+    Ok(rows(ns)?.into_iter().filter(|row| row.is_foreign()).count())
+}
+
+fn rows(ns: &NetNs) -> io::Result<Vec<flows::Row>> {
+    let tables = ns.run_on_thread(|| {
+        ["tcp", "tcp6"].map(|name| fs::read_to_string(format!("/proc/thread-self/net/{name}")).unwrap_or_default())
+    })?;
+    Ok(tables.iter().flat_map(|table| flows::parse(table)).collect())
+}
+
+fn installed_manifest(ns: &NetNs) -> Result<Option<String>> {
+    Ok(manifest_of(&mut Nft::in_ns(ns)?)?)
+}
+
+fn manifest_of(nft: &mut Nft) -> std::result::Result<Option<String>, NetlinkError> {
+    let rules = nft.rules(FAMILY, MANGLE)?;
+    Ok(rules.into_iter().find(|rule| rule.chain == MANIFEST).map(|rule| rule.comment))
+}
+
+/// Some pods switch IPv6 off for `lo`; then no route can be made there, and none is needed.
+fn has_ipv6(ns: &NetNs) -> io::Result<bool> {
+    ns.run(|| fs::read_to_string("/proc/sys/net/ipv6/conf/lo/disable_ipv6").is_ok_and(|v| v.trim() == "0"))
+}
