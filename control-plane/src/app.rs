@@ -155,7 +155,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     let mut tasks = JoinSet::new();
     tasks.spawn(serve(router, listener, certificate, drain.clone()));
     tasks.spawn(admin_server(&registry, &readiness, state, admin, drain.clone()));
-    tasks.spawn(pipeline.run(Watch::new(&config.manifests), drain));
+    tasks.spawn(pipeline.run(config.manifests.clone(), drain));
     tracing::info!(%address, admin = %admin_address, manifests = %config.manifests.display(), "control plane started");
     Ok(Running { address, admin_address, trigger, tasks })
 }
@@ -239,11 +239,18 @@ impl Pipeline {
         Self { folder, index, cache, snapshot, reported: BTreeSet::new(), metrics, starting: Some(starting) }
     }
 
-    async fn run(self, mut watch: Watch, drain: DrainWatcher) -> Result<(), TaskFailed> {
+    async fn run(self, manifests: PathBuf, drain: DrainWatcher) -> Result<(), TaskFailed> {
         let mut pipeline = self;
+        let mut watch = Watch::new(&manifests);
         loop {
-            pipeline =
-                tokio::task::spawn_blocking(|| pipeline.step()).await.map_err(failed::<JoinError>("the source"))?;
+            let was_readable = pipeline.folder.is_readable();
+            let step = tokio::task::spawn_blocking(|| pipeline.step());
+            pipeline = step.await.map_err(failed::<JoinError>("the source"))?;
+            if !was_readable && pipeline.folder.is_readable() {
+                // What was not there could not be watched; and a folder that is removed takes its watch with it.
+                watch = Watch::new(&manifests);
+                continue;
+            }
             tokio::select! {
                 () = watch.changed() => {}
                 _ = drain.signalled() => return Ok(()),

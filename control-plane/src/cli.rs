@@ -182,7 +182,7 @@ fn check(check: Check) -> ExitCode {
             ExitCode::SUCCESS
         }
         count => {
-            eprintln!("fairwayd: {count} {} in {objects} objects", if count == 1 { "problem" } else { "problems" });
+            eprintln!("fairwayd: {count} {} found", if count == 1 { "problem" } else { "problems" });
             ExitCode::FAILURE
         }
     }
