@@ -28,6 +28,8 @@ pub enum Request {
     Ready { program: String },
     /// Serve a listening socket of the host, which comes as a descriptor, with a port inside.
     Forward { name: String, target: String, port: u16 },
+    /// What the kernel holds at a target: links, nf_tables tables with their rules, policy routing.
+    Inventory { target: String },
     /// The last lines a program or a pod's container wrote.
     Logs { name: String, lines: usize },
     /// Disturb something.

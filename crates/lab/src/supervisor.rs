@@ -215,6 +215,7 @@ async fn simple(cluster: &mut Cluster, request: Request) -> anyhow::Result<Reply
         }
         Request::Logs { name, lines } => Reply::text(cluster.log_tail(&name, lines)),
         Request::Fault(fault) => Reply::text(cluster.fault(fault).await?),
+        Request::Inventory { target } => Reply::text(inventory(&cluster.namespace_of(&target)?)?),
         Request::Ready { program } => cluster.wait_ready(&program).await.map(|()| Reply::ok())?,
         Request::Wire(Wire::Mark) => {
             cluster.recorder.mark();
@@ -233,6 +234,29 @@ async fn simple(cluster: &mut Cluster, request: Request) -> anyhow::Result<Reply
         }
     })
 }
+
+/// Links, tables, rules and routes of a namespace, one per line.
+fn inventory(ns: &mesh_net::NetNs) -> anyhow::Result<String> {
+    use mesh_net::{
+        link::Netlink,
+        nft::{Family, Nft},
+    };
+    let mut lines = Vec::new();
+    let mut links = Netlink::in_ns(ns)?;
+    lines.extend(links.links()?.iter().map(|l| format!("link {}", l.name)));
+    lines.extend(links.rules()?.iter().map(|r| format!("rule mark {:#x}/{:#x} table {}", r.mark, r.mask, r.table)));
+    lines.extend(links.routes(MESH_TABLE)?.iter().map(|r| format!("route table {MESH_TABLE} {}", r.dst)));
+    let mut nft = Nft::in_ns(ns)?;
+    for table in nft.tables(Family::Inet)? {
+        lines.push(format!("table {table}"));
+        let rules = nft.rules(Family::Inet, &table)?;
+        lines.extend(rules.iter().map(|r| format!("nft {table} {} {}", r.chain, r.comment)));
+    }
+    Ok(lines.join("\n"))
+}
+
+/// The routing table that captured pods use.
+const MESH_TABLE: u32 = 100;
 
 type Spawned = anyhow::Result<tokio::process::Child>;
 

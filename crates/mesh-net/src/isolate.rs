@@ -225,6 +225,12 @@ pub fn kill_group(leader: u32, signal: i32) -> io::Result<()> {
     }
 }
 
+/// Makes `command`'s process die (SIGKILL) when the thread that spawns it ends, however that ends.
+pub fn die_with_spawner(command: &mut Command) -> &mut Command {
+    // SAFETY: the closure runs in the forked child and makes one system call.
+    unsafe { command.pre_exec(die_with_parent) }
+}
+
 /// The file a bind mount on `path` covers. In a lab `/run` is empty, so a `resolv.conf` that points there needs its target made.
 fn mount_target(path: &Path) -> io::Result<PathBuf> {
     if let Ok(target) = fs::canonicalize(path) {

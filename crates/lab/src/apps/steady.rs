@@ -7,6 +7,7 @@
 use std::{
     io::{self, BufRead, BufReader, Write},
     net::{SocketAddr, TcpListener, TcpStream},
+    sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -48,12 +49,12 @@ pub fn echo(listen: SocketAddr) -> io::Result<()> {
     Ok(())
 }
 
-/// Ticks for ever, reconnecting when it must.
-pub fn run(target: &str, interval: Duration, mut report: impl FnMut(&Progress)) -> ! {
+/// Ticks for ever; reconnects when it must, and when `reconnect` is set (as a connection pool does in time).
+pub fn run(target: &str, interval: Duration, reconnect: &AtomicBool, mut report: impl FnMut(&Progress)) -> ! {
     let mut progress = Progress::default();
     loop {
         let error = match dial(target, 80, Duration::from_secs(5)) {
-            Ok(stream) => tick(&stream, interval, &mut progress, &mut report),
+            Ok(stream) => tick(&stream, interval, reconnect, &mut progress, &mut report),
             Err(error) => error,
         };
         progress.last_error = Some(error.to_string());
@@ -65,6 +66,7 @@ pub fn run(target: &str, interval: Duration, mut report: impl FnMut(&Progress)) 
 fn tick(
     stream: &TcpStream,
     interval: Duration,
+    reconnect: &AtomicBool,
     progress: &mut Progress,
     report: &mut impl FnMut(&Progress),
 ) -> io::Error {
@@ -74,6 +76,9 @@ fn tick(
     let mut last_report = Instant::now();
     let mut reader = BufReader::new(stream);
     loop {
+        if reconnect.swap(false, Ordering::Relaxed) {
+            return io::Error::other("told to reconnect");
+        }
         let started = Instant::now();
         if let Err(error) = exchange(stream, &mut reader, progress.ticks) {
             return error;

@@ -1,0 +1,73 @@
+//! `fairway app …`: the lab's little programs.
+
+use std::{
+    io::{Read, Write},
+    net::{SocketAddr, TcpListener, TcpStream},
+    process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use lab::apps::{http, load, steady, stream};
+
+use crate::args::{App, TransferMode};
+
+pub(crate) fn run(app: App) -> anyhow::Result<ExitCode> {
+    match app {
+        App::Http { listen, name } => http::serve(address(&listen)?, &name)?,
+        App::Echo { listen } => steady::echo(address(&listen)?)?,
+        App::Stream { listen } => stream::serve(address(&listen)?)?,
+        App::Steady { target, interval_ms, control } => run_steady(&target, interval_ms, &control)?,
+        App::Reconnect { control } => {
+            TcpStream::connect(&control)?.write_all(b"!")?;
+        }
+        App::Get { url, timeout } => {
+            let answer = http::get(&url, Duration::from_secs(timeout)).with_context(|| format!("GET {url}"))?;
+            print!("{}", answer.body);
+            return Ok(if answer.status == 200 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        App::Transfer { mode, target, bytes, connections } => {
+            let outcome = match mode {
+                TransferMode::CloseFirst => stream::close_first(&target, bytes),
+                TransferMode::Download => stream::download(&target, bytes),
+                TransferMode::Many => stream::many(&target, connections, bytes),
+                TransferMode::Reset => stream::expect_reset(&target),
+                TransferMode::Upload => stream::upload(&target, bytes),
+            };
+            println!("{}", serde_json::to_string(&outcome)?);
+            return Ok(if outcome.error.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        App::Load { target, connections, seconds, new_connections } => {
+            let report = load::run(&load::Load { target, connections, seconds, new_connections });
+            println!("{}", serde_json::to_string(&report)?);
+        }
+        App::Idle => loop {
+            std::thread::park();
+        },
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn address(text: &str) -> anyhow::Result<SocketAddr> {
+    text.parse().with_context(|| format!("`{text}` is not an address such as [::]:8080"))
+}
+
+fn run_steady(target: &str, interval_ms: u64, control: &str) -> anyhow::Result<()> {
+    let reconnect = Arc::new(AtomicBool::new(false));
+    let listener = TcpListener::bind(control)?;
+    let flag = reconnect.clone();
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            flag.store(stream.read(&mut [0]).is_ok_and(|n| n == 1), Ordering::Relaxed);
+        }
+    });
+    steady::run(target, Duration::from_millis(interval_ms), &reconnect, |progress| {
+        if let Ok(line) = serde_json::to_string(progress) {
+            println!("{line}");
+        }
+    })
+}

@@ -1,0 +1,292 @@
+//! The command line's grammar.
+
+use std::path::PathBuf;
+
+use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+
+/// An ambient service mesh: identity and mutual TLS for pods by a namespace label, nothing restarted.
+#[derive(Debug, Parser)]
+#[command(name = "fairway", version, arg_required_else_help = true)]
+pub(crate) struct Args {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// A guided run on this machine: two nodes, pods, the mesh switched on under them, and the evidence.
+    Demo(Demo),
+    /// Virtual nodes and pods on this machine, with the real mesh on them.
+    #[command(subcommand)]
+    Lab(Lab),
+    /// Say why a pod can or cannot reach a service or pod: the policy, file, line and field at fault.
+    Why(Why),
+    /// The small programs that the demo's pods run.
+    #[command(subcommand, hide = true)]
+    App(App),
+    /// Questions for developers.
+    #[command(subcommand, hide = true)]
+    Debug(Debug),
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Demo {
+    /// Leave the lab up afterwards and print how to play with it.
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Write what crossed the wire in step 4 to this file, for Wireshark.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) pcap: Option<PathBuf>,
+    /// One JSON object per step instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Run on loopback with SOCKS5 capture, as on kernels that refuse namespaces.
+    #[arg(long)]
+    pub(crate) loopback: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Output {
+    Json,
+    #[default]
+    Text,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Why {
+    /// The calling pod: `namespace/name`.
+    pub(crate) source: String,
+    /// A service or pod `namespace/name`, with a port: `demo/server:80`.
+    pub(crate) destination: String,
+    #[arg(long, default_value = "default")]
+    pub(crate) name: String,
+    #[arg(short, long, value_enum, default_value_t)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Lab {
+    /// Start a lab; optionally with manifests applied.
+    Up {
+        #[arg(long, default_value = "default")]
+        name: String,
+        /// Number of nodes.
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=9))]
+        nodes: u8,
+        /// Manifest files to apply: your own pods running your own commands.
+        #[arg(short, long = "file", value_name = "FILE")]
+        files: Vec<PathBuf>,
+        /// Another ztunnel binary on a node: `node2=/path/to/ztunnel`.
+        #[arg(long, value_name = "NODE=PATH", value_parser = node_and_path)]
+        ztunnel: Vec<(String, PathBuf)>,
+        /// Lifetime of workload certificates.
+        #[arg(long, default_value = "24h")]
+        certificate_ttl: String,
+        /// Log filter of the mesh's programs.
+        #[arg(long, default_value = "info")]
+        log: String,
+    },
+    /// Apply manifests.
+    Apply {
+        #[arg(long, default_value = "default")]
+        name: String,
+        #[arg(short, long = "file", value_name = "FILE", required = true)]
+        files: Vec<PathBuf>,
+    },
+    /// Delete a pod (`namespace/name`), or with -f the policies of a file.
+    Delete {
+        #[arg(long, default_value = "default")]
+        name: String,
+        pod: Option<String>,
+        #[arg(short, long, value_name = "FILE")]
+        file: Option<PathBuf>,
+    },
+    /// Set or remove (`key-`) a label: `fairway lab label demo istio.io/dataplane-mode=ambient`.
+    Label {
+        #[arg(long, default_value = "default")]
+        name: String,
+        /// A namespace, or a pod as `namespace/name`.
+        object: String,
+        /// `key=value`, or `key-`.
+        label: String,
+    },
+    /// Run a command in a pod (`demo/client`), on a node (`node/node1`) or beside the control plane (`control`).
+    Exec {
+        #[arg(long, default_value = "default")]
+        name: String,
+        target: String,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    /// List pods.
+    Pods {
+        #[arg(long, default_value = "default")]
+        name: String,
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
+    },
+    /// Nodes, programs, services and addresses of everything.
+    Status {
+        #[arg(long, default_value = "default")]
+        name: String,
+        #[arg(short, long, value_enum, default_value_t)]
+        output: Output,
+    },
+    /// HTTP load from a pod to a service, with latencies.
+    Traffic {
+        #[arg(long, default_value = "default")]
+        name: String,
+        /// The calling pod.
+        source: String,
+        /// `host:port` as the pod would say it.
+        target: String,
+        #[arg(long, default_value_t = 8)]
+        connections: usize,
+        #[arg(long, default_value_t = 3.0)]
+        seconds: f64,
+        /// A new connection for every request.
+        #[arg(long)]
+        new_connections: bool,
+    },
+    /// The last lines of a program (`ztunnel/node1`, `agent/node1`, `fairwayd`, `cni`) or pod.
+    Logs {
+        #[arg(long, default_value = "default")]
+        name: String,
+        program: String,
+        #[arg(long, default_value_t = 50)]
+        lines: usize,
+    },
+    /// Inject a fault.
+    Fault {
+        #[arg(long, default_value = "default")]
+        name: String,
+        #[command(subcommand)]
+        fault: Fault,
+    },
+    /// End a lab; nothing is left behind.
+    Down {
+        #[arg(long, default_value = "default")]
+        name: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Fault {
+    /// Stop a program where it stands.
+    Freeze { program: String },
+    /// Let a frozen program go on.
+    Thaw { program: String },
+    /// SIGKILL a program.
+    Kill {
+        program: String,
+        /// Start it again at once.
+        #[arg(long)]
+        restart: bool,
+    },
+    /// Start a killed program.
+    Start { program: String },
+    /// Pull a node's cable.
+    Partition { node: String },
+    /// Plug it in again.
+    Heal { node: String },
+    /// Replace a node's ztunnel by a new process, surge first.
+    Upgrade { node: String, binary: Option<String> },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum App {
+    /// Answer HTTP requests.
+    Http {
+        #[arg(long, default_value = "[::]:8080")]
+        listen: String,
+        #[arg(long, env = "HOSTNAME", default_value = "server")]
+        name: String,
+    },
+    /// Echo lines.
+    Echo {
+        #[arg(long, default_value = "[::]:9000")]
+        listen: String,
+    },
+    /// Serve checksummed streams, half-closes and resets.
+    Stream {
+        #[arg(long, default_value = "[::]:9001")]
+        listen: String,
+    },
+    /// Keep one connection open and use it.
+    Steady {
+        target: String,
+        #[arg(long, default_value_t = 20)]
+        interval_ms: u64,
+        /// Reconnect when told so on this address.
+        #[arg(long, default_value = "127.0.0.1:9099")]
+        control: String,
+    },
+    /// Tell a steady client to open a new connection.
+    Reconnect {
+        #[arg(long, default_value = "127.0.0.1:9099")]
+        control: String,
+    },
+    /// GET a URL once and print the answer.
+    Get {
+        url: String,
+        #[arg(long, default_value_t = 5)]
+        timeout: u64,
+    },
+    /// Transfer bytes and check them: download, upload, close-first, reset, many.
+    Transfer {
+        #[arg(value_enum)]
+        mode: TransferMode,
+        target: String,
+        #[arg(long, default_value_t = 1 << 20)]
+        bytes: u64,
+        #[arg(long, default_value_t = 1)]
+        connections: usize,
+    },
+    /// Closed-loop HTTP load.
+    Load {
+        target: String,
+        #[arg(long, default_value_t = 8)]
+        connections: usize,
+        #[arg(long, default_value_t = 3.0)]
+        seconds: f64,
+        #[arg(long)]
+        new_connections: bool,
+    },
+    /// Do nothing, for ever.
+    Idle,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(crate) enum TransferMode {
+    CloseFirst,
+    Download,
+    Many,
+    Reset,
+    Upload,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Debug {
+    /// Ask the CA for a certificate as a node's ztunnel would.
+    RequestCertificate {
+        /// `https://host:port`.
+        #[arg(long)]
+        address: String,
+        #[arg(long)]
+        root: PathBuf,
+        #[arg(long)]
+        token: PathBuf,
+        /// `spiffe://…`.
+        identity: String,
+    },
+}
+
+fn node_and_path(text: &str) -> Result<(String, PathBuf), String> {
+    match text.split_once('=') {
+        Some((node, path)) if !node.is_empty() && !path.is_empty() => {
+            let path = std::path::absolute(path).map_err(|e| e.to_string())?;
+            if path.is_file() { Ok((node.to_owned(), path)) } else { Err(format!("there is no file {}", path.display())) }
+        }
+        _ => Err("expected NODE=PATH, for instance node2=/usr/local/bin/ztunnel".to_owned()),
+    }
+}

@@ -1,0 +1,52 @@
+//! What people read: tables, marks, times.
+
+use std::{io::IsTerminal, time::Duration};
+
+use anstyle::{AnsiColor, Style};
+use comfy_table::{ContentArrangement, Table, presets::NOTHING};
+
+/// A plain table: headings, no lines, as wide as the terminal.
+pub(crate) fn table(headings: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Table {
+    let mut table = Table::new();
+    table.load_style(NOTHING).set_content_arrangement(ContentArrangement::Dynamic).set_header(headings.to_vec());
+    for row in rows {
+        table.add_row(row);
+    }
+    table
+}
+
+/// Coloured only where someone looks (a terminal, and no `NO_COLOR`).
+pub(crate) fn good(text: &str) -> String {
+    paint(AnsiColor::Green, text)
+}
+
+pub(crate) fn bad(text: &str) -> String {
+    paint(AnsiColor::Red, text)
+}
+
+pub(crate) fn dim(text: &str) -> String {
+    if colours() { format!("{}{text}{}", Style::new().dimmed().render(), Style::new().dimmed().render_reset()) } else { text.to_owned() }
+}
+
+fn paint(colour: AnsiColor, text: &str) -> String {
+    let style = Style::new().fg_color(Some(colour.into()));
+    if colours() { format!("{}{text}{}", style.render(), style.render_reset()) } else { text.to_owned() }
+}
+
+fn colours() -> bool {
+    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
+}
+
+/// `12 ms`, `1.3 s`.
+pub(crate) fn took(duration: Duration) -> String {
+    if duration < Duration::from_secs(1) {
+        format!("{} ms", duration.as_millis())
+    } else {
+        format!("{:.1} s", duration.as_secs_f64())
+    }
+}
+
+/// `1.2 ms`, `340 µs`.
+pub(crate) fn microseconds(us: u64) -> String {
+    if us < 1000 { format!("{us} µs") } else { format!("{:.1} ms", us as f64 / 1000.0) }
+}
