@@ -21,6 +21,7 @@ pub(crate) fn run(app: App) -> anyhow::Result<ExitCode> {
         App::Http { listen, name } => http::serve(address(&listen)?, &name)?,
         App::Echo { listen } => steady::echo(address(&listen)?)?,
         App::Stream { listen } => stream::serve(address(&listen)?)?,
+        App::Greet { listen } => stream::greet(address(&listen)?)?,
         App::Steady { target, interval_ms, control } => run_steady(&target, interval_ms, &control)?,
         App::Reconnect { control } => {
             TcpStream::connect(&control)?.write_all(b"!")?;
@@ -35,6 +36,9 @@ pub(crate) fn run(app: App) -> anyhow::Result<ExitCode> {
                 TransferMode::CloseFirst => stream::close_first(&target, bytes),
                 TransferMode::Download => stream::download(&target, bytes),
                 TransferMode::Many => stream::many(&target, connections, bytes),
+                TransferMode::Greeting => stream::expect_greeting(&target),
+                TransferMode::SendReset => stream::send_reset(&target),
+                TransferMode::Slow => stream::slow_download(&target, bytes, Duration::from_secs(3)),
                 TransferMode::Reset => stream::expect_reset(&target),
                 TransferMode::Upload => stream::upload(&target, bytes),
             };

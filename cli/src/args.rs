@@ -212,6 +212,11 @@ pub(crate) enum App {
         #[arg(long, default_value = "[::]:9001")]
         listen: String,
     },
+    /// Greet whoever connects, before he says anything.
+    Greet {
+        #[arg(long, default_value = "[::]:9002")]
+        listen: String,
+    },
     /// Keep one connection open and use it.
     Steady {
         target: String,
@@ -232,7 +237,7 @@ pub(crate) enum App {
         #[arg(long, default_value_t = 5)]
         timeout: u64,
     },
-    /// Transfer bytes and check them: download, upload, close-first, reset, many.
+    /// Transfer bytes and check them, or exercise one of TCP's awkward shapes.
     Transfer {
         #[arg(value_enum)]
         mode: TransferMode,
@@ -260,8 +265,11 @@ pub(crate) enum App {
 pub(crate) enum TransferMode {
     CloseFirst,
     Download,
+    Greeting,
     Many,
     Reset,
+    SendReset,
+    Slow,
     Upload,
 }
 

@@ -21,6 +21,7 @@ pub(crate) struct Metrics {
     pub(crate) policies: IntGauge,
     clients: IntGauge,
     pushes: IntCounterVec,
+    initial: IntCounterVec,
     rejects: IntCounterVec,
 }
 
@@ -52,6 +53,11 @@ impl Metrics {
             policies: gauge("fairwayd_policies", "Layer-4 policies in force"),
             clients: gauge("pilot_xds", "Discovery clients connected"),
             pushes: by("pilot_xds_pushes", "Discovery responses sent, by resource type", "type"),
+            initial: by(
+                "fairwayd_xds_initial_resources_total",
+                "Resources considered for first answers on discovery streams: sent, or unchanged since the client's last stream",
+                "outcome",
+            ),
             rejects: by(
                 "pilot_total_xds_rejects",
                 "Discovery responses that clients rejected, by resource type",
@@ -73,6 +79,10 @@ impl Metrics {
             }
             Event::Sent { caller, type_url, resources, removals, initial, unchanged } => {
                 self.pushes.with_label_values(&[short(type_url)]).inc();
+                if *initial {
+                    self.initial.with_label_values(&["sent"]).inc_by(*resources as u64);
+                    self.initial.with_label_values(&["unchanged"]).inc_by(*unchanged as u64);
+                }
                 tracing::debug!(node = %caller.node, r#type = short(type_url), resources, removals, initial, unchanged, "pushed");
             }
             Event::Nacked { caller, type_url, message } => {

@@ -217,12 +217,11 @@ fn without_control_plane(lab: &Lab) -> Evidence {
     lab.ask(&Request::Ready { program: "fairwayd".to_owned() })?;
     let resent = eventually("both ztunnels to come back", || {
         let (_, metrics) = lab.get("control", "http://127.0.0.1:15014/metrics")?;
-        let value = |name: &str| -> Option<f64> {
-            let lines = metrics.lines().filter(|l| l.starts_with(name) && l.contains("Address"));
-            lines.map(|l| l.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+        let value = |outcome: &str| -> f64 {
+            let line = format!("fairwayd_xds_initial_resources_total{{outcome=\"{outcome}\"}}");
+            metrics.lines().find_map(|l| l.strip_prefix(&line)?.trim().parse().ok()).unwrap_or(0.0)
         };
-        let (sent, unchanged) = (value("fairway_xds_resync_resources_sent"), value("fairway_xds_resync_resources_unchanged"));
-        let (sent, unchanged) = (sent.unwrap_or(0.0), unchanged.unwrap_or(0.0));
+        let (sent, unchanged) = (value("sent"), value("unchanged"));
         ensure!(unchanged > 0.0, "no ztunnel has resynchronised yet");
         Ok((sent, unchanged))
     })?;

@@ -7,6 +7,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     os::linux::net::SocketAddrExt,
     os::unix::net::{SocketAddr, UnixListener, UnixStream},
+    path::Path,
     process::{Child, Stdio},
     time::{Duration, Instant},
 };
@@ -69,7 +70,7 @@ impl Lab {
     /// # Errors
     /// When there is one of that name, or the kernel or a program refuses; then nothing is left.
     pub fn start(name: &str, options: &Options) -> Result<Self> {
-        let mut waiter = launch(name, options, false)?;
+        let mut waiter = launch(&std::env::current_exe()?, name, options, false)?;
         let lab = Self { name: name.to_owned() };
         lab.wait_up(&mut waiter)?;
         lab.publish_urls()?;
@@ -81,7 +82,15 @@ impl Lab {
     /// # Errors
     /// As [`Self::start`].
     pub fn start_owned(name: &str, options: &Options) -> Result<OwnedLab> {
-        let mut waiter = launch(name, options, true)?;
+        Self::start_owned_with(&std::env::current_exe()?, name, options)
+    }
+
+    /// [`Self::start_owned`] with another multi-call binary than this one: for tests, whose own binary is none.
+    ///
+    /// # Errors
+    /// As [`Self::start`].
+    pub fn start_owned_with(program: &Path, name: &str, options: &Options) -> Result<OwnedLab> {
+        let mut waiter = launch(program, name, options, true)?;
         let lab = Self { name: name.to_owned() };
         lab.wait_up(&mut waiter)?;
         lab.publish_urls()?;
@@ -219,6 +228,13 @@ impl Lab {
     }
 }
 
+impl OwnedLab {
+    /// The process whose end ends the lab.
+    pub fn process(&self) -> u32 {
+        self.waiter.id()
+    }
+}
+
 impl Drop for OwnedLab {
     fn drop(&mut self) {
         drop(self.waiter.kill());
@@ -232,13 +248,13 @@ fn address(name: &str) -> Result<SocketAddr> {
     Ok(SocketAddr::from_abstract_name(format!("fairway-lab-{user}-{name}"))?)
 }
 
-fn launch(name: &str, options: &Options, owned: bool) -> Result<Child> {
+fn launch(program: &Path, name: &str, options: &Options, owned: bool) -> Result<Child> {
     // Bound out here, in the host's network namespace, where callers will look for it.
     let listener = UnixListener::bind_addr(&address(name)?).map_err(|error| match error.kind() {
         io::ErrorKind::AddrInUse => LabError::AlreadyUp(name.to_owned()),
         _ => LabError::Io(error),
     })?;
-    let mut isolated = Isolated::new(std::env::current_exe()?);
+    let mut isolated = Isolated::new(program);
     isolated
         .command()
         .arg(INIT)

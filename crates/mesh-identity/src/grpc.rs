@@ -17,7 +17,7 @@ use tokio::net::TcpStream;
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use tonic::{
     Request, Status,
-    metadata::{AsciiMetadataKey, AsciiMetadataValue},
+    metadata::{AsciiMetadataKey, AsciiMetadataValue, MetadataMap},
     transport::{Channel, Endpoint, Uri},
 };
 
@@ -51,8 +51,9 @@ pub enum TokenSource {
     None,
 }
 
+/// A control plane's address and how to trust it and be trusted; CA and discovery are reached alike.
 #[derive(Clone, Debug)]
-pub struct GrpcCaConfig {
+pub struct ControlPlane {
     /// `host:port`, with or without `https://`.
     pub address: String,
     pub roots: RootSource,
@@ -61,26 +62,93 @@ pub struct GrpcCaConfig {
     pub headers: Vec<(String, String)>,
     /// Accepted when the serving certificate does not name the address's host.
     pub alternative_name: Option<String>,
+}
+
+/// An address, header or name in the configuration that cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} `{value}` is not usable: expected {expected}")]
+pub struct ControlPlaneError {
+    pub what: &'static str,
+    pub value: String,
+    pub expected: &'static str,
+}
+
+impl ControlPlane {
+    /// A channel that connects at first need, and again after a loss. Must be called within a runtime.
+    ///
+    /// # Errors
+    /// Names what in the configuration cannot be used.
+    pub fn channel(&self) -> Result<Channel, ControlPlaneError> {
+        let invalid = |what, value: &str, expected| ControlPlaneError { what, value: value.to_owned(), expected };
+        let address = || invalid("control plane address", &self.address, "host:port");
+        let bare = self.address.strip_prefix("https://").unwrap_or(&self.address).trim_end_matches('/');
+        // TLS is the connector's business; tonic, built without TLS, wants the plain scheme.
+        let uri: Uri = format!("http://{bare}").parse().map_err(|_| address())?;
+        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+        let name = ServerName::try_from(host).map_err(|_| address())?;
+        let alternative = self.alternative_name.as_ref().map(|name| {
+            ServerName::try_from(name.clone()).map_err(|_| invalid("alternative server name", name, "a host name"))
+        });
+        for (key, value) in &self.headers {
+            header(key, value).ok_or_else(|| invalid("header", key, "an ASCII name and value"))?;
+        }
+        let dialer = Dialer { roots: self.roots.clone(), name, alternative: alternative.transpose()? };
+        let endpoint = Endpoint::from(uri)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .http2_keep_alive_interval(Duration::from_secs(30))
+            .keep_alive_timeout(Duration::from_secs(10))
+            .keep_alive_while_idle(true);
+        Ok(endpoint.connect_with_connector_lazy(tower::service_fn(move |uri: Uri| {
+            let dialer = dialer.clone();
+            async move { dialer.dial(&uri).await.map(TokioIo::new) }
+        })))
+    }
+
+    /// What goes with each request: the headers, and the token as it is now.
+    ///
+    /// # Errors
+    /// When the token cannot be read or sent.
+    pub fn metadata(&self) -> Result<MetadataMap, CaError> {
+        let mut metadata = MetadataMap::new();
+        for (key, value) in self.headers.iter().filter_map(|(key, value)| header(key, value)) {
+            metadata.insert(key, value);
+        }
+        if let Some(token) = self.token()? {
+            let value = format!("Bearer {token}").parse().map_err(|_| CaError::MalformedToken)?;
+            metadata.insert("authorization", value);
+        }
+        Ok(metadata)
+    }
+
+    fn token(&self) -> Result<Option<String>, CaError> {
+        let path = match &self.token {
+            TokenSource::None => return Ok(None),
+            TokenSource::Literal(token) => return Ok(Some(token.clone())),
+            TokenSource::File(path) => path,
+        };
+        let name = || path.display().to_string();
+        let text = std::fs::read_to_string(path).map_err(|source| CaError::Token { path: name(), source })?;
+        match text.trim() {
+            "" => Err(CaError::EmptyToken(name())),
+            token => Ok(Some(token.to_owned())),
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct GrpcCaConfig {
+    pub server: ControlPlane,
     /// Requested life of certificates.
     pub ttl: Duration,
     /// Name the identity in the request's metadata (a node proxy asks on behalf of pods); otherwise the token decides.
     pub impersonate: bool,
 }
 
-/// A [`CaClient`] over gRPC; one channel, connected at first need and again after a loss.
+/// A [`CaClient`] over gRPC.
 #[derive(Clone, Debug)]
 pub struct GrpcCa {
     config: Arc<GrpcCaConfig>,
     channel: Channel,
-}
-
-/// An address, header or name in the configuration that cannot be used.
-#[derive(Debug, thiserror::Error)]
-#[error("{what} `{value}` is not usable: expected {expected}")]
-pub struct GrpcCaConfigError {
-    pub what: &'static str,
-    pub value: String,
-    pub expected: &'static str,
 }
 
 impl GrpcCa {
@@ -88,32 +156,9 @@ impl GrpcCa {
     ///
     /// # Errors
     /// Names what in the configuration cannot be used.
-    pub fn new(config: GrpcCaConfig) -> Result<Self, GrpcCaConfigError> {
-        let bare = config.address.strip_prefix("https://").unwrap_or(&config.address).trim_end_matches('/');
-        let invalid = |what, value: &str, expected| GrpcCaConfigError { what, value: value.to_owned(), expected };
-        // TLS is the connector's business; tonic, built without TLS, wants the plain scheme.
-        let uri: Uri =
-            format!("http://{bare}").parse().map_err(|_| invalid("CA address", &config.address, "host:port"))?;
-        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
-        let name = ServerName::try_from(host).map_err(|_| invalid("CA address", &config.address, "host:port"))?;
-        let alternative = config.alternative_name.as_ref().map(|name| {
-            ServerName::try_from(name.clone()).map_err(|_| invalid("alternative CA name", name, "a host name"))
-        });
-        for (key, value) in &config.headers {
-            metadata(key, value).ok_or_else(|| invalid("CA header", key, "an ASCII name and value"))?;
-        }
-        let config = Arc::new(config);
-        let dialer = Dialer { config: config.clone(), name, alternative: alternative.transpose()? };
-        let endpoint = Endpoint::from(uri)
-            .connect_timeout(CONNECT_TIMEOUT)
-            .timeout(DEADLINE)
-            .http2_keep_alive_interval(Duration::from_secs(30))
-            .keep_alive_timeout(Duration::from_secs(10));
-        let channel = endpoint.connect_with_connector_lazy(tower::service_fn(move |uri: Uri| {
-            let dialer = dialer.clone();
-            async move { dialer.dial(&uri).await.map(TokioIo::new) }
-        }));
-        Ok(Self { config, channel })
+    pub fn new(config: GrpcCaConfig) -> Result<Self, ControlPlaneError> {
+        let channel = config.server.channel()?;
+        Ok(Self { config: Arc::new(config), channel })
     }
 
     async fn request(&self, identity: Identity, csr: String) -> Result<Vec<String>, CaError> {
@@ -123,34 +168,12 @@ impl GrpcCa {
             metadata: self.config.impersonate.then(|| impersonated(&identity)),
         };
         let mut request = Request::new(body);
-        for (key, value) in &self.config.headers {
-            if let Some((key, value)) = metadata(key, value) {
-                request.metadata_mut().insert(key, value);
-            }
-        }
-        if let Some(token) = self.token().await? {
-            let value = format!("Bearer {token}").parse().map_err(|_| CaError::MalformedToken)?;
-            request.metadata_mut().insert("authorization", value);
-        }
+        *request.metadata_mut() = self.config.server.metadata()?;
         let mut client = IstioCertificateServiceClient::new(self.channel.clone());
         match tokio::time::timeout(DEADLINE, client.create_certificate(request)).await {
             Ok(Ok(answer)) => Ok(answer.into_inner().cert_chain),
             Ok(Err(status)) => Err(self.explain(&status)),
             Err(_) => Err(CaError::Timeout(DEADLINE)),
-        }
-    }
-
-    async fn token(&self) -> Result<Option<String>, CaError> {
-        let path = match &self.config.token {
-            TokenSource::None => return Ok(None),
-            TokenSource::Literal(token) => return Ok(Some(token.clone())),
-            TokenSource::File(path) => path,
-        };
-        let name = || path.display().to_string();
-        let text = tokio::fs::read_to_string(path).await.map_err(|source| CaError::Token { path: name(), source })?;
-        match text.trim() {
-            "" => Err(CaError::EmptyToken(name())),
-            token => Ok(Some(token.to_owned())),
         }
     }
 
@@ -162,7 +185,7 @@ impl GrpcCa {
         while let Some(deeper) = cause.source() {
             cause = deeper;
         }
-        CaError::Unreachable { address: self.config.address.clone(), cause: cause.to_string() }
+        CaError::Unreachable { address: self.config.server.address.clone(), cause: cause.to_string() }
     }
 }
 
@@ -177,14 +200,72 @@ fn impersonated(identity: &Identity) -> prost_types::Struct {
     prost_types::Struct { fields: [("ImpersonatedIdentity".to_owned(), value)].into() }
 }
 
-fn metadata(key: &str, value: &str) -> Option<(AsciiMetadataKey, AsciiMetadataValue)> {
+fn header(key: &str, value: &str) -> Option<(AsciiMetadataKey, AsciiMetadataValue)> {
     Some((key.to_ascii_lowercase().parse().ok()?, value.parse().ok()?))
+}
+
+fn invalid(what: &'static str, value: &str, expected: &'static str) -> GrpcCaConfigError {
+    GrpcCaConfigError { what, value: value.to_owned(), expected }
+}
+
+/// Makes gRPC channels to one address of the control plane: TLS 1.3, roots read anew for each connection.
+#[derive(Clone, Debug)]
+pub struct GrpcConnector {
+    endpoint: Endpoint,
+    dialer: Dialer,
+}
+
+impl GrpcConnector {
+    /// `address` is `host:port`, with or without `https://`; `alternative` is accepted when the serving certificate does not name
+    /// that host.
+    ///
+    /// # Errors
+    /// Names what cannot be used.
+    pub fn new(address: &str, roots: RootSource, alternative: Option<&str>) -> Result<Self, GrpcCaConfigError> {
+        let wrong = || invalid("address", address, "host:port");
+        let bare = address.strip_prefix("https://").unwrap_or(address).trim_end_matches('/');
+        // TLS is the dialer's business; tonic, built without TLS, wants the plain scheme.
+        let uri: Uri = format!("http://{bare}").parse().map_err(|_| wrong())?;
+        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+        let name = ServerName::try_from(host).map_err(|_| wrong())?;
+        let alternative = alternative.map(|name| {
+            ServerName::try_from(name.to_owned()).map_err(|_| invalid("alternative host name", name, "a host name"))
+        });
+        let endpoint = Endpoint::from(uri)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .tcp_keepalive(Some(Duration::from_secs(300)))
+            .http2_keep_alive_interval(Duration::from_secs(30))
+            .keep_alive_timeout(Duration::from_secs(10));
+        Ok(Self { endpoint, dialer: Dialer { roots: Arc::new(roots), name, alternative: alternative.transpose()? } })
+    }
+
+    /// A fresh connection, made now.
+    ///
+    /// # Errors
+    /// When it cannot be made within 5 s.
+    pub async fn connect(&self) -> Result<Channel, tonic::transport::Error> {
+        let dialer = self.dialer.clone();
+        let dial = tower::service_fn(move |uri: Uri| {
+            let dialer = dialer.clone();
+            async move { dialer.dial(&uri).await.map(TokioIo::new) }
+        });
+        self.endpoint.connect_with_connector(dial).await
+    }
+
+    /// Connects at first need and again after a loss. Must be called within a runtime.
+    pub fn lazy(&self) -> Channel {
+        let dialer = self.dialer.clone();
+        self.endpoint.connect_with_connector_lazy(tower::service_fn(move |uri: Uri| {
+            let dialer = dialer.clone();
+            async move { dialer.dial(&uri).await.map(TokioIo::new) }
+        }))
+    }
 }
 
 /// Dials TCP and TLS, with the roots as they are now.
 #[derive(Clone, Debug)]
 struct Dialer {
-    config: Arc<GrpcCaConfig>,
+    roots: Arc<RootSource>,
     name: ServerName<'static>,
     alternative: Option<ServerName<'static>>,
 }
@@ -205,7 +286,7 @@ impl Dialer {
         let mut roots = RootCertStore::empty();
         roots.add_parsable_certificates(self.roots().await?);
         let strict = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider()).build();
-        let strict = strict.map_err(|_| io::Error::other(format!("no usable root in {:?}", self.config.roots)))?;
+        let strict = strict.map_err(|_| io::Error::other(format!("no usable root in {:?}", self.roots)))?;
         let mut config = ClientConfig::builder_with_provider(provider())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .expect("the provider has TLS 1.3 suites")
@@ -217,7 +298,7 @@ impl Dialer {
     }
 
     async fn roots(&self) -> io::Result<Vec<CertificateDer<'static>>> {
-        let pem = match &self.config.roots {
+        let pem = match &*self.roots {
             RootSource::Pem(pem) => pem.clone().into_bytes(),
             RootSource::File(path) => tokio::fs::read(path)
                 .await
@@ -365,11 +446,13 @@ mod tests {
 
     fn config(address: std::net::SocketAddr, authority: &SigningAuthority, token: TokenSource) -> GrpcCaConfig {
         GrpcCaConfig {
-            address: format!("https://{address}"),
-            roots: RootSource::Pem(authority.root_pem().to_owned()),
-            token,
-            headers: vec![("ClusterID".to_owned(), "Kubernetes".to_owned())],
-            alternative_name: Some("istiod.test".to_owned()),
+            server: ControlPlane {
+                address: format!("https://{address}"),
+                roots: RootSource::Pem(authority.root_pem().to_owned()),
+                token,
+                headers: vec![("ClusterID".to_owned(), "Kubernetes".to_owned())],
+                alternative_name: Some("istiod.test".to_owned()),
+            },
             ttl: Duration::from_secs(600),
             impersonate: true,
         }
@@ -407,7 +490,7 @@ mod tests {
         let error = ca.sign(&identity, String::new()).await.unwrap_err().to_string();
         assert!(error.contains("cannot reach the CA at https://127.0.0.1") && error.contains("certificate"), "{error}");
         let mut bad = config(address, &authority, TokenSource::None);
-        bad.address = "not an address".to_owned();
-        assert!(GrpcCa::new(bad).unwrap_err().to_string().contains("CA address `not an address` is not usable"));
+        bad.server.address = "not an address".to_owned();
+        assert!(GrpcCa::new(bad).unwrap_err().to_string().contains("address `not an address` is not usable"));
     }
 }

@@ -355,7 +355,9 @@ impl Session {
                 break;
             }
         }
-        (self.observer)(Event::Closed { caller: &self.caller });
+        if opened {
+            (self.observer)(Event::Closed { caller: &self.caller });
+        }
     }
 
     async fn on_request(&mut self, request: DeltaDiscoveryRequest) -> Result<(), Gone> {

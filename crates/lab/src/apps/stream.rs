@@ -6,6 +6,7 @@
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
     net::{Shutdown, SocketAddr, TcpListener, TcpStream},
+    sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -15,6 +16,8 @@ use serde::{Deserialize, Serialize};
 use super::http::dial;
 
 const CHUNK: usize = 64 * 1024;
+/// How the last watched connection ended.
+static LAST_END: Mutex<&str> = Mutex::new("nothing yet");
 
 /// A repeatable byte sequence and its running checksum (FNV-1a, 64 bits).
 #[derive(Clone, Debug)]
@@ -108,7 +111,22 @@ fn serve_one(stream: &TcpStream) -> io::Result<()> {
             };
             (&mut &*stream).write_all(verdict.as_bytes())
         }
-        // closefirst <bytes>: the server half-closes at once and then reads to the end.
+        // watch: the server reads to the end and remembers how it came; "ended" asks for that.
+        ["watch"] => {
+            stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+            let ended = match io::copy(&mut reader, &mut io::sink()) {
+                Ok(_) => "clean",
+                Err(error) if error.kind() == io::ErrorKind::ConnectionReset => "reset",
+                Err(_) => "other",
+            };
+            *LAST_END.lock().unwrap_or_else(PoisonError::into_inner) = ended;
+            Ok(())
+        }
+        ["ended"] => {
+            let ended = *LAST_END.lock().unwrap_or_else(PoisonError::into_inner);
+            (&mut &*stream).write_all(ended.as_bytes())
+        }
+        // closefirst: the server half-closes at once and then reads to the end.
         ["closefirst"] => {
             stream.shutdown(Shutdown::Write)?;
             io::copy(&mut reader, &mut io::sink()).map(drop)
@@ -203,6 +221,68 @@ pub fn expect_reset(target: &str) -> Outcome {
                 Err(io::Error::new(io::ErrorKind::InvalidData, format!("read {n} bytes where a reset was expected")))
             }
         }
+    })
+}
+
+/// The client resets; the server must see a reset and not a clean end.
+pub fn send_reset(target: &str) -> Outcome {
+    measured(0, || {
+        let stream = dial(target, 80, Duration::from_secs(10))?;
+        (&stream).write_all(b"watch\nsome bytes")?;
+        // The bytes must have arrived, or the reset could overtake the connection itself.
+        thread::sleep(Duration::from_millis(200));
+        reset(&stream)?;
+        drop(stream);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            match ended(target)?.as_str() {
+                "reset" => return Ok(0),
+                other if Instant::now() > deadline => return Err(io::Error::other(format!("the server saw {other}"))),
+                _ => thread::sleep(Duration::from_millis(20)),
+            }
+        }
+    })
+}
+
+fn ended(target: &str) -> io::Result<String> {
+    let stream = dial(target, 80, Duration::from_secs(10))?;
+    (&stream).write_all(b"ended\n")?;
+    let mut text = String::new();
+    (&stream).take(64).read_to_string(&mut text)?;
+    Ok(text)
+}
+
+/// Downloads as slowly as a stuck application: reads nothing for `pause`, then everything, checked.
+pub fn slow_download(target: &str, bytes: u64, pause: Duration) -> Outcome {
+    measured(bytes, || {
+        let stream = dial(target, 80, Duration::from_secs(10))?;
+        writeln!(&stream, "download 7 {bytes}")?;
+        thread::sleep(pause);
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        receive(&mut &stream, 7)
+    })
+}
+
+/// A server that speaks first: the client sends nothing until it has been greeted.
+///
+/// # Errors
+/// When the port cannot be bound.
+pub fn greet(listen: SocketAddr) -> io::Result<()> {
+    for stream in TcpListener::bind(listen)?.incoming() {
+        let Ok(mut stream) = stream else { continue };
+        thread::spawn(move || stream.write_all(b"hello\n").and_then(|()| io::copy(&mut &stream, &mut io::sink())));
+    }
+    Ok(())
+}
+
+/// Waits for the greeting of [`greet`].
+pub fn expect_greeting(target: &str) -> Outcome {
+    measured(6, || {
+        let stream = dial(target, 80, Duration::from_secs(10))?;
+        stream.set_read_timeout(Some(Duration::from_secs(20)))?;
+        let mut line = String::new();
+        BufReader::new(&stream).take(64).read_line(&mut line)?;
+        Ok(line.len() as u64)
     })
 }
 
