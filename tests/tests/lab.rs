@@ -1,0 +1,20 @@
+//! The mesh as its users meet it: real programs, real namespaces, real nf_tables, on virtual nodes. One lab per test.
+//!
+//! | module | what |
+//! |---|---|
+//! | `demo` | the guided run, with and without namespaces |
+//! | `traffic` | what TCP can do, through the mesh: half-closes, resets, volume, many at once, both families |
+//! | `bad_days` | programs killed, restarted, upgraded; pods deleted; labels changed under load |
+//! | `traces` | nothing is left behind |
+
+#[path = "lab/harness.rs"]
+mod harness;
+
+#[path = "lab/bad_days.rs"]
+mod bad_days;
+#[path = "lab/demo.rs"]
+mod demo;
+#[path = "lab/traces.rs"]
+mod traces;
+#[path = "lab/traffic.rs"]
+mod traffic;
