@@ -79,6 +79,21 @@ impl ControlPlane {
     /// # Errors
     /// Names what in the configuration cannot be used.
     pub fn channel(&self) -> Result<Channel, ControlPlaneError> {
+        let (endpoint, dialer) = self.endpoint()?;
+        Ok(endpoint.connect_with_connector_lazy(tower::service_fn(move |uri: Uri| dialer.clone().connect(uri))))
+    }
+
+    /// A channel whose first connection has been made, for a stream that would rather know why there is none.
+    ///
+    /// # Errors
+    /// What in the configuration cannot be used, or why the connection failed, as the error's cause.
+    pub async fn connect(&self) -> Result<Channel, Box<dyn std::error::Error + Send + Sync>> {
+        let (endpoint, dialer) = self.endpoint()?;
+        let connector = tower::service_fn(move |uri: Uri| dialer.clone().connect(uri));
+        Ok(endpoint.connect_with_connector(connector).await?)
+    }
+
+    fn endpoint(&self) -> Result<(Endpoint, Dialer), ControlPlaneError> {
         let invalid = |what, value: &str, expected| ControlPlaneError { what, value: value.to_owned(), expected };
         let address = || invalid("control plane address", &self.address, "host:port");
         let bare = self.address.strip_prefix("https://").unwrap_or(&self.address).trim_end_matches('/');
@@ -92,16 +107,12 @@ impl ControlPlane {
         for (key, value) in &self.headers {
             header(key, value).ok_or_else(|| invalid("header", key, "an ASCII name and value"))?;
         }
-        let dialer = Dialer { roots: self.roots.clone(), name, alternative: alternative.transpose()? };
         let endpoint = Endpoint::from(uri)
             .connect_timeout(CONNECT_TIMEOUT)
             .http2_keep_alive_interval(Duration::from_secs(30))
             .keep_alive_timeout(Duration::from_secs(10))
             .keep_alive_while_idle(true);
-        Ok(endpoint.connect_with_connector_lazy(tower::service_fn(move |uri: Uri| {
-            let dialer = dialer.clone();
-            async move { dialer.dial(&uri).await.map(TokioIo::new) }
-        })))
+        Ok((endpoint, Dialer { roots: self.roots.clone(), name, alternative: alternative.transpose()? }))
     }
 
     /// What goes with each request: the headers, and the token as it is now.
@@ -204,73 +215,19 @@ fn header(key: &str, value: &str) -> Option<(AsciiMetadataKey, AsciiMetadataValu
     Some((key.to_ascii_lowercase().parse().ok()?, value.parse().ok()?))
 }
 
-fn invalid(what: &'static str, value: &str, expected: &'static str) -> GrpcCaConfigError {
-    GrpcCaConfigError { what, value: value.to_owned(), expected }
-}
-
-/// Makes gRPC channels to one address of the control plane: TLS 1.3, roots read anew for each connection.
-#[derive(Clone, Debug)]
-pub struct GrpcConnector {
-    endpoint: Endpoint,
-    dialer: Dialer,
-}
-
-impl GrpcConnector {
-    /// `address` is `host:port`, with or without `https://`; `alternative` is accepted when the serving certificate does not name
-    /// that host.
-    ///
-    /// # Errors
-    /// Names what cannot be used.
-    pub fn new(address: &str, roots: RootSource, alternative: Option<&str>) -> Result<Self, GrpcCaConfigError> {
-        let wrong = || invalid("address", address, "host:port");
-        let bare = address.strip_prefix("https://").unwrap_or(address).trim_end_matches('/');
-        // TLS is the dialer's business; tonic, built without TLS, wants the plain scheme.
-        let uri: Uri = format!("http://{bare}").parse().map_err(|_| wrong())?;
-        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']).to_owned();
-        let name = ServerName::try_from(host).map_err(|_| wrong())?;
-        let alternative = alternative.map(|name| {
-            ServerName::try_from(name.to_owned()).map_err(|_| invalid("alternative host name", name, "a host name"))
-        });
-        let endpoint = Endpoint::from(uri)
-            .connect_timeout(CONNECT_TIMEOUT)
-            .tcp_keepalive(Some(Duration::from_secs(300)))
-            .http2_keep_alive_interval(Duration::from_secs(30))
-            .keep_alive_timeout(Duration::from_secs(10));
-        Ok(Self { endpoint, dialer: Dialer { roots: Arc::new(roots), name, alternative: alternative.transpose()? } })
-    }
-
-    /// A fresh connection, made now.
-    ///
-    /// # Errors
-    /// When it cannot be made within 5 s.
-    pub async fn connect(&self) -> Result<Channel, tonic::transport::Error> {
-        let dialer = self.dialer.clone();
-        let dial = tower::service_fn(move |uri: Uri| {
-            let dialer = dialer.clone();
-            async move { dialer.dial(&uri).await.map(TokioIo::new) }
-        });
-        self.endpoint.connect_with_connector(dial).await
-    }
-
-    /// Connects at first need and again after a loss. Must be called within a runtime.
-    pub fn lazy(&self) -> Channel {
-        let dialer = self.dialer.clone();
-        self.endpoint.connect_with_connector_lazy(tower::service_fn(move |uri: Uri| {
-            let dialer = dialer.clone();
-            async move { dialer.dial(&uri).await.map(TokioIo::new) }
-        }))
-    }
-}
-
 /// Dials TCP and TLS, with the roots as they are now.
 #[derive(Clone, Debug)]
 struct Dialer {
-    roots: Arc<RootSource>,
+    roots: RootSource,
     name: ServerName<'static>,
     alternative: Option<ServerName<'static>>,
 }
 
 impl Dialer {
+    async fn connect(self, uri: Uri) -> io::Result<TokioIo<TlsStream<TcpStream>>> {
+        self.dial(&uri).await.map(TokioIo::new)
+    }
+
     async fn dial(&self, uri: &Uri) -> io::Result<TlsStream<TcpStream>> {
         let config = self.tls().await?;
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
@@ -298,7 +255,7 @@ impl Dialer {
     }
 
     async fn roots(&self) -> io::Result<Vec<CertificateDer<'static>>> {
-        let pem = match &*self.roots {
+        let pem = match &self.roots {
             RootSource::Pem(pem) => pem.clone().into_bytes(),
             RootSource::File(path) => tokio::fs::read(path)
                 .await

@@ -17,7 +17,7 @@ pub mod tls;
 pub mod verify;
 
 pub use ca::{CaClient, CaError};
-pub use grpc::{GrpcCa, GrpcCaConfig, GrpcCaConfigError, GrpcConnector, RootSource, TokenSource};
+pub use grpc::{ControlPlane, ControlPlaneError, GrpcCa, GrpcCaConfig, RootSource, TokenSource};
 pub use manager::{Config, Entry, EntryState, FetchError, IdentityError, Manager, Priority};
 pub use svid::{Svid, SvidError};
 pub use tls::{client_config, peer_name, server_config};
