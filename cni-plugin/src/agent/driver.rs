@@ -1,0 +1,523 @@
+//! Carries out what the state machine asks for, and feeds it what the world answers.
+
+use std::{
+    collections::HashMap,
+    error::Error,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use mesh_net::{NetNs, NetNsId};
+use mesh_runtime::{drain::DrainWatcher, readiness::Pending};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::{JoinSet, spawn_blocking},
+    time::sleep_until,
+};
+
+use super::{
+    enroll::{Machine, Outcome, Pace, Redirection, State, Step, Uid, Wanted},
+    files::{find_netns, open_netns, write_enrolment},
+    report::{Metrics, PodReport, PodState, Reports},
+    server::AddCall,
+    source::View,
+    zds::{Workload, Zds},
+};
+use crate::{
+    decision::{Decisions, Listed, REFRESH},
+    eligibility::{Exclusion, Labels, Pod, decide},
+    request::{AddAnswer, AddRequest},
+    rules::{self, Options},
+};
+
+/// What the driver needs to know of its node.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    pub node: String,
+    pub run_dir: PathBuf,
+    pub manifests: PathBuf,
+    pub sandboxes: Option<PathBuf>,
+    pub excluded_namespaces: Vec<String>,
+    /// The rules of a pod without annotations.
+    pub options: Options,
+    pub pace: Pace,
+    /// The node's own namespace, never a pod's.
+    pub home: NetNsId,
+}
+
+/// How long a question of the plugin may wait for the source to bring the pod.
+const SOURCE_LAG: Duration = Duration::from_secs(3);
+/// Shorter than the plugin waits, so that it gets the reason.
+const ADD_LIMIT: Duration = Duration::from_millis(4500);
+
+type AddReply = oneshot::Sender<Result<AddAnswer, String>>;
+
+/// Owns everything the agent knows; one task.
+pub struct Driver {
+    settings: Arc<Settings>,
+    machine: Machine,
+    zds: Zds,
+    view: Arc<View>,
+    /// Pods the machine has to do with, also those that the view no longer has.
+    pods: HashMap<Uid, Arc<Pod>>,
+    netns: HashMap<Uid, NetNs>,
+    older_flows: HashMap<Uid, usize>,
+    steps: JoinSet<Finished>,
+    /// Questions about pods the source has not brought yet.
+    unknown: Vec<(AddRequest, AddReply, Instant)>,
+    waiting: HashMap<Uid, Vec<(AddReply, Instant)>>,
+    decisions: Decisions,
+    decisions_due: Instant,
+    reports: watch::Sender<Reports>,
+    metrics: Metrics,
+    /// Ready, and open for ztunnels, when everything has been tried once.
+    first_pass: Option<(Pending, oneshot::Sender<()>)>,
+}
+
+/// A step that has ended, in the namespace it was for.
+struct Finished {
+    uid: Uid,
+    step: Step,
+    netns: Option<NetNs>,
+    result: Result<Ended, String>,
+}
+
+enum Ended {
+    Done,
+    Found(NetNs),
+    Applied { older_flows: Option<usize> },
+    Flows(usize),
+}
+
+impl Driver {
+    /// `synced` is told when ztunnels may be given the whole picture.
+    pub fn new(
+        settings: Settings,
+        zds: Zds,
+        metrics: Metrics,
+        reports: watch::Sender<Reports>,
+        pending: Pending,
+        synced: oneshot::Sender<()>,
+    ) -> Self {
+        Self {
+            machine: Machine::new(settings.pace),
+            settings: Arc::new(settings),
+            zds,
+            view: Arc::default(),
+            pods: HashMap::new(),
+            netns: HashMap::new(),
+            older_flows: HashMap::new(),
+            steps: JoinSet::new(),
+            unknown: Vec::new(),
+            waiting: HashMap::new(),
+            decisions: Decisions::default(),
+            decisions_due: Instant::now(),
+            reports,
+            metrics,
+            first_pass: Some((pending, synced)),
+        }
+    }
+
+    /// Runs until the drain starts. Pods stay enrolled: their rules and ztunnel need no agent.
+    pub async fn run(
+        mut self,
+        mut views: watch::Receiver<Option<Arc<View>>>,
+        mut calls: mpsc::Receiver<AddCall>,
+        drain: DrainWatcher,
+    ) {
+        // Nothing is decided before the first complete view: to an empty one every pod would be gone.
+        let first = tokio::select! {
+            _ = drain.signalled() => return,
+            view = views.wait_for(Option::is_some) => view.ok().and_then(|view| view.clone()),
+        };
+        let Some(first) = first else { return };
+        self.take_view(first);
+        let zds = self.zds.clone();
+        loop {
+            self.advance();
+            let wake = self.wakes_at().into();
+            tokio::select! {
+                _ = drain.signalled() => break,
+                Ok(()) = views.changed() => {
+                    let view = views.borrow_and_update().clone();
+                    view.into_iter().for_each(|view| self.take_view(view));
+                }
+                Some(call) = calls.recv() => self.take_call(call.request, call.reply, Instant::now() + SOURCE_LAG),
+                Some(finished) = self.steps.join_next(), if !self.steps.is_empty() => {
+                    // A step that panicked stays in flight: that pod stops, and the panic is in the log.
+                    finished.into_iter().for_each(|finished| self.take_finished(finished));
+                }
+                () = zds.synced() => self.machine.ztunnel_connected(),
+                () = sleep_until(wake) => {}
+            }
+        }
+        self.steps.shutdown().await;
+    }
+
+    // --- what the world says
+
+    fn take_view(&mut self, view: Arc<View>) {
+        self.view = view.clone();
+        for (uid, pod) in &view.pods {
+            let wanted = self.wanted(pod);
+            let status = view.enrolments.get(uid).map(|e| e.redirection);
+            if wanted == Wanted::Enrolled || status.is_some() || self.pods.contains_key(uid) {
+                self.pods.insert(uid.clone(), pod.clone());
+                self.keep_for_later(uid, pod, wanted, status);
+                self.machine.observe(uid, wanted, status);
+            }
+        }
+        for (uid, enrolment) in view.enrolments.iter().filter(|(uid, _)| !view.pods.contains_key(*uid)) {
+            let pod = Pod {
+                uid: uid.to_string(),
+                namespace: enrolment.namespace.clone(),
+                name: enrolment.name.clone(),
+                ..Pod::default()
+            };
+            self.pods.entry(uid.clone()).or_insert_with(|| Arc::new(pod));
+            self.machine.observe(uid, Wanted::Gone, Some(enrolment.redirection));
+        }
+        let gone: Vec<Uid> = self.pods.keys().filter(|uid| !view.pods.contains_key(*uid)).cloned().collect();
+        gone.iter().for_each(|uid| self.machine.observe(uid, Wanted::Gone, None));
+        for (request, reply, deadline) in std::mem::take(&mut self.unknown) {
+            self.take_call(request, reply, deadline);
+        }
+        self.decisions_due = Instant::now();
+    }
+
+    fn wanted(&self, pod: &Pod) -> Wanted {
+        match self.verdict(pod) {
+            Ok(()) => Wanted::Enrolled,
+            Err(Exclusion::Terminal) => Wanted::Gone,
+            Err(_) => Wanted::Unenrolled,
+        }
+    }
+
+    fn verdict(&self, pod: &Pod) -> Result<(), Exclusion> {
+        let none = Labels::new();
+        decide(pod, self.view.namespaces.get(&pod.namespace).unwrap_or(&none), &self.settings.excluded_namespaces)
+    }
+
+    /// After a restart, a ztunnel that serves the pod must keep it, also while its namespace has not been found again.
+    fn keep_for_later(&self, uid: &Uid, pod: &Pod, wanted: Wanted, status: Option<Redirection>) {
+        if self.machine.get(uid).is_none() && wanted == Wanted::Enrolled && status == Some(Redirection::Enabled) {
+            self.zds.remember(workload(pod, None));
+        }
+    }
+
+    fn take_call(&mut self, request: AddRequest, reply: AddReply, deadline: Instant) {
+        let found = self.view.find(&request.pod_namespace, &request.pod_name);
+        let same = found.filter(|(uid, _)| request.pod_uid.as_deref().is_none_or(|wanted| wanted == &***uid));
+        let Some((uid, pod)) = same.map(|(uid, pod)| (uid.clone(), pod.clone())) else {
+            self.unknown.push((request, reply, deadline));
+            return;
+        };
+        match self.verdict(&pod) {
+            Err(_) if request.undecided => self.reply(reply, Ok(AddAnswer { enrolled: false })),
+            Err(why) => {
+                let who = format!("{}/{}", pod.namespace, pod.name);
+                self.reply(reply, Err(format!("pod {who} is not to be captured: {why}")));
+            }
+            Ok(()) => match open_netns(request.netns.as_ref(), self.settings.home) {
+                Ok(ns) => self.enrol(uid, pod, ns, reply),
+                Err(error) => self.reply(reply, Err(chain(&error))),
+            },
+        }
+    }
+
+    fn enrol(&mut self, uid: Uid, pod: Arc<Pod>, ns: NetNs, reply: AddReply) {
+        self.pods.insert(uid.clone(), pod);
+        self.netns.insert(uid.clone(), ns);
+        self.machine.observe(&uid, Wanted::Enrolled, None);
+        self.machine.give_netns(&uid);
+        self.waiting.entry(uid).or_default().push((reply, Instant::now() + ADD_LIMIT));
+    }
+
+    fn take_finished(&mut self, finished: Finished) {
+        let Finished { uid, step, netns, result } = finished;
+        let replaced = match (&netns, self.netns.get(&uid)) {
+            (Some(then), Some(now)) => !then.same_handle(now),
+            _ => false,
+        };
+        let outcome = match result {
+            _ if replaced => Outcome::Outdated,
+            Ok(ended) => self.take_ended(&uid, ended),
+            Err(reason) => {
+                // A pod without address has no sandbox yet: the plugin will bring it.
+                let awaited = step == Step::FindNetns && self.pods.get(&uid).is_some_and(|pod| pod.ips.is_empty());
+                if !awaited {
+                    tracing::warn!(%uid, ?step, reason, "a step failed and will be repeated");
+                }
+                Outcome::Failed(reason)
+            }
+        };
+        self.machine.finish(&uid, step, &outcome, Instant::now());
+    }
+
+    fn take_ended(&mut self, uid: &Uid, ended: Ended) -> Outcome {
+        match ended {
+            Ended::Done => Outcome::Done,
+            Ended::Flows(flows) => Outcome::Flows(flows),
+            Ended::Found(ns) => {
+                self.netns.entry(uid.clone()).or_insert(ns);
+                Outcome::Done
+            }
+            Ended::Applied { older_flows } => {
+                if let Some(flows) = older_flows {
+                    self.older_flows.insert(uid.clone(), flows);
+                }
+                // From here on a ztunnel that connects must hear of it.
+                if let Some(pod) = self.pods.get(uid) {
+                    self.zds.remember(workload(pod, self.netns.get(uid).cloned()));
+                }
+                Outcome::Done
+            }
+        }
+    }
+
+    // --- what follows from it
+
+    fn advance(&mut self) {
+        let now = Instant::now();
+        for (uid, step) in self.machine.start_due(now) {
+            self.metrics.steps.with_label_values(&[step_name(step)]).inc();
+            self.start(uid, step);
+        }
+        for uid in self.machine.forget_finished() {
+            self.pods.remove(&uid);
+            self.netns.remove(&uid);
+            self.older_flows.remove(&uid);
+        }
+        self.answer_waiting(now);
+        if self.machine.has_tried_everything()
+            && let Some((pending, synced)) = self.first_pass.take()
+        {
+            drop(pending);
+            if synced.send(()).is_err() {
+                tracing::debug!("stopping before ztunnels were let in");
+            }
+        }
+        self.publish(now);
+    }
+
+    fn wakes_at(&self) -> Instant {
+        let questions = self.unknown.iter().map(|(_, _, at)| *at);
+        let waiting = self.waiting.values().flatten().map(|(_, at)| *at);
+        questions.chain(waiting).chain(self.machine.wakes_at()).fold(self.decisions_due, Instant::min)
+    }
+
+    fn answer_waiting(&mut self, now: Instant) {
+        let mut answers = Vec::new();
+        for (request, reply, deadline) in std::mem::take(&mut self.unknown) {
+            if deadline > now {
+                self.unknown.push((request, reply, deadline));
+                continue;
+            }
+            let AddRequest { pod_namespace, pod_name, .. } = request;
+            let why = format!("pod {pod_namespace}/{pod_name} is not among the pods of node {}", self.settings.node);
+            answers.push((reply, Err(why)));
+        }
+        for (uid, waiting) in &mut self.waiting {
+            let state = self.machine.get(uid);
+            for (reply, deadline) in std::mem::take(waiting) {
+                match state {
+                    Some(state) if state.is_enrolled() => answers.push((reply, Ok(AddAnswer { enrolled: true }))),
+                    Some(State { error: Some(why), .. }) => answers.push((reply, Err(why.clone()))),
+                    Some(_) if deadline > now => waiting.push((reply, deadline)),
+                    _ => answers.push((reply, Err("the pod could not be captured in time".into()))),
+                }
+            }
+        }
+        self.waiting.retain(|_, waiting| !waiting.is_empty());
+        answers.into_iter().for_each(|(reply, answer)| self.reply(reply, answer));
+    }
+
+    fn reply(&self, reply: AddReply, answer: Result<AddAnswer, String>) {
+        let code = if answer.is_ok() { "200" } else { "500" };
+        self.metrics.requests.with_label_values(&[code]).inc();
+        // A plugin that has given up will ask again.
+        drop(reply.send(answer));
+    }
+
+    fn publish(&mut self, now: Instant) {
+        if self.decisions_due <= now {
+            self.decisions_due = now + REFRESH;
+            self.write_decisions();
+        }
+        let reports: Vec<PodReport> = self.view.pods.iter().map(|(uid, pod)| self.report(uid, pod)).collect();
+        self.metrics.update(&reports, self.zds.connected());
+        self.reports.send_if_modified(|shown| {
+            let differs = **shown != reports;
+            if differs {
+                *shown = Arc::new(reports);
+            }
+            differs
+        });
+    }
+
+    fn write_decisions(&mut self) {
+        let listed = |pod: &Arc<Pod>| {
+            let key = format!("{}/{}", pod.namespace, pod.name);
+            (key, Listed { uid: pod.uid.clone(), enrolled: self.verdict(pod).is_ok() })
+        };
+        let pods = self.view.pods.values().map(listed).collect();
+        self.decisions.pods = pods;
+        if let Err(error) = self.decisions.write(&self.settings.run_dir, SystemTime::now()) {
+            tracing::warn!(%error, "cannot write the decision file; the plugin will ask instead");
+        }
+    }
+
+    fn report(&self, uid: &Uid, pod: &Pod) -> PodReport {
+        let state = self.machine.get(uid);
+        let (shown, reason) = match (self.verdict(pod), state) {
+            (Ok(()), Some(state)) if state.is_enrolled() => (PodState::Enrolled, state.error.clone()),
+            (Ok(()), state) => {
+                let why = state.and_then(|s| s.error.clone()).unwrap_or_else(|| "enrolment is under way".into());
+                (PodState::Uncaptured, Some(why))
+            }
+            (Err(why), Some(_)) => (PodState::Leaving, Some(why.to_string())),
+            (Err(why), None) => (PodState::Outside, Some(why.to_string())),
+        };
+        PodReport {
+            namespace: pod.namespace.clone(),
+            name: pod.name.clone(),
+            uid: pod.uid.clone(),
+            state: shown,
+            reason,
+            rules: state.is_some_and(State::has_rules),
+            announced: state.is_some_and(State::is_announced),
+            older_flows: self.older_flows.get(uid).copied(),
+        }
+    }
+
+    // --- steps
+
+    fn start(&mut self, uid: Uid, step: Step) {
+        let Some(pod) = self.pods.get(&uid).cloned() else {
+            // Every pod the machine knows has been put into `pods` before it.
+            self.machine.finish(&uid, step, &Outcome::Failed("the pod is not known".into()), Instant::now());
+            return;
+        };
+        let netns = self.netns.get(&uid).cloned();
+        let (settings, zds) = (self.settings.clone(), self.zds.clone());
+        self.steps.spawn(async move {
+            let bound = if step == Step::FindNetns { None } else { netns.clone() };
+            let result = take_step(step, &settings, &zds, &pod, netns).await;
+            Finished { uid, step, netns: bound, result }
+        });
+    }
+}
+
+async fn take_step(
+    step: Step,
+    settings: &Arc<Settings>,
+    zds: &Zds,
+    pod: &Arc<Pod>,
+    netns: Option<NetNs>,
+) -> Result<Ended, String> {
+    match step {
+        Step::Announce => zds.announce(workload(pod, netns)).await.map(|()| Ended::Done).map_err(|e| chain(&e)),
+        Step::Withdraw => {
+            zds.withdraw(&pod.uid.as_str().into()).await;
+            Ok(Ended::Done)
+        }
+        step => {
+            let (settings, pod) = (settings.clone(), pod.clone());
+            let blocking = spawn_blocking(move || take_blocking_step(step, &settings, &pod, netns));
+            blocking.await.unwrap_or_else(|e| Err(e.to_string()))
+        }
+    }
+}
+
+fn take_blocking_step(step: Step, settings: &Settings, pod: &Pod, netns: Option<NetNs>) -> Result<Ended, String> {
+    let in_ns = |act: &dyn Fn(&NetNs) -> Result<Ended, String>| {
+        netns.as_ref().map_or_else(|| Err("the pod's network namespace is not known".into()), act)
+    };
+    match step {
+        Step::FindNetns => {
+            find_netns(settings.sandboxes.as_deref(), pod, settings.home).map(Ended::Found).map_err(|e| chain(&e))
+        }
+        Step::ApplyRules => in_ns(&|ns| {
+            let changed = rules::apply(ns, &options_of(pod, &settings.options)).map_err(|e| chain(&e))?;
+            let older_flows = if changed { rules::older_flows(ns).ok() } else { None };
+            Ok(Ended::Applied { older_flows })
+        }),
+        Step::FlushRedirects => in_ns(&|ns| rules::flush_redirects(ns).map(|()| Ended::Done).map_err(|e| chain(&e))),
+        Step::CountFlows => in_ns(&|ns| rules::captured_flows(ns).map(Ended::Flows).map_err(|e| chain(&e))),
+        Step::RemoveRules => in_ns(&|ns| rules::remove(ns).map(|()| Ended::Done).map_err(|e| chain(&e))),
+        Step::WriteStatus(redirection) => write_enrolment(&settings.manifests, &settings.node, pod, redirection)
+            .map(|()| Ended::Done)
+            .map_err(|e| format!("cannot write the enrolment down: {e}")),
+        // Asynchronous, see `take_step`.
+        Step::Announce | Step::Withdraw => Ok(Ended::Done),
+    }
+}
+
+fn workload(pod: &Pod, netns: Option<NetNs>) -> Workload {
+    Workload {
+        uid: pod.uid.as_str().into(),
+        name: pod.name.clone(),
+        namespace: pod.namespace.clone(),
+        service_account: pod.service_account.clone(),
+        netns,
+    }
+}
+
+/// The annotations that change a pod's rules. One that cannot be read is ignored with a warning.
+pub fn options_of(pod: &Pod, defaults: &Options) -> Options {
+    let mut options = defaults.clone();
+    match pod.annotations.get("ambient.istio.io/bypass-inbound-capture").map(String::as_str) {
+        None | Some("false") => {}
+        Some("true") => options.inbound = false,
+        Some(other) => {
+            let value = other.to_owned();
+            tracing::warn!(pod = pod.name, value, "bypass-inbound-capture must be \"true\" or \"false\"; ignored");
+        }
+    }
+    if let Some(interfaces) = pod.annotations.get("istio.io/reroute-virtual-interfaces") {
+        let names = interfaces.split(',').map(str::trim).filter(|name| !name.is_empty() && name.len() < 16);
+        options.reroute_interfaces = names.map(str::to_owned).collect();
+    }
+    options
+}
+
+fn step_name(step: Step) -> &'static str {
+    match step {
+        Step::FindNetns => "find-netns",
+        Step::ApplyRules => "apply-rules",
+        Step::Announce => "announce",
+        Step::WriteStatus(_) => "write-status",
+        Step::FlushRedirects => "flush-redirects",
+        Step::CountFlows => "count-flows",
+        Step::RemoveRules => "remove-rules",
+        Step::Withdraw => "withdraw",
+    }
+}
+
+/// An error with its causes on one line.
+fn chain(error: &dyn Error) -> String {
+    let (mut text, mut cause) = (error.to_string(), error.source());
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn annotations_change_the_rules_and_nonsense_does_not() {
+        let with = |key: &str, value: &str| {
+            let annotations = [(key.to_owned(), value.to_owned())].into();
+            options_of(&Pod { annotations, ..Pod::default() }, &Options::default())
+        };
+        assert!(!with("ambient.istio.io/bypass-inbound-capture", "true").inbound);
+        assert!(with("ambient.istio.io/bypass-inbound-capture", "perhaps").inbound);
+        let reroute = with("istio.io/reroute-virtual-interfaces", "vm0, ,docker0,much-too-long-a-name");
+        assert_eq!(reroute.reroute_interfaces, ["vm0", "docker0"]);
+    }
+}
