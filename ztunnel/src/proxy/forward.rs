@@ -1,0 +1,87 @@
+//! Moving the bytes, and ending a connection the way it deserves.
+
+use std::{cell::Cell, ops::Deref};
+
+use mesh_net::{BufferPool, CopyOutcome, Progress, copy_bidirectional, sockets::reset_on_close};
+use tokio::net::TcpStream;
+
+use crate::{connections::Cut, error::ProxyError, error::flow_result, outcome::OpenFlow, proxy::upstream::Upstream};
+
+const BUFFER_LENGTH: usize = 64 << 10;
+/// Unused buffers a worker keeps.
+const BUFFERS_RETAINED: usize = 64;
+
+thread_local! {
+    static BUFFERS: BufferPool = BufferPool::new(BUFFER_LENGTH, BUFFERS_RETAINED);
+}
+
+/// A socket whose close is a RST unless the flow ended in order: an application must never take a failed, denied or cut connection for
+/// a complete one, whatever path the failure takes.
+#[derive(Debug)]
+pub(crate) struct FlowSocket {
+    stream: TcpStream,
+    ended: Cell<bool>,
+}
+
+impl FlowSocket {
+    pub(crate) fn new(stream: TcpStream) -> Self {
+        Self { stream, ended: Cell::new(false) }
+    }
+
+    /// Both directions ended in order.
+    fn end(&self) {
+        self.ended.set(true);
+    }
+}
+
+impl Deref for FlowSocket {
+    type Target = TcpStream;
+
+    fn deref(&self) -> &TcpStream {
+        &self.stream
+    }
+}
+
+impl Drop for FlowSocket {
+    fn drop(&mut self) {
+        if !self.ended.get() {
+            // Fails only on a socket that is gone already.
+            drop(reset_on_close(&self.stream));
+        }
+    }
+}
+
+/// Joins the local application's socket and the far side until both have ended, one failed, or `cut` says so; reports it.
+pub(crate) async fn relay(local: FlowSocket, far: Upstream, cut: Option<&mut Cut>, flow: OpenFlow) {
+    let progress = Progress::default();
+    let result = tokio::select! {
+        biased;
+        decision = denied(cut) => Err(ProxyError::PolicyChange(Box::new(decision))),
+        outcome = copy(&local, far, &progress) => flow_result(outcome),
+    };
+    if result.is_ok() {
+        local.end();
+    }
+    flow.finish(progress.sent.get(), progress.received.get(), result.as_ref().copied());
+}
+
+async fn denied(cut: Option<&mut Cut>) -> mesh_core::authorize::Decision {
+    match cut {
+        Some(cut) => cut.denied().await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn copy(local: &FlowSocket, far: Upstream, progress: &Progress) -> CopyOutcome {
+    let buffers = BUFFERS.with(Clone::clone);
+    match far {
+        Upstream::Tcp(far) => {
+            let outcome = copy_bidirectional(local, &far, &buffers, progress).await;
+            if matches!(outcome.end, mesh_net::End::Clean) {
+                far.end();
+            }
+            outcome
+        }
+        Upstream::Tunnel(tunnel) => mesh_hbone::relay(local, tunnel, &buffers, progress).await,
+    }
+}

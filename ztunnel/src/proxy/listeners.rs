@@ -1,0 +1,247 @@
+//! Listening sockets of a pod, and on which worker an accepted connection is carried.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr},
+    rc::Rc,
+    time::Duration,
+};
+
+use mesh_net::{
+    NetNs, SocketOptions,
+    sockets::{canonical, listen_tcp},
+};
+use mesh_runtime::{drain::DrainMode, workers::WorkerHandle};
+use tokio::{net::TcpStream, sync::mpsc, time::sleep};
+
+use crate::{config::Config, error::StartError, pods::PodContext};
+
+const BACKLOG: i32 = 1024;
+/// After a failed accept; usually descriptors have run out, and trying at once would spin.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// A home worker keeps what it accepts until it has this many flows more than twice the idlest one's.
+const BUSIER: usize = 8;
+
+/// What a listener is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// HBONE from other proxies.
+    Inbound,
+    /// Captured connections of the pod's applications.
+    Outbound,
+    /// Captured plaintext connections to the pod.
+    Passthrough,
+    /// Connections of applications that ask by SOCKS.
+    Socks5,
+}
+
+impl Kind {
+    pub(crate) fn of_pod(config: &Config) -> Vec<Self> {
+        let mut kinds = vec![Self::Outbound, Self::Passthrough, Self::Inbound];
+        kinds.extend(config.socks5.then_some(Self::Socks5));
+        kinds
+    }
+
+    fn address(self, config: &Config) -> SocketAddr {
+        match self {
+            Self::Inbound => config.wildcard(config.ports.inbound),
+            Self::Outbound => config.wildcard(config.ports.outbound),
+            Self::Passthrough => config.wildcard(config.ports.passthrough),
+            Self::Socks5 => config.loopback(config.ports.socks5),
+        }
+    }
+
+    fn what(self) -> &'static str {
+        match self {
+            Self::Inbound => "HBONE",
+            Self::Outbound => "captured outbound traffic",
+            Self::Passthrough => "captured inbound traffic",
+            Self::Socks5 => "SOCKS5",
+        }
+    }
+}
+
+/// One listening socket, not yet on a worker.
+#[derive(Debug)]
+pub(crate) struct Listener {
+    kind: Kind,
+    socket: std::net::TcpListener,
+}
+
+pub(crate) struct Bound {
+    pub(crate) listeners: Vec<Listener>,
+    pub(crate) addresses: Vec<(Kind, SocketAddr)>,
+    /// Whether addresses that are not the pod's may be used.
+    pub(crate) transparent: bool,
+}
+
+/// Binds and listens; nothing is accepted yet, but peers can connect.
+pub(crate) fn bind(
+    config: &Config,
+    netns: Option<&NetNs>,
+    sockets: &SocketOptions,
+    kinds: &[Kind],
+) -> Result<Bound, StartError> {
+    let options = SocketOptions {
+        mark: sockets.mark,
+        transparent: sockets.transparent,
+        reuse_port: config.reuse_port,
+        ..SocketOptions::default()
+    };
+    let mut bound = Bound { listeners: Vec::new(), addresses: Vec::new(), transparent: true };
+    for kind in kinds {
+        let address = kind.address(config);
+        let listening = listen(netns, address, &options).and_then(|(socket, transparent)| {
+            let address = socket.local_addr()?;
+            Ok((socket, transparent, address))
+        });
+        let (socket, transparent, address) =
+            listening.map_err(|source| StartError::Listen { what: kind.what(), address, source })?;
+        bound.listeners.push(Listener { kind: *kind, socket });
+        bound.addresses.push((*kind, address));
+        bound.transparent &= transparent;
+    }
+    Ok(bound)
+}
+
+/// A pod without IPv6 gets an IPv4 listener where a dual-stack one was wanted.
+fn listen(
+    netns: Option<&NetNs>,
+    address: SocketAddr,
+    options: &SocketOptions,
+) -> io::Result<(std::net::TcpListener, bool)> {
+    let lacks_ipv6 = |error: &io::Error| {
+        error.kind() == io::ErrorKind::AddrNotAvailable || error.kind() == io::ErrorKind::Unsupported
+    };
+    match listen_tcp(netns, address, BACKLOG, options) {
+        Err(error) if address.is_ipv6() && address.ip().is_unspecified() && lacks_ipv6(&error) => {
+            listen_tcp(netns, (Ipv4Addr::UNSPECIFIED, address.port()).into(), BACKLOG, options)
+        }
+        done => done,
+    }
+}
+
+/// A connection on its way to the worker that will carry it; nothing was read from it.
+#[derive(Debug)]
+pub(crate) struct Accepted {
+    pub(crate) socket: Socket,
+    pub(crate) peer: SocketAddr,
+    pub(crate) kind: Kind,
+}
+
+#[derive(Debug)]
+pub(crate) enum Socket {
+    /// Registered with the worker that gets it.
+    Here(TcpStream),
+    /// Registered with no worker.
+    Moved(std::net::TcpStream),
+}
+
+impl Socket {
+    /// Call on the worker that carries the connection.
+    pub(crate) fn register(self) -> io::Result<TcpStream> {
+        match self {
+            Self::Here(stream) => Ok(stream),
+            Self::Moved(stream) => TcpStream::from_std(stream),
+        }
+    }
+}
+
+/// Chooses workers for the connections of one pod.
+pub(crate) struct Placement {
+    workers: Vec<WorkerHandle>,
+    senders: Vec<mpsc::Sender<Accepted>>,
+    home: usize,
+}
+
+impl Placement {
+    pub(crate) fn new(workers: Vec<WorkerHandle>, senders: Vec<mpsc::Sender<Accepted>>, home: WorkerHandle) -> Self {
+        let home = workers.iter().position(|worker| worker.index() == home.index()).unwrap_or(0);
+        Self { workers, senders, home }
+    }
+
+    /// Waits while the pod's task is too busy to take more: the backlog then fills, and the kernel slows clients down.
+    async fn place(&self, stream: TcpStream, peer: SocketAddr, kind: Kind) {
+        let loads: Vec<usize> = self.workers.iter().map(WorkerHandle::load).collect();
+        let target = choose(&loads, self.home);
+        let mut accepted = Accepted { socket: Socket::Here(stream), peer, kind };
+        if target != self.home {
+            let Some(moved) = detach(accepted) else { return };
+            match self.senders[target].try_send(moved) {
+                Ok(()) => return,
+                Err(mpsc::error::TrySendError::Full(back) | mpsc::error::TrySendError::Closed(back)) => accepted = back,
+            }
+        }
+        // An error means that the pod is being stopped: the connection goes with it.
+        drop(self.senders[self.home].send(accepted).await);
+    }
+}
+
+fn detach(accepted: Accepted) -> Option<Accepted> {
+    let socket = match accepted.socket {
+        Socket::Here(stream) => Socket::Moved(stream.into_std().ok()?),
+        moved @ Socket::Moved(_) => moved,
+    };
+    Some(Accepted { socket, ..accepted })
+}
+
+/// The home worker, unless it is clearly busier than the idlest.
+fn choose(loads: &[usize], home: usize) -> usize {
+    let idlest = loads.iter().enumerate().min_by_key(|(_, load)| **load);
+    match (idlest, loads.get(home)) {
+        (Some((idlest, least)), Some(own)) if *own > 2 * least + BUSIER => idlest,
+        _ => home,
+    }
+}
+
+/// Accepts until the drain, then what the kernel has accepted already, and closes the listener.
+pub(crate) async fn accept(pod: Rc<PodContext>, listener: Listener, placement: Rc<Placement>) {
+    let Listener { kind, socket } = listener;
+    let listener = match tokio::net::TcpListener::from_std(socket) {
+        Ok(listener) => listener,
+        Err(error) => return tracing::error!(%error, what = kind.what(), "cannot register listener"),
+    };
+    let (mode, _guard) = loop {
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((stream, peer)) => placement.place(stream, canonical(peer), kind).await,
+                Err(error) => {
+                    tracing::warn!(%error, what = kind.what(), "cannot accept");
+                    sleep(ACCEPT_PAUSE).await;
+                }
+            },
+            drained = pod.drain.signalled() => break drained,
+        }
+    };
+    if mode == DrainMode::Graceful {
+        finish_backlog(listener, &placement, kind).await;
+    }
+}
+
+/// Closing a listener resets what waits in its backlog; those clients believe to be connected.
+async fn finish_backlog(listener: tokio::net::TcpListener, placement: &Placement, kind: Kind) {
+    let Ok(listener) = listener.into_std() else { return };
+    while let Ok((stream, peer)) = listener.accept() {
+        // An accepted socket does not inherit the listener's mode.
+        if stream.set_nonblocking(true).is_ok()
+            && let Ok(stream) = TcpStream::from_std(stream)
+        {
+            placement.place(stream, canonical(peer), kind).await;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_leaves_home_only_when_home_is_clearly_busier() {
+        assert_eq!(choose(&[8, 0], 0), 0);
+        assert_eq!(choose(&[9, 0], 0), 1);
+        assert_eq!(choose(&[100, 46, 47], 0), 0);
+        assert_eq!(choose(&[100, 46, 45], 0), 2);
+        assert_eq!(choose(&[0, 50], 1), 0);
+        assert_eq!(choose(&[50], 0), 0);
+    }
+}

@@ -1,0 +1,187 @@
+//! From an application of the pod to wherever it dialled.
+
+use std::{cell::Cell, net::SocketAddr, rc::Rc};
+
+use http::{HeaderName, HeaderValue};
+use mesh_core::{
+    headers::{TraceParent, encode_forwarded},
+    select::Tunnel,
+};
+use mesh_hbone::{ConnectRequest, TunnelKey};
+use mesh_net::sockets::{configure_accepted, original_dst};
+use tokio::net::TcpStream;
+
+use crate::{
+    connections::{OutboundConnection, Protocol},
+    error::ProxyError,
+    outcome::{Direction, Flow},
+    pods::PodContext,
+    proxy::{
+        forward::{FlowSocket, relay},
+        resolve::{self, BAGGAGE, FORWARDED, Hop, Route, TRACEPARENT, baggage_header},
+        upstream::Upstream,
+    },
+};
+
+/// A captured connection.
+pub(crate) async fn serve(pod: Rc<PodContext>, client: TcpStream, peer: SocketAddr) {
+    let client = FlowSocket::new(client);
+    let accepted = configure_accepted(&client, &pod.sockets).and_then(|()| original_dst(&*client));
+    match accepted {
+        Ok(destination) => carry(&pod, client, peer, destination).await,
+        Err(source) => {
+            let error = ProxyError::OriginalDestination(source);
+            pod.shared.outcomes.early_deny(Direction::Outbound, peer, peer, &error);
+        }
+    }
+}
+
+/// Carries a client to `destination`, however its wish became known. Its bytes stay in its socket until the way is open.
+pub(crate) async fn carry(pod: &PodContext, client: FlowSocket, peer: SocketAddr, destination: SocketAddr) {
+    let mut route = match resolve::outbound(pod, peer, destination).await {
+        Ok(route) => route,
+        Err(error) => return pod.shared.outcomes.early_deny(Direction::Outbound, peer, destination, &error),
+    };
+    let mut flow = pod.shared.outcomes.opened(describe(&route));
+    let _live = pod.connections.outbound(shown(&route));
+    let first = route.hop.clone();
+    let established = establish(pod, &mut route).await;
+    if route.hop != first {
+        flow.retarget(describe(&route));
+    }
+    match established {
+        Ok(upstream) => relay(client, upstream, None, flow).await,
+        Err(error) => flow.finish(0, 0, Err(&error)),
+    }
+}
+
+fn describe(route: &Route) -> Flow {
+    let mut flow = Flow::new(Direction::Outbound, route.peer, route.hop.address());
+    flow.source = Some(route.source.clone());
+    flow.destination_identity = route.workload.as_ref().map(|workload| workload.identity());
+    flow.destination_workload = route.workload.clone();
+    flow.service = route.service.clone();
+    if let Hop::Tunnel(tunnel) = &route.hop {
+        flow.authority = Some(tunnel.authority.to_string());
+        flow.mutual_tls = true;
+        flow.source_identity = Some(route.source.identity());
+    }
+    flow
+}
+
+fn shown(route: &Route) -> OutboundConnection {
+    let protocol = match route.hop {
+        Hop::Tcp(_) => Protocol::Tcp,
+        Hop::Tunnel(_) => Protocol::Hbone,
+    };
+    OutboundConnection { src: route.peer, original_dst: route.destination, actual_dst: route.hop.address(), protocol }
+}
+
+/// Opens the way. As no byte of the application has been sent before this returns, a failure may be tried again: once on a fresh
+/// tunnel where the old one broke under the request, and once at another endpoint; both within the pod's budget.
+async fn establish(pod: &PodContext, route: &mut Route) -> Result<Upstream, ProxyError> {
+    pod.retries.earn();
+    let (mut fresh_tunnel, mut elsewhere) = (true, true);
+    loop {
+        let error = match attempt(pod, route).await {
+            Ok(upstream) => return Ok(upstream),
+            Err(error) => error,
+        };
+        if !error.retryable() || !pod.retries.spend() {
+            return Err(error);
+        }
+        if broke_underneath(&error) && std::mem::take(&mut fresh_tunnel) {
+            continue;
+        }
+        if !std::mem::take(&mut elsewhere) || !route.reroute(pod) {
+            return Err(error);
+        }
+        tracing::debug!(error = error.chain(), next = %route.hop.address(), "trying another endpoint");
+    }
+}
+
+/// Whether the failure says something about the tunnel used rather than about the endpoint.
+fn broke_underneath(error: &ProxyError) -> bool {
+    use mesh_hbone::Error::{GoAway, Lost, Refused};
+    matches!(error, ProxyError::Tunnel(GoAway | Lost { .. } | Refused))
+}
+
+async fn attempt(pod: &PodContext, route: &Route) -> Result<Upstream, ProxyError> {
+    match &route.hop {
+        Hop::Tcp(address) => Ok(Upstream::Tcp(pod.connect(*address).await?)),
+        Hop::Tunnel(tunnel) => {
+            let (stream, _response) = pod.pool.open(&key(route, tunnel), &request(route, tunnel)).await?;
+            Ok(Upstream::Tunnel(stream))
+        }
+    }
+}
+
+fn key(route: &Route, tunnel: &Tunnel) -> TunnelKey {
+    TunnelKey {
+        source_uid: route.source.uid.clone(),
+        source_ip: route.source_ip,
+        source_identity: route.source.identity(),
+        destination: tunnel.address,
+        accepted: tunnel.accepted.clone(),
+        network: route.source.network.clone(),
+    }
+}
+
+fn request(route: &Route, tunnel: &Tunnel) -> ConnectRequest {
+    let host = route.service.as_ref().map(|service| &*service.hostname);
+    let forwarded = encode_forwarded(SocketAddr::new(route.source_ip, route.peer.port()), host);
+    let headers = [
+        (BAGGAGE, baggage_header(&route.source)),
+        (FORWARDED, HeaderValue::try_from(forwarded).ok()),
+        (TRACEPARENT, HeaderValue::try_from(TraceParent::random(&mut rand::rng()).to_string()).ok()),
+    ];
+    let headers = headers.into_iter().filter_map(|(name, value)| Some((HeaderName::from_static(name), value?)));
+    ConnectRequest { authority: tunnel.authority.clone(), headers: headers.collect() }
+}
+
+/// Retries a pod's flows may cost on one worker: a fifth of its connections, and a few more at first. A destination that is down must
+/// not be met with twice the load.
+#[derive(Debug)]
+pub(crate) struct RetryBudget(Cell<u32>);
+
+/// In units of one connection's earnings.
+const RETRY_COST: u32 = 5;
+const BUDGET_AT_FIRST: u32 = 10 * RETRY_COST;
+const BUDGET_LIMIT: u32 = 100 * RETRY_COST;
+
+impl Default for RetryBudget {
+    fn default() -> Self {
+        Self(Cell::new(BUDGET_AT_FIRST))
+    }
+}
+
+impl RetryBudget {
+    fn earn(&self) {
+        self.0.set((self.0.get() + 1).min(BUDGET_LIMIT));
+    }
+
+    /// Whether one more retry is covered; if so it is paid.
+    fn spend(&self) -> bool {
+        let left = self.0.get().checked_sub(RETRY_COST);
+        self.0.set(left.unwrap_or_else(|| self.0.get()));
+        left.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn retries_stay_a_fifth_of_the_connections() {
+        let budget = RetryBudget::default();
+        let first = (0..).take_while(|_| budget.spend()).count();
+        assert_eq!(first, 10);
+        for _ in 0..RETRY_COST {
+            assert!(!budget.spend());
+            budget.earn();
+        }
+        assert!(budget.spend());
+        assert!(!budget.spend());
+    }
+}

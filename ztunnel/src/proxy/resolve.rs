@@ -1,0 +1,233 @@
+//! What a connection is about: which workload it belongs to, where it goes next, and who is at the other end.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
+
+use http::{HeaderMap, HeaderValue};
+use mesh_core::{
+    addr::NetworkAddress,
+    headers::{Authority, Baggage, encode_baggage, parse_baggage, parse_forwarded_host},
+    index::Index,
+    reason::Reason,
+    select::{NextHop, Request, Selection, Tunnel, select},
+    service::Service,
+    workload::{GatewayAddress, GatewayDestination, Workload},
+};
+
+use crate::{config::Config, error::ProxyError, pods::PodContext};
+
+/// How long a pod may be ahead of its own record.
+const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
+/// `baggage` lines read of one request.
+const BAGGAGE_LINES: usize = 8;
+
+pub(crate) const BAGGAGE: &str = "baggage";
+pub(crate) const FORWARDED: &str = "forwarded";
+pub(crate) const TRACEPARENT: &str = "traceparent";
+const FORWARDED_NETWORK: &str = "x-forwarded-network";
+
+/// The pod's own record.
+pub(crate) async fn local_workload(pod: &PodContext) -> Result<Arc<Workload>, ProxyError> {
+    let found = pod.shared.state.local_workload(&pod.info, WORKLOAD_WAIT).await;
+    found.ok_or_else(|| {
+        let info = &pod.info;
+        ProxyError::UnknownWorkload(format!("{}.{} ({})", info.service_account, info.namespace, info.name))
+    })
+}
+
+/// An outbound connection with a next hop.
+pub(crate) struct Route {
+    pub(crate) source: Arc<Workload>,
+    pub(crate) source_ip: IpAddr,
+    pub(crate) peer: SocketAddr,
+    /// As the application dialled it.
+    pub(crate) destination: SocketAddr,
+    pub(crate) hop: Hop,
+    pub(crate) workload: Option<Arc<Workload>>,
+    pub(crate) service: Option<Arc<Service>>,
+    /// Endpoints given up on, by uid.
+    tried: Vec<Arc<str>>,
+}
+
+/// The next hops that can be dialled.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Hop {
+    Tcp(SocketAddr),
+    Tunnel(Tunnel),
+}
+
+impl Hop {
+    pub(crate) fn address(&self) -> SocketAddr {
+        match self {
+            Self::Tcp(address) => *address,
+            Self::Tunnel(tunnel) => tunnel.address,
+        }
+    }
+}
+
+/// Where `peer`, an application of the pod, gets to when it dials `destination`.
+pub(crate) async fn outbound(pod: &PodContext, peer: SocketAddr, destination: SocketAddr) -> Result<Route, ProxyError> {
+    // A captured connection to one of our own loopback ports would come straight back.
+    if destination.ip().is_loopback() && pod.is_own_port(destination.port()) {
+        return Err(ProxyError::Loop);
+    }
+    let source = local_workload(pod).await?;
+    // Where the pod has no namespace of its own, loopback clients speak for its address.
+    let source_ip = pod.shared.config.local_address.unwrap_or(peer.ip());
+    let selection = choose(pod, &source, source_ip, destination, &[]);
+    let hop = dialable(selection.next_hop)?;
+    let (workload, service) = (selection.destination_workload, selection.service);
+    Ok(Route { source, source_ip, peer, destination, hop, workload, service, tried: Vec::new() })
+}
+
+impl Route {
+    /// Turns to another endpoint; false when there is none.
+    pub(crate) fn reroute(&mut self, pod: &PodContext) -> bool {
+        let Some(failed) = &self.workload else { return false };
+        self.tried.push(failed.uid.clone());
+        let selection = choose(pod, &self.source, self.source_ip, self.destination, &self.tried);
+        let fresh = selection.destination_workload.filter(|workload| !self.tried.contains(&workload.uid));
+        match (dialable(selection.next_hop), fresh) {
+            (Ok(hop), Some(workload)) => {
+                (self.hop, self.workload, self.service) = (hop, Some(workload), selection.service);
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+fn choose(
+    pod: &PodContext,
+    source: &Workload,
+    source_ip: IpAddr,
+    destination: SocketAddr,
+    exclude: &[Arc<str>],
+) -> Selection {
+    let index = pod.shared.state.snapshot();
+    select(&index, &Request { source, source_ip, destination, exclude }, &mut rand::rng())
+}
+
+fn dialable(hop: NextHop) -> Result<Hop, ProxyError> {
+    match hop {
+        NextHop::Passthrough { address } | NextHop::Tcp { address } => Ok(Hop::Tcp(address)),
+        NextHop::Hbone(tunnel) | NextHop::Waypoint(tunnel) => Ok(Hop::Tunnel(tunnel)),
+        NextHop::Reject { reason, detail } => Err(ProxyError::NoRoute { reason, detail }),
+        NextHop::DoubleHbone { outer, .. } => {
+            let detail = format!("destinations behind a network gateway ({}) are not supported yet", outer.address);
+            Err(ProxyError::NoRoute { reason: Reason::NoRoute, detail })
+        }
+    }
+}
+
+/// Where a CONNECT ends: checks that it is meant for `local` and finds the port, which must not be one of ours. The address is always
+/// the one dialled.
+pub(crate) fn inbound_target(
+    is_own_port: impl Fn(u16) -> bool,
+    index: &Index,
+    local: &Workload,
+    dialled: IpAddr,
+    authority: &Authority,
+) -> Result<SocketAddr, ProxyError> {
+    let port = match authority {
+        Authority::Address(asked) => {
+            if !is_for(index, local, dialled, asked.ip()) {
+                return Err(ProxyError::AddressMismatch { dialled, asked: asked.ip() });
+            }
+            asked.port()
+        }
+        Authority::Host { host, port } => {
+            port_of(index, local, host, *port).ok_or_else(|| ProxyError::UnknownTarget(authority.to_string()))?
+        }
+    };
+    if is_own_port(port) {
+        return Err(ProxyError::Loop);
+    }
+    let port = local.application_tunnel.as_ref().and_then(|tunnel| tunnel.port).unwrap_or(port);
+    Ok(SocketAddr::new(dialled, port))
+}
+
+/// The address dialled, anything for a workload that is itself a proxy, and whatever has us for a waypoint.
+fn is_for(index: &Index, local: &Workload, dialled: IpAddr, asked: IpAddr) -> bool {
+    if asked == dialled || local.application_tunnel.is_some() {
+        return true;
+    }
+    let address = NetworkAddress::new(local.network.clone(), asked);
+    let by_service = index.service_by_vip(&address, &local.namespace).into_iter().flat_map(|service| {
+        service.waypoint.iter().chain(service.weighted_waypoints.iter().map(|(waypoint, _)| waypoint))
+    });
+    let by_workload = index.workload_by_address(&address).and_then(|workload| workload.waypoint.as_ref());
+    by_service.chain(by_workload).any(|waypoint| leads_to(index, waypoint, local))
+}
+
+fn leads_to(index: &Index, gateway: &GatewayAddress, local: &Workload) -> bool {
+    let (service, workload) = match &gateway.destination {
+        GatewayDestination::Address(address) => {
+            (index.service_by_vip(address, &local.namespace), index.workload_by_address(address))
+        }
+        GatewayDestination::Hostname { namespace, hostname } => {
+            (index.service(&format!("{namespace}/{hostname}")), index.workload_by_hostname(namespace, hostname))
+        }
+    };
+    service.is_some_and(|service| local.services.contains_key(&service.key()))
+        || workload.is_some_and(|workload| workload.uid == local.uid)
+}
+
+/// The endpoint's own mapping of a service's port, or the service's.
+fn port_of(index: &Index, local: &Workload, host: &str, port: u16) -> Option<u16> {
+    let service = index.service_by_hostname(host, &local.namespace)?;
+    let mapped = local.services.get(&service.key()).into_iter().flatten().find(|p| p.service_port == port);
+    let mapped = mapped.or_else(|| service.ports.iter().map(|p| &p.mapping).find(|p| p.service_port == port));
+    mapped.map(|p| p.target_port).filter(|target| *target != 0)
+}
+
+/// The service an inbound connection came for, for telemetry: the one the client named, else the first of the workload's that leads to
+/// `port`.
+pub(crate) fn inbound_service(index: &Index, local: &Workload, named: Option<&str>, port: u16) -> Option<Arc<Service>> {
+    let services = || local.services.iter().filter_map(|(key, ports)| Some((index.service(key)?, ports)));
+    let by_name = services().find(|(service, _)| named.is_some_and(|named| *service.hostname == *named));
+    let by_port = || {
+        services().find(|(service, ports)| {
+            ports.iter().chain(service.ports.iter().map(|p| &p.mapping)).any(|p| p.target_port == port)
+        })
+    };
+    by_name.or_else(by_port).map(|(service, _)| service.clone())
+}
+
+/// What a peer said about the source of its connection. For telemetry.
+#[derive(Debug, Default)]
+pub(crate) struct Told {
+    pub(crate) baggage: Option<Baggage>,
+    /// The service the client addressed.
+    pub(crate) host: Option<String>,
+    /// It came through a gateway of another network: the TCP peer is not the source.
+    pub(crate) remote: bool,
+}
+
+pub(crate) fn told(config: &Config, headers: &HeaderMap) -> Told {
+    let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
+    let lines = headers.get_all(BAGGAGE).iter().take(BAGGAGE_LINES).filter_map(|value| value.to_str().ok());
+    let baggage = lines.collect::<Vec<_>>().join(",");
+    Told {
+        baggage: (config.response_baggage && !baggage.is_empty()).then(|| parse_baggage(&baggage)),
+        host: text(FORWARDED).and_then(parse_forwarded_host),
+        remote: text(FORWARDED_NETWORK).is_some_and(|network| !network.eq_ignore_ascii_case(&config.network)),
+    }
+}
+
+/// The workload at an address of the pod's own network.
+pub(crate) fn source_by_address(index: &Index, local: &Workload, ip: IpAddr) -> Option<Arc<Workload>> {
+    index.workload_by_address(&NetworkAddress::new(local.network.clone(), ip)).cloned()
+}
+
+/// A `baggage` header; none for a workload of which there is nothing to say.
+pub(crate) fn baggage_header(workload: &Workload) -> Option<HeaderValue> {
+    let text = encode_baggage(workload);
+    HeaderValue::try_from(text).ok().filter(|value| !value.is_empty())
+}
+
+#[cfg(test)]
+mod tests;

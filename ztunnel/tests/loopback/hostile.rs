@@ -1,0 +1,119 @@
+//! Peers that do not keep to HBONE: each costs itself, and nobody else.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use mesh_core::headers::Authority;
+use mesh_hbone::{ConnectRequest, Settings, client::connect_once};
+use mesh_identity::{Priority, client_config, peer_name};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+    task::LocalSet,
+};
+use tokio_rustls::{TlsConnector, client::TlsStream};
+use ztunnel::pods::Kind;
+
+use crate::{
+    connected,
+    mesh::{Mesh, Pod, expect_reset, identity, samples},
+    ping_pong,
+};
+
+async fn tls_as(mesh: &Mesh, account: &str, server: &Pod) -> TlsStream<TcpStream> {
+    let certificate = mesh.identities.certificate(&identity(account), Priority::RealTime).await.expect("certificate");
+    let accepted = Arc::from([server.workload.identity()]);
+    let tcp = TcpStream::connect(server.port_of(Kind::Inbound)).await.expect("connect");
+    let connector = TlsConnector::from(client_config(&certificate, &accepted));
+    connector.connect(peer_name(), tcp).await.expect("handshake")
+}
+
+#[tokio::test]
+async fn garbage_instead_of_tls_ends_that_connection_only() {
+    let (_mesh, _client, server, mut near, mut far) = connected().await;
+    let door = server.port_of(Kind::Inbound);
+    for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0x16, 3, 1, 0xff, 0xff], &[0; 4096]] {
+        let mut stream = TcpStream::connect(door).await.expect("connect");
+        stream.write_all(garbage).await.expect("write");
+        stream.shutdown().await.expect("shut down");
+        // An alert or nothing, closed or reset: but it ends.
+        drop(stream.read_to_end(&mut Vec::new()).await);
+    }
+    ping_pong(&mut near, &mut far).await;
+    drop((near, far));
+    let metrics = server.finish().await;
+    assert_eq!(
+        samples(&metrics, "fairway_connection_failures_total", &[r#"reason="tls""#, " 3"]).len(),
+        1,
+        "{metrics}"
+    );
+}
+
+#[tokio::test]
+async fn a_connect_to_somebody_else_is_refused_with_400() {
+    LocalSet::new()
+        .run_until(async {
+            let (mesh, _client, server, mut near, mut far) = connected().await;
+            let elsewhere: SocketAddr = "10.1.2.3:80".parse().expect("address");
+            let request = ConnectRequest { authority: Authority::Address(elsewhere), headers: Vec::new() };
+            let stream = tls_as(&mesh, "client", &server).await;
+            let error = connect_once(stream, &Settings::default(), &request).await.expect_err("refused");
+            assert_eq!(error.to_string(), "http status: 400 Bad Request");
+            ping_pong(&mut near, &mut far).await;
+        })
+        .await;
+}
+
+/// Hand-written frames: the HTTP/2 libraries refuse to send these.
+#[tokio::test]
+async fn requests_that_are_not_connects_are_refused_with_400_in_the_same_tunnel() {
+    let (mesh, _client, server, mut near, mut far) = connected().await;
+    let mut stream = tls_as(&mesh, "client", &server).await;
+    let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    bytes.extend(frame(SETTINGS, 0, 0, &[]));
+    // RFC 7541 appendix A: 2 = GET, 4 = /, 7 = https; 1 = :authority with a literal value.
+    let get = [&[0x82, 0x84, 0x87, 0x41, 3][..], b"web"].concat();
+    // `:method` (2) with the literal CONNECT, and an authority without a port.
+    let portless = [&[0x42, 7][..], b"CONNECT", &[0x41, 3], b"web"].concat();
+    bytes.extend(frame(HEADERS, END_HEADERS | END_STREAM, 1, &get));
+    bytes.extend(frame(HEADERS, END_HEADERS, 3, &portless));
+    stream.write_all(&bytes).await.expect("write");
+    for id in [1, 3] {
+        // RFC 7541 appendix A: 12 = `:status` 400.
+        assert_eq!(next_headers(&mut stream, id).await.first(), Some(&0x8c), "stream {id}");
+    }
+    ping_pong(&mut near, &mut far).await;
+}
+
+#[tokio::test]
+async fn dialling_a_proxys_own_port_does_not_loop() {
+    let (_mesh, client, _server, mut near, mut far) = connected().await;
+    for kind in [Kind::Outbound, Kind::Passthrough] {
+        let mut stream = TcpStream::connect(client.port_of(kind)).await.expect("connect");
+        expect_reset(&mut stream).await;
+    }
+    expect_reset(&mut client.dial(client.port_of(Kind::Inbound)).await).await;
+    ping_pong(&mut near, &mut far).await;
+}
+
+const HEADERS: u8 = 1;
+const SETTINGS: u8 = 4;
+const END_STREAM: u8 = 1;
+const END_HEADERS: u8 = 4;
+
+/// RFC 9113 §4.1.
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).expect("short").to_be_bytes();
+    [&length[1..], &[kind, flags], &stream.to_be_bytes(), payload].concat()
+}
+
+async fn next_headers(stream: &mut TlsStream<TcpStream>, wanted: u32) -> Vec<u8> {
+    loop {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).await.expect("a frame");
+        let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+        stream.read_exact(&mut payload).await.expect("its payload");
+        if head[3] == HEADERS && head[5..] == wanted.to_be_bytes() {
+            return payload;
+        }
+    }
+}

@@ -1,0 +1,262 @@
+//! A mesh on loopback: every "pod" is a dedicated proxy on an address of its own, the CA is a signing authority in memory, and the state
+//! is written by hand. Applications get in through SOCKS5.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use mesh_core::{
+    addr::NetworkAddress,
+    identity::Identity,
+    index::{Delta, Provenance, Resource, ResourceKey},
+    origin::Origin,
+    policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch},
+    service::{AppProtocol, Service, ServicePort},
+    workload::{PortMapping, TunnelProtocol, Workload},
+};
+use mesh_identity::{CaClient, CaError, Manager, authority::SigningAuthority};
+use mesh_runtime::{drain::DrainMode, metrics::Registry, workers::Workers};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{TcpListener, TcpStream},
+    task::JoinHandle,
+};
+use ztunnel::{
+    config::{Config, Ports},
+    error::StartError,
+    inpod::WorkloadInfo,
+    outcome::Outcomes,
+    pods::{self, Kind, PodHandle, Shared},
+    state::State,
+};
+
+pub(crate) const HBONE_PORT: u16 = 15008;
+const TTL: Duration = Duration::from_secs(3600);
+/// Generous: it only ends a test that would fail anyway.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+struct FakeCa(SigningAuthority);
+
+impl CaClient for FakeCa {
+    fn sign(
+        &self,
+        identity: &Identity,
+        csr_pem: String,
+    ) -> mesh_identity::ca::BoxFuture<'_, Result<Vec<String>, CaError>> {
+        let signed = self.0.sign(&csr_pem, identity, TTL, SystemTime::now());
+        Box::pin(std::future::ready(signed.map_err(|error| CaError::Refused(error.to_string()))))
+    }
+}
+
+/// What all pods share, and the identity manager's task.
+pub(crate) struct Mesh {
+    pub(crate) state: State,
+    pub(crate) identities: Manager,
+    task: JoinHandle<()>,
+}
+
+impl Drop for Mesh {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A pod with its proxy.
+pub(crate) struct Pod {
+    pub(crate) ip: IpAddr,
+    pub(crate) workload: Arc<Workload>,
+    pub(crate) handle: PodHandle,
+    registry: Registry,
+    _workers: Workers,
+}
+
+pub(crate) fn identity(account: &str) -> Identity {
+    Identity::new("cluster.local", "demo", account)
+}
+
+impl Mesh {
+    /// Without policies, and known to be complete.
+    pub(crate) fn new() -> Self {
+        let ca = FakeCa(SigningAuthority::generate("cluster.local").expect("authority"));
+        let (identities, task) = Manager::new(mesh_identity::Config::default(), Arc::new(ca));
+        let state = State::new("".into());
+        state.update(|index| index.set_policies_complete(true));
+        Self { state, identities, task: tokio::spawn(task) }
+    }
+
+    pub(crate) async fn pod(&self, name: &str) -> Pod {
+        self.pod_with(name, |_| ()).await
+    }
+
+    /// A pod known to the mesh before its proxy starts.
+    pub(crate) async fn pod_with(&self, name: &str, change: impl Fn(&mut Workload)) -> Pod {
+        loop {
+            let ip = some_loopback_address();
+            let mut workload = workload(name, ip);
+            change(&mut workload);
+            let workload = Arc::new(workload);
+            match self.start(ip, &workload).await {
+                Ok(pod) => {
+                    self.upsert([Resource::Workload(workload)]);
+                    return pod;
+                }
+                Err(StartError::Listen { source, .. }) if source.kind() == std::io::ErrorKind::AddrInUse => {}
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    async fn start(&self, ip: IpAddr, workload: &Arc<Workload>) -> Result<Pod, StartError> {
+        let ports =
+            Ports { outbound: 0, inbound: HBONE_PORT, passthrough: 0, socks5: 0, admin: 0, stats: 0, readiness: 0 };
+        let config = Config { ports, local_address: Some(ip), socks5: true, ..Config::default_for_tests() };
+        let workers = Workers::spawn(2, "proxy").expect("workers");
+        let registry = Registry::new();
+        let shared = Shared {
+            config: Arc::new(config),
+            state: self.state.clone(),
+            identities: self.identities.clone(),
+            outcomes: Outcomes::new(&registry),
+            workers: workers.handles().to_vec(),
+        };
+        let info = WorkloadInfo {
+            uid: workload.uid.clone(),
+            name: workload.name.clone(),
+            namespace: workload.namespace.clone(),
+            service_account: workload.service_account.clone(),
+        };
+        let handle = pods::start(&Arc::new(shared), info, None).await?;
+        Ok(Pod { ip, workload: workload.clone(), handle, registry, _workers: workers })
+    }
+
+    pub(crate) fn upsert(&self, resources: impl IntoIterator<Item = Resource>) {
+        let delta =
+            Delta { provenance: Provenance::Xds, upserts: resources.into_iter().collect(), removals: Vec::new() };
+        self.state.update(|index| index.apply(delta));
+    }
+
+    pub(crate) fn remove_policy(&self, key: &str) {
+        let removals = vec![ResourceKey::Policy(key.into())];
+        self.state.update(|index| index.apply(Delta { provenance: Provenance::Xds, upserts: Vec::new(), removals }));
+    }
+
+    /// A namespace policy about callers of these accounts.
+    pub(crate) fn policy(&self, name: &str, action: Action, accounts: &[&str]) {
+        self.upsert([Resource::Policy(Arc::new(policy(name, action, accounts)))]);
+    }
+}
+
+pub(crate) fn policy(name: &str, action: Action, accounts: &[&str]) -> Policy {
+    let principals = accounts.iter().map(|a| StringMatch::Exact(identity(a).principal().into())).collect();
+    let clauses = vec![Clause { matches: vec![Match { principals, ..Match::default() }] }];
+    Policy {
+        name: name.into(),
+        namespace: "demo".into(),
+        scope: Scope::Namespace,
+        action,
+        rules: vec![Rule { clauses, origin: Origin::default() }],
+        dry_run: false,
+        origin: Origin::default(),
+    }
+}
+
+pub(crate) fn workload(name: &str, ip: IpAddr) -> Workload {
+    Workload {
+        addresses: vec![ip],
+        service_account: name.into(),
+        tunnel_protocol: TunnelProtocol::Hbone,
+        ..Workload::new(format!("Kubernetes//Pod/demo/{name}"), "demo", name)
+    }
+}
+
+/// A service at `vip` whose port 80 leads to `target`; workloads join it by [`serving`].
+pub(crate) fn service(name: &str, vip: [u8; 4], target: u16) -> Resource {
+    let mapping = PortMapping { service_port: 80, target_port: target };
+    Resource::Service(Arc::new(Service {
+        vips: vec![NetworkAddress::new("", vip.into())],
+        ports: vec![ServicePort { mapping, app_protocol: AppProtocol::Unknown }],
+        ..Service::new("demo", name, format!("{name}.demo.svc.cluster.local"))
+    }))
+}
+
+pub(crate) fn serving(workload: &Workload, service: &str) -> Resource {
+    let services = BTreeMap::from([(format!("demo/{service}.demo.svc.cluster.local").into(), Vec::new())]);
+    Resource::Workload(Arc::new(Workload { services, ..workload.clone() }))
+}
+
+/// Random, so that tests running at once, in whichever process, rarely meet.
+pub(crate) fn some_loopback_address() -> IpAddr {
+    let [a, b, c] = [rand::random_range(1..255), rand::random_range(0..=255), rand::random_range(1..255)];
+    Ipv4Addr::new(127, a, b, c).into()
+}
+
+impl Pod {
+    pub(crate) fn port_of(&self, kind: Kind) -> SocketAddr {
+        let found = self.handle.listening().iter().find(|(k, _)| *k == kind);
+        found.expect("every kind is listening").1
+    }
+
+    /// An application of this pod, listening.
+    pub(crate) async fn listen(&self) -> (TcpListener, SocketAddr) {
+        let listener = TcpListener::bind((self.ip, 0)).await.expect("bind");
+        let address = listener.local_addr().expect("address");
+        (listener, address)
+    }
+
+    /// A connection of an application of this pod.
+    pub(crate) async fn dial(&self, destination: SocketAddr) -> TcpStream {
+        let SocketAddr::V4(v4) = destination else { panic!("IPv4 only") };
+        let mut request = vec![1];
+        request.extend(v4.ip().octets());
+        self.socks(&request, destination.port()).await
+    }
+
+    /// By the name of a service.
+    pub(crate) async fn dial_name(&self, host: &str, port: u16) -> TcpStream {
+        let mut request = vec![3, u8::try_from(host.len()).expect("short")];
+        request.extend(host.bytes());
+        self.socks(&request, port).await
+    }
+
+    async fn socks(&self, address: &[u8], port: u16) -> TcpStream {
+        let mut stream = TcpStream::connect(self.port_of(Kind::Socks5)).await.expect("SOCKS port");
+        stream.write_all(&[5, 1, 0]).await.expect("greeting");
+        stream.read_exact(&mut [0; 2]).await.expect("method");
+        let request = [&[5, 1, 0], address, &port.to_be_bytes()].concat();
+        stream.write_all(&request).await.expect("request");
+        let mut reply = [0; 10];
+        stream.read_exact(&mut reply).await.expect("reply");
+        assert_eq!(reply[..2], [5, 0], "SOCKS reply");
+        stream
+    }
+
+    /// Lets everything of the pod end, then answers what it counted.
+    pub(crate) async fn finish(self) -> String {
+        self.handle.stop(DrainMode::Graceful, PATIENCE).await;
+        self.registry.encode()
+    }
+}
+
+/// The lines of a family that hold all of `parts`, with their values.
+pub(crate) fn samples<'a>(metrics: &'a str, family: &str, parts: &[&str]) -> Vec<&'a str> {
+    metrics.lines().filter(|line| line.starts_with(family) && parts.iter().all(|part| line.contains(part))).collect()
+}
+
+pub(crate) async fn read_all(stream: &mut TcpStream) -> Vec<u8> {
+    let mut all = Vec::new();
+    stream.read_to_end(&mut all).await.expect("read to the end");
+    all
+}
+
+pub(crate) fn reset(stream: TcpStream) {
+    mesh_net::sockets::reset_on_close(&stream).expect("linger");
+    drop(stream);
+}
+
+pub(crate) async fn expect_reset(stream: &mut TcpStream) {
+    let error = stream.read(&mut [0; 16]).await.expect_err("a reset");
+    assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
