@@ -1,0 +1,320 @@
+//! The tunnels of one worker, shared by the flows that may share them.
+//!
+//! [`state`] decides; this gives it tasks, time and sockets. A dial runs in a task of the pool, so that the flow that started it may
+//! give up without failing the others.
+
+mod state;
+
+use std::{
+    cell::RefCell,
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    rc::{Rc, Weak},
+    sync::Arc,
+    time::Duration,
+};
+
+use mesh_core::identity::Identity;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    sync::{Notify, oneshot},
+    task::{AbortHandle, JoinSet},
+    time::{Instant, sleep_until},
+};
+
+use self::state::{Checkout, State, TunnelId};
+use crate::{
+    LocalBoxFuture,
+    client::{self, Sender},
+    config::Settings,
+    connect::{ConnectRequest, ConnectResponse},
+    error::Error,
+    snapshot::{Role, TunnelSnapshot},
+    stream::{Held, TunnelStream},
+};
+
+/// Who goes where: flows share a tunnel exactly when these agree. The far side takes a tunnel's TCP peer for the source, so pods
+/// never share one.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct TunnelKey {
+    pub source_uid: Arc<str>,
+    pub source_ip: IpAddr,
+    pub source_identity: Identity,
+    pub destination: SocketAddr,
+    /// Whom the peer's certificate may name.
+    pub accepted: Arc<[Identity]>,
+    pub network: Arc<str>,
+}
+
+/// Any stream that TLS was done on.
+pub trait TlsStream: AsyncRead + AsyncWrite + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> TlsStream for T {}
+
+pub type BoxedTlsStream = Box<dyn TlsStream>;
+
+/// Dials and does the TLS handshake, within deadlines of its own.
+pub trait Connector {
+    fn connect(&self, key: &TunnelKey) -> LocalBoxFuture<'_, Result<BoxedTlsStream, Error>>;
+}
+
+#[derive(Clone, Debug)]
+pub struct PoolConfig {
+    pub settings: Settings,
+    /// Streams per tunnel, however many the peer would take.
+    pub max_streams: usize,
+    /// After which an unused tunnel is closed.
+    pub idle: Duration,
+}
+
+impl Default for PoolConfig {
+    fn default() -> Self {
+        Self { settings: Settings::default(), max_streams: client::ASSUMED_STREAMS, idle: Duration::from_secs(300) }
+    }
+}
+
+/// Tunnels of one worker; clones share. Must be used within a `LocalSet`.
+#[derive(Clone)]
+pub struct Pool(Rc<Inner>);
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pool").field("tunnels", &self.0.tunnels.borrow().len()).finish_non_exhaustive()
+    }
+}
+
+struct Inner {
+    config: PoolConfig,
+    connector: Rc<dyn Connector>,
+    started: Instant,
+    state: RefCell<State<TunnelKey, Error>>,
+    tunnels: RefCell<HashMap<TunnelId, Tunnel>>,
+    /// Flows waiting for a dial; bounded by the flows.
+    waiters: RefCell<HashMap<TunnelKey, Vec<Waiter>>>,
+    dials: RefCell<HashMap<TunnelKey, AbortHandle>>,
+    /// Dials and drivers; they end with the pool.
+    tasks: RefCell<JoinSet<()>>,
+}
+
+/// Told when the dial is over.
+type Waiter = oneshot::Sender<Result<(), Error>>;
+
+struct Tunnel {
+    key: TunnelKey,
+    sender: Sender,
+    driver: AbortHandle,
+    /// Wakes the task that closes unused tunnels.
+    released: Rc<Notify>,
+}
+
+impl Pool {
+    pub fn new(config: PoolConfig, connector: Rc<dyn Connector>) -> Self {
+        let state = RefCell::new(State::new(config.max_streams));
+        Self(Rc::new(Inner {
+            config,
+            connector,
+            started: Instant::now(),
+            state,
+            tunnels: RefCell::default(),
+            waiters: RefCell::default(),
+            dials: RefCell::default(),
+            tasks: RefCell::default(),
+        }))
+    }
+
+    /// Opens a stream on a tunnel of `key`, dialling one if none has room. Returns once the peer answered 200. Cancel safe.
+    ///
+    /// # Errors
+    /// See [`Error`]; a tunnel on which the request was refused, lost or not answered takes no further streams.
+    pub async fn open(
+        &self,
+        key: &TunnelKey,
+        request: &ConnectRequest,
+    ) -> Result<(TunnelStream, ConnectResponse), Error> {
+        let mut went_away = false;
+        loop {
+            let lease = self.lease(key).await?;
+            let Some(sender) = self.0.tunnels.borrow().get(&lease.id).map(|tunnel| tunnel.sender.clone()) else {
+                continue;
+            };
+            match sender.connect(request).await {
+                Ok((mut stream, response)) => {
+                    stream.held = Some(Box::new(lease));
+                    return Ok((stream, response));
+                }
+                Err(error) => {
+                    if !matches!(error, Error::Status(_) | Error::Authority) {
+                        self.0.state.borrow_mut().close(key, lease.id);
+                    }
+                    // RFC 9113 §6.8: the request was not processed; the tunnel was merely old.
+                    if matches!(error, Error::GoAway) && !std::mem::replace(&mut went_away, true) {
+                        continue;
+                    }
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    /// Drops every tunnel of a pod that has gone, with its streams and dials.
+    pub fn retire(&self, source_uid: &str) {
+        self.0.state.borrow_mut().remove_where(|key| &*key.source_uid == source_uid);
+        self.0.tunnels.borrow_mut().retain(|_, tunnel| {
+            let stays = &*tunnel.key.source_uid != source_uid;
+            if !stays {
+                tunnel.driver.abort();
+            }
+            stays
+        });
+        self.0.dials.borrow_mut().retain(|key, dial| {
+            let stays = &*key.source_uid != source_uid;
+            if !stays {
+                dial.abort();
+            }
+            stays
+        });
+        let gone: Vec<TunnelKey> =
+            self.0.waiters.borrow().keys().filter(|key| &*key.source_uid == source_uid).cloned().collect();
+        gone.iter().for_each(|key| self.0.wake(key, &Err(Error::Retired)));
+    }
+
+    pub fn snapshot(&self) -> Vec<TunnelSnapshot> {
+        let state = self.0.state.borrow();
+        let mut all: Vec<_> = self
+            .0
+            .tunnels
+            .borrow()
+            .iter()
+            .map(|(id, tunnel)| TunnelSnapshot {
+                role: Role::Client,
+                id: *id,
+                peer: tunnel.key.destination.to_string(),
+                settings: self.0.config.settings.clone(),
+                peer_max_streams: Some(tunnel.sender.max_streams()),
+                closing: state.is_closing(&tunnel.key, *id),
+                streams: tunnel.sender.streams().snapshot(),
+            })
+            .collect();
+        all.sort_by_key(|tunnel| tunnel.id);
+        all
+    }
+
+    async fn lease(&self, key: &TunnelKey) -> Result<Lease, Error> {
+        loop {
+            self.0.refresh_limits(key);
+            let checkout = self.0.state.borrow_mut().checkout(key, self.0.now());
+            match checkout {
+                Checkout::Use(id) => return Ok(Lease { pool: Rc::downgrade(&self.0), key: key.clone(), id }),
+                Checkout::Failed(error) => return Err(error),
+                Checkout::Dial => self.0.dial(key),
+                Checkout::Wait => {}
+            }
+            let (waiter, dialed) = oneshot::channel();
+            self.0.waiters.borrow_mut().entry(key.clone()).or_default().push(waiter);
+            dialed.await.map_err(|_| Error::Retired)??;
+        }
+    }
+}
+
+impl Inner {
+    fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    fn refresh_limits(&self, key: &TunnelKey) {
+        let mut state = self.state.borrow_mut();
+        let tunnels = self.tunnels.borrow();
+        for id in state.ids(key) {
+            match tunnels.get(&id) {
+                Some(tunnel) if !tunnel.driver.is_finished() => state.set_limit(key, id, tunnel.sender.max_streams()),
+                _ => state.close(key, id),
+            }
+        }
+    }
+
+    fn dial(self: &Rc<Self>, key: &TunnelKey) {
+        let (pool, connector, settings) = (Rc::downgrade(self), self.connector.clone(), self.config.settings.clone());
+        let wanted = key.clone();
+        let dial = self.spawn(async move {
+            let dialed = async {
+                let io = connector.connect(&wanted).await?;
+                client::handshake(io, &settings).await
+            }
+            .await;
+            let Some(pool) = pool.upgrade() else { return };
+            pool.dials.borrow_mut().remove(&wanted);
+            match dialed {
+                Ok((sender, driver)) => pool.established(&wanted, sender, driver),
+                Err(error) => {
+                    pool.state.borrow_mut().dial_failed(&wanted, error.clone(), pool.now());
+                    pool.wake(&wanted, &Err(error));
+                }
+            }
+        });
+        self.dials.borrow_mut().insert(key.clone(), dial);
+    }
+
+    fn established(self: &Rc<Self>, key: &TunnelKey, sender: Sender, driver: impl Future<Output = ()> + 'static) {
+        let Some(id) = self.state.borrow_mut().dialed(key, self.now()) else { return };
+        let released = Rc::new(Notify::new());
+        let (pool, tunnel_key, idle) = (Rc::downgrade(self), key.clone(), released.clone());
+        let driver = self.spawn(async move {
+            tokio::select! {
+                () = driver => {}
+                () = unused(&pool, &tunnel_key, id, &idle) => {}
+            }
+            if let Some(pool) = pool.upgrade() {
+                pool.state.borrow_mut().remove(&tunnel_key, id, pool.now());
+                pool.tunnels.borrow_mut().remove(&id);
+            }
+        });
+        self.tunnels.borrow_mut().insert(id, Tunnel { key: key.clone(), sender, driver, released });
+        self.wake(key, &Ok(()));
+    }
+
+    fn wake(&self, key: &TunnelKey, result: &Result<(), Error>) {
+        for waiter in self.waiters.borrow_mut().remove(key).unwrap_or_default() {
+            // Whoever gave up needs no answer.
+            drop(waiter.send(result.clone()));
+        }
+    }
+
+    fn spawn(&self, task: impl Future<Output = ()> + 'static) -> AbortHandle {
+        let mut tasks = self.tasks.borrow_mut();
+        while tasks.try_join_next().is_some() {}
+        tasks.spawn_local(task)
+    }
+}
+
+/// Resolves when the tunnel has carried nothing for the idle time, or is closing and empty.
+async fn unused(pool: &Weak<Inner>, key: &TunnelKey, id: TunnelId, released: &Notify) {
+    loop {
+        let Some(pool) = pool.upgrade() else { return };
+        let look_again = pool.state.borrow_mut().expire(key, id, pool.config.idle, pool.now());
+        let Some(at) = look_again.map(|at| pool.started + at) else { return };
+        drop(pool);
+        tokio::select! {
+            () = sleep_until(at) => {}
+            () = released.notified() => {}
+        }
+    }
+}
+
+/// One stream's place on a tunnel.
+struct Lease {
+    pool: Weak<Inner>,
+    key: TunnelKey,
+    id: TunnelId,
+}
+
+impl Held for Lease {}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let Some(pool) = self.pool.upgrade() else { return };
+        pool.state.borrow_mut().release(&self.key, self.id, pool.now());
+        if let Some(tunnel) = pool.tunnels.borrow().get(&self.id) {
+            tunnel.released.notify_one();
+        }
+    }
+}
