@@ -115,10 +115,17 @@ fn start(config: Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut shutdown = Shutdown::new()?;
-        let agent = Agent::start(config)?;
-        let signal = shutdown.recv().await;
-        tracing::info!(signal, "stopping; enrolled pods stay enrolled");
+        let mut agent = Agent::start(config)?;
+        let failed = tokio::select! {
+            signal = shutdown.recv() => {
+                tracing::info!(signal, "stopping; enrolled pods stay enrolled");
+                false
+            }
+            () = agent.failed() => true,
+        };
         agent.stop().await;
+        // The supervisor starts a new one, which finds everything as it is.
+        anyhow::ensure!(!failed, "a task of the agent ended by itself; its reason is in the log");
         Ok(())
     })
 }
@@ -183,6 +190,13 @@ impl Agent {
             }
         });
         Ok(Self { drain: trigger, tasks, admin })
+    }
+
+    /// Completes when a task has ended although nobody asked it to. Cancel safe.
+    pub async fn failed(&mut self) {
+        if let Some(Err(error)) = self.tasks.join_next().await {
+            tracing::error!(%error, "a task failed");
+        }
     }
 
     /// Stops every task and waits for it. Enrolled pods stay enrolled.

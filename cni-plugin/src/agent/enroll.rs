@@ -123,6 +123,8 @@ pub struct State {
     status: Option<Redirection>,
     in_flight: Option<Step>,
     failures: u32,
+    /// The announcement failed and nobody has been told that the pod is pending.
+    owes_pending: bool,
     retry_at: Option<Instant>,
     /// Why the last step failed; cleared by the next that succeeds.
     pub error: Option<String>,
@@ -139,6 +141,7 @@ impl State {
             status,
             in_flight: None,
             failures: 0,
+            owes_pending: false,
             retry_at: None,
             error: None,
         }
@@ -174,8 +177,7 @@ impl State {
         if self.in_flight.is_some() {
             return None;
         }
-        let pending = self.failures > 0 && self.has_rules() && !self.is_announced() && self.status.is_none();
-        if pending && self.wanted == Wanted::Enrolled {
+        if self.owes_pending && self.wanted == Wanted::Enrolled {
             return Some(Step::WriteStatus(Some(Redirection::Pending)));
         }
         if self.retry_at.is_some_and(|at| at > now) {
@@ -235,6 +237,11 @@ impl State {
     }
 
     fn succeed(&mut self, step: Step, outcome: &Outcome, now: Instant, pace: &Pace) {
+        if step == Step::WriteStatus(Some(Redirection::Pending)) {
+            // Says that something failed, not that it succeeded.
+            (self.status, self.owes_pending) = (Some(Redirection::Pending), false);
+            return;
+        }
         (self.failures, self.retry_at, self.error) = (0, None, None);
         match step {
             Step::FindNetns => self.netns = true,
@@ -261,7 +268,8 @@ impl State {
         }
     }
 
-    fn fail(&mut self, reason: String, now: Instant, pace: &Pace) {
+    fn fail(&mut self, step: Step, reason: String, now: Instant, pace: &Pace) {
+        self.owes_pending = step == Step::Announce && self.status.is_none();
         self.failures = self.failures.saturating_add(1);
         let doubled = pace.first_retry.saturating_mul(1 << (self.failures - 1).min(16));
         self.retry_at = Some(now + doubled.min(pace.longest_retry));
@@ -331,7 +339,7 @@ impl Machine {
             Outcome::Outdated => {}
             // The runtime was faster than the search.
             Outcome::Failed(_) if step == Step::FindNetns && state.netns => {}
-            Outcome::Failed(reason) => state.fail(reason.clone(), now, &self.pace),
+            Outcome::Failed(reason) => state.fail(step, reason.clone(), now, &self.pace),
             done => state.succeed(step, done, now, &self.pace),
         }
     }
@@ -529,6 +537,19 @@ mod tests {
         assert_eq!(run(&mut machine, now, &Outcome::Done), [Step::WriteStatus(Some(Redirection::Enabled))]);
         assert_eq!(run(&mut machine, now, &Outcome::Done), []);
         assert!(machine.get(&pod).is_some_and(State::is_enrolled));
+    }
+
+    #[test]
+    fn a_status_that_cannot_be_written_is_not_tried_in_a_loop() {
+        let (now, mut machine, pod) = (Instant::now(), Machine::new(Pace::default()), uid(0));
+        machine.observe(&pod, Wanted::Enrolled, None);
+        machine.give_netns(&pod);
+        run(&mut machine, now, &Outcome::Done);
+        for step in [Step::Announce, Step::WriteStatus(Some(Redirection::Pending))] {
+            assert_eq!(run(&mut machine, now, &Outcome::Failed("no".into())), [step]);
+        }
+        assert_eq!(run(&mut machine, now, &Outcome::Done), []);
+        assert!(machine.wakes_at().is_some_and(|at| at > now));
     }
 
     #[test]
