@@ -1,5 +1,5 @@
-//! The path of one connection: accepted ([`listeners`]), understood ([`resolve`]), admitted ([`authorize`]), carried on
-//! ([`outbound`], [`inbound`], [`passthrough`]) over what [`upstream`] opens, and its bytes moved ([`forward`]).
+//! The path of one connection: accepted (`listeners`), understood (`resolve`), admitted (`authorize`), carried on (`outbound`,
+//! `inbound`, `passthrough`) over what `upstream` opens, and its bytes moved (`forward`).
 
 use std::rc::Rc;
 
@@ -19,6 +19,7 @@ pub(crate) mod inbound;
 pub(crate) mod passthrough;
 
 pub(crate) mod authorize;
+pub(crate) mod proxy_protocol;
 pub(crate) mod resolve;
 
 pub(crate) mod forward;

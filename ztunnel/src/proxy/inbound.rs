@@ -2,7 +2,8 @@
 
 use std::{
     cell::RefCell,
-    net::{IpAddr, SocketAddr},
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     rc::Rc,
     sync::Arc,
     time::Instant,
@@ -17,7 +18,7 @@ use mesh_hbone::{
 };
 use mesh_identity::{Priority, peer_identity, server_config};
 use mesh_net::{
-    SocketOptions,
+    Side, SocketOptions,
     sockets::{canonical, configure_accepted},
 };
 use tokio::{net::TcpStream, time::timeout};
@@ -31,8 +32,9 @@ use crate::{
     proxy::{
         authorize::{Admission, admit},
         forward::{FlowSocket, relay},
+        proxy_protocol,
         resolve::{self, BAGGAGE, Told},
-        upstream::{HANDSHAKE_TIMEOUT, Upstream},
+        upstream::{CONNECT_TIMEOUT, HANDSHAKE_TIMEOUT, Upstream},
     },
 };
 
@@ -107,28 +109,34 @@ impl Handler for Tunnel {
 }
 
 impl Tunnel {
-    fn target(&self, local: &Workload, request: &Request) -> Result<SocketAddr, ProxyError> {
+    fn target(&self, local: &Workload, request: &Request) -> Result<Target, ProxyError> {
         let index = self.pod.shared.state.snapshot();
-        if local.application_tunnel.as_ref().is_some_and(|tunnel| tunnel.proxy_protocol) {
-            let what = "application tunnels with PROXY protocol are not supported yet";
-            return Err(ProxyError::UnknownTarget(what.to_owned()));
-        }
         let is_own_port = |port| self.pod.is_own_port(port);
-        resolve::inbound_target(is_own_port, &index, local, self.dialled.ip(), &request.authority)
+        let address = resolve::inbound_target(is_own_port, &index, local, self.dialled.ip(), &request.authority)?;
+        if !local.application_tunnel.as_ref().is_some_and(|tunnel| tunnel.proxy_protocol) {
+            return Ok(Target { address, connect: address, preface: Vec::new() });
+        }
+        let named = resolve::named_address(&index, local, &request.authority)
+            .ok_or_else(|| ProxyError::UnknownTarget(request.authority.to_string()))?;
+        let preface = proxy_protocol::encode(self.peer, named, self.identity.as_ref());
+        // Told the client's address in words, the application need not see it; over loopback no capture rule is in the way.
+        let on_loopback = self.pod.shared.config.localhost_app_tunnel;
+        let connect = if on_loopback { loopback_of(address) } else { address };
+        Ok(Target { address, connect, preface })
     }
 
-    async fn carry(&self, local: &Arc<Workload>, target: SocketAddr, request: &Request, mut responder: Responder) {
+    async fn carry(&self, local: &Arc<Workload>, target: Target, request: &Request, mut responder: Responder) {
         let told = resolve::told(&self.pod.shared.config, &request.headers);
         let host = told.host.clone();
-        let flow = self.pod.shared.outcomes.opened(self.describe(local, target, request, told));
+        let flow = self.pod.shared.outcomes.opened(self.describe(local, target.address, request, told));
         let opened = tokio::select! {
             biased;
-            opened = self.open(local, target, host) => opened,
+            opened = self.open(local, &target, host) => opened,
             // The client has gone: nobody waits for the application any more.
-            () = responder.abandoned() => Err(ProxyError::Reset(mesh_net::Side::Second)),
+            () = responder.abandoned() => Err(ProxyError::Reset(Side::Second)),
         };
         match opened {
-            Ok((application, admission)) => self.join(local, application, admission, responder, flow).await,
+            Ok(opened) => self.join(local, opened, &target.preface, responder, flow).await,
             Err(error) => {
                 responder.reject(status(&error));
                 flow.finish(0, 0, Err(&error));
@@ -139,21 +147,26 @@ impl Tunnel {
     async fn open(
         &self,
         local: &Workload,
-        target: SocketAddr,
+        target: &Target,
         original_dst: Option<String>,
     ) -> Result<(FlowSocket, Admission), ProxyError> {
         let protocol = if self.identity.is_some() { Protocol::Hbone } else { Protocol::Tcp };
-        let shown = InboundConnection { src: self.peer, original_dst, actual_dst: target, protocol };
+        let shown = InboundConnection { src: self.peer, original_dst, actual_dst: target.address, protocol };
         let admission = admit(&self.pod, local, shown, self.identity.clone())?;
-        Ok((self.pod.connect_as(self.peer.ip(), target).await?, admission))
+        let application = if target.connect == target.address {
+            self.pod.connect_as(self.peer.ip(), target.connect).await?
+        } else {
+            self.pod.connect(target.connect).await?
+        };
+        Ok((application, admission))
     }
 
     /// The answer is sent only now that the application is known to be there.
     async fn join(
         &self,
         local: &Workload,
-        application: FlowSocket,
-        mut admission: Admission,
+        (application, mut admission): (FlowSocket, Admission),
+        preface: &[u8],
         responder: Responder,
         flow: OpenFlow,
     ) {
@@ -164,7 +177,10 @@ impl Tunnel {
             headers.insert(BAGGAGE, baggage);
         }
         match responder.accept(headers) {
-            Ok(stream) => relay(application, Upstream::Tunnel(stream), Some(&mut admission.cut), flow).await,
+            Ok(stream) => match say(&application, preface).await {
+                Ok(()) => relay(application, Upstream::Tunnel(stream), Some(&mut admission.cut), flow).await,
+                Err(source) => flow.finish(0, 0, Err(&ProxyError::Copy { side: Side::First, source })),
+            },
             Err(error) => flow.finish(0, 0, Err(&error.into())),
         }
     }
@@ -193,6 +209,36 @@ impl Tunnel {
     fn deny(&self, error: &ProxyError) {
         self.pod.shared.outcomes.early_deny(Direction::Inbound, self.peer, self.dialled, error);
     }
+}
+
+/// Where a CONNECT leads.
+struct Target {
+    /// What policy is asked about.
+    address: SocketAddr,
+    connect: SocketAddr,
+    /// Sent to the application ahead of the client's bytes.
+    preface: Vec<u8>,
+}
+
+fn loopback_of(address: SocketAddr) -> SocketAddr {
+    let ip = if address.is_ipv4() { Ipv4Addr::LOCALHOST.into() } else { Ipv6Addr::LOCALHOST.into() };
+    SocketAddr::new(ip, address.port())
+}
+
+/// Writes a few bytes to an application that has just accepted.
+async fn say(application: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
+    let writing = async {
+        while !bytes.is_empty() {
+            application.writable().await?;
+            match application.try_write(bytes) {
+                Ok(written) => bytes = &bytes[written..],
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    };
+    timeout(CONNECT_TIMEOUT, writing).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
 }
 
 /// What other proxies expect to be told.
@@ -257,8 +303,7 @@ mod tests {
     #[test]
     fn refusals_carry_the_status_that_other_proxies_expect() {
         let mismatch = ProxyError::AddressMismatch { dialled: [10, 0, 0, 1].into(), asked: [10, 0, 0, 2].into() };
-        let connect =
-            ProxyError::Connect { to: ([10, 0, 0, 1], 80).into(), source: std::io::ErrorKind::TimedOut.into() };
+        let connect = ProxyError::Connect { to: ([10, 0, 0, 1], 80).into(), source: io::ErrorKind::TimedOut.into() };
         assert_eq!(status(&mismatch), 400);
         assert_eq!(status(&ProxyError::UnknownWorkload("web".into())), 503);
         assert_eq!(status(&ProxyError::Loop), 503);

@@ -76,7 +76,7 @@ pub(crate) async fn outbound(pod: &PodContext, peer: SocketAddr, destination: So
     }
     let source = local_workload(pod).await?;
     // Where the pod has no namespace of its own, loopback clients speak for its address.
-    let source_ip = pod.shared.config.local_address.unwrap_or(peer.ip());
+    let source_ip = pod.shared.config.local_address.unwrap_or_else(|| peer.ip());
     let selection = choose(pod, &source, source_ip, destination, &[]);
     let hop = dialable(selection.next_hop)?;
     let (workload, service) = (selection.destination_workload, selection.service);
@@ -140,7 +140,10 @@ pub(crate) fn inbound_target(
             asked.port()
         }
         Authority::Host { host, port } => {
-            port_of(index, local, host, *port).ok_or_else(|| ProxyError::UnknownTarget(authority.to_string()))?
+            // A workload that takes everything on one port needs no mapping.
+            let tunnel = local.application_tunnel.as_ref().and_then(|tunnel| tunnel.port);
+            let port = port_of(index, local, host, *port).or(tunnel);
+            port.ok_or_else(|| ProxyError::UnknownTarget(authority.to_string()))?
         }
     };
     if is_own_port(port) {
@@ -148,6 +151,19 @@ pub(crate) fn inbound_target(
     }
     let port = local.application_tunnel.as_ref().and_then(|tunnel| tunnel.port).unwrap_or(port);
     Ok(SocketAddr::new(dialled, port))
+}
+
+/// The address a client named, for a workload that is told about it: of a service, one of its VIPs, of the workload's own network and
+/// IPv4 where there is a choice.
+pub(crate) fn named_address(index: &Index, local: &Workload, authority: &Authority) -> Option<SocketAddr> {
+    match authority {
+        Authority::Address(address) => Some(*address),
+        Authority::Host { host, port } => {
+            let service = index.service_by_hostname(host, &local.namespace)?;
+            let vip = service.vips.iter().min_by_key(|vip| (vip.network != local.network, vip.ip.is_ipv6()))?;
+            Some(SocketAddr::new(vip.ip, *port))
+        }
+    }
 }
 
 /// The address dialled, anything for a workload that is itself a proxy, and whatever has us for a waypoint.

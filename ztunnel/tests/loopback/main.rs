@@ -4,7 +4,9 @@ mod hostile;
 mod mesh;
 mod policy;
 
-use mesh_core::index::Resource;
+use std::net::IpAddr;
+
+use mesh_core::{index::Resource, workload::ApplicationTunnel};
 use mesh_runtime::drain::{DrainMode, Drained};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -210,6 +212,32 @@ async fn destinations_outside_the_mesh_are_passed_through() {
     assert_eq!(client.handle.connections().outbound[0].protocol, Protocol::Tcp);
     reset(near);
     expect_reset(&mut far).await;
+}
+
+#[tokio::test]
+async fn a_workload_that_is_a_proxy_is_told_who_calls_whom() {
+    let mesh = Mesh::new();
+    let client = mesh.pod("client").await;
+    // On plain loopback, where it is reached whatever its own address.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("bind");
+    let port = listener.local_addr().expect("address").port();
+    let tunnel = ApplicationTunnel { proxy_protocol: true, port: Some(port) };
+    let proxy = mesh.pod_with("proxy", |w| w.application_tunnel = Some(tunnel.clone())).await;
+    let (mut near, accepted) = join!(client.dial((proxy.ip, 80).into()), listener.accept());
+    let mut far = accepted.expect("accept").0;
+    near.write_all(b"ping").await.expect("write");
+    let identity = b"spiffe://cluster.local/ns/demo/sa/client";
+    let mut header = vec![0; 16 + 12 + 3 + identity.len()];
+    far.read_exact(&mut header).await.expect("header");
+    let (IpAddr::V4(from), IpAddr::V4(to)) = (client.ip, proxy.ip) else { panic!("IPv4 only") };
+    assert_eq!(
+        (&header[16..20], &header[20..24], &header[26..28]),
+        (&from.octets()[..], &to.octets()[..], &[0, 80][..])
+    );
+    assert!(header.ends_with(identity));
+    let mut four = [0; 4];
+    far.read_exact(&mut four).await.expect("payload");
+    assert_eq!(&four, b"ping");
 }
 
 #[tokio::test]
