@@ -1,0 +1,193 @@
+//! `/debug/why/*`: the live process says what it would do with a connection, by the very functions that decide connections.
+
+use std::{net::IpAddr, net::SocketAddr, str::FromStr, sync::Arc};
+
+use http::StatusCode;
+use mesh_core::{
+    addr::NetworkAddress,
+    authorize::{Connection, Decision, Verdict, authorize},
+    headers::Authority,
+    identity::Identity,
+    index::Index,
+    reason::Reason,
+    select::{InnerTunnel, NextHop, Selection, Tunnel, select},
+    workload::Workload,
+};
+use mesh_identity::{EntryState, Manager};
+use mesh_runtime::admin::{Request, Response, text};
+use serde_json::{Value, json};
+
+use super::{Context, answer};
+
+/// What would this pod's connection to `destination` do?
+pub fn outbound(context: &Context, request: &Request) -> Response {
+    respond(explain_outbound(context, request))
+}
+
+/// May this peer reach this pod at `destination`?
+pub fn inbound(context: &Context, request: &Request) -> Response {
+    respond(explain_inbound(context, request))
+}
+
+/// Status and text of a question that cannot be answered.
+type Unanswerable = (StatusCode, String);
+
+fn respond(result: Result<Value, Unanswerable>) -> Response {
+    match result {
+        Ok(value) => answer(&value),
+        Err((status, problem)) => text(status, problem + "\n"),
+    }
+}
+
+fn explain_outbound(context: &Context, request: &Request) -> Result<Value, Unanswerable> {
+    let destination: SocketAddr = required(request, "destination", "IP:PORT")?;
+    let index = context.shared.state.snapshot();
+    let source = pod(context, &index, request)?;
+    let source_ip = source.addresses.first().copied().unwrap_or(unspecified(destination));
+    let asked = mesh_core::select::Request { source: &source, source_ip, destination, exclude: &[] };
+    let selection = select(&index, &asked, &mut rand::rng());
+    let identity = source.identity();
+    Ok(json!({
+        "direction": "outbound",
+        "source": party(&source),
+        "destination": destination,
+        "service": selection.service.as_ref().map(|service| service.key()),
+        "destinationWorkload": selection.destination_workload.as_deref().map(party),
+        "nextHop": next_hop(&selection.next_hop),
+        "decision": decision(&selection.decision),
+        "farSide": far_side(&index, &selection, source_ip, &identity),
+        "certificate": certificate(&context.shared.identities, &identity),
+        "version": index.version(),
+    }))
+}
+
+/// What the destination's own proxy would say, as far as this one knows its policies: the same state reaches both.
+fn far_side(index: &Index, selection: &Selection, source_ip: IpAddr, source: &Identity) -> Option<Value> {
+    let (source_identity, destination) = match &selection.next_hop {
+        NextHop::Hbone(Tunnel { authority: Authority::Address(address), .. }) => (Some(source), *address),
+        NextHop::Tcp { address } => (None, *address),
+        // Through a waypoint or gateway, the peer that the destination sees is not this one.
+        _ => return None,
+    };
+    let policies = index.policies_for(selection.destination_workload.as_ref()?);
+    Some(decision(&authorize(&policies, &Connection { source_ip, source_identity, destination })))
+}
+
+fn explain_inbound(context: &Context, request: &Request) -> Result<Value, Unanswerable> {
+    let destination: SocketAddr = required(request, "destination", "IP:PORT")?;
+    let source_ip: IpAddr = required(request, "source_ip", "an IP address")?;
+    let source_identity: Option<Identity> = optional(request, "source_identity", "spiffe://<td>/ns/<ns>/sa/<sa>")?;
+    let index = context.shared.state.snapshot();
+    let workload = pod(context, &index, request)?;
+    let connection = Connection { source_ip, source_identity: source_identity.as_ref(), destination };
+    let policies = index.policies_for(&workload);
+    let source = index.workload_by_address(&NetworkAddress::new(workload.network.clone(), source_ip));
+    Ok(json!({
+        "direction": "inbound",
+        "source": source.map(|workload| party(workload)),
+        "sourceIdentity": source_identity.as_ref().map(ToString::to_string),
+        "destination": destination,
+        "destinationWorkload": party(&workload),
+        "decision": decision(&authorize(&policies, &connection)),
+        "policies": policies.policies.iter().map(|policy| policy.key()).collect::<Vec<_>>(),
+        "missingPolicies": policies.missing,
+        "policiesComplete": policies.complete,
+        "certificate": certificate(&context.shared.identities, &workload.identity()),
+        "version": index.version(),
+    }))
+}
+
+/// The pod asked about, preferably this node's of that name.
+fn pod(context: &Context, index: &Index, request: &Request) -> Result<Arc<Workload>, Unanswerable> {
+    let namespace: String = required(request, "namespace", "the pod's namespace")?;
+    let name: String = required(request, "pod", "the pod's name")?;
+    let node = context.shared.state.node();
+    let named = |w: &&Arc<Workload>| *w.name == *name && *w.namespace == *namespace;
+    let found = index.workloads().filter(named).max_by_key(|w| w.node == *node);
+    found.cloned().ok_or_else(|| {
+        let problem =
+            format!("{}: no workload {namespace}/{name} in version {}", Reason::UnknownWorkload, index.version());
+        (StatusCode::NOT_FOUND, format!("{problem}; {}", Reason::UnknownWorkload.remedy()))
+    })
+}
+
+fn required<T: FromStr>(request: &Request, name: &str, expected: &str) -> Result<T, Unanswerable> {
+    optional(request, name, expected)?
+        .ok_or_else(|| (StatusCode::BAD_REQUEST, format!("parameter `{name}` is missing: expected {expected}")))
+}
+
+fn optional<T: FromStr>(request: &Request, name: &str, expected: &str) -> Result<Option<T>, Unanswerable> {
+    let Some(value) = request.query(name) else { return Ok(None) };
+    let bad = |_| (StatusCode::BAD_REQUEST, format!("parameter `{name}` is `{value}`: expected {expected}"));
+    value.parse().map(Some).map_err(bad)
+}
+
+fn unspecified(destination: SocketAddr) -> IpAddr {
+    if destination.is_ipv4() { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) }
+}
+
+fn party(workload: &Workload) -> Value {
+    json!({
+        "uid": workload.uid,
+        "name": workload.name,
+        "namespace": workload.namespace,
+        "identity": workload.identity().to_string(),
+        "node": workload.node,
+        "addresses": workload.addresses,
+    })
+}
+
+fn next_hop(hop: &NextHop) -> Value {
+    match hop {
+        NextHop::DoubleHbone { outer, inner } => {
+            let InnerTunnel { authority, accepted } = inner;
+            json!({
+                "type": "doubleHbone",
+                "outer": tunnel(outer),
+                "inner": { "authority": authority.to_string(), "accepted": names(accepted) },
+            })
+        }
+        NextHop::Hbone(t) => json!({ "type": "hbone", "tunnel": tunnel(t) }),
+        NextHop::Passthrough { address } => json!({ "type": "passthrough", "address": address }),
+        NextHop::Reject { reason, detail } => {
+            json!({ "type": "reject", "reason": reason.as_str(), "detail": detail, "remedy": reason.remedy() })
+        }
+        NextHop::Tcp { address } => json!({ "type": "tcp", "address": address }),
+        NextHop::Waypoint(t) => json!({ "type": "waypoint", "tunnel": tunnel(t) }),
+    }
+}
+
+fn tunnel(t: &Tunnel) -> Value {
+    json!({ "address": t.address, "authority": t.authority.to_string(), "accepted": names(&t.accepted) })
+}
+
+fn names(identities: &[Identity]) -> Vec<String> {
+    identities.iter().map(ToString::to_string).collect()
+}
+
+fn decision(d: &Decision) -> Value {
+    json!({
+        "verdict": match d.verdict { Verdict::Allow => "allow", Verdict::Deny => "deny" },
+        "reason": d.reason.map(Reason::as_str),
+        "remedy": d.reason.map(Reason::remedy),
+        "policy": d.policy,
+        "origin": d.origin.as_ref().map(ToString::to_string),
+        "explanation": d.explanation,
+        "version": d.version,
+        "dryRun": d.dry_run,
+    })
+}
+
+fn certificate(identities: &Manager, identity: &Identity) -> Value {
+    let entry = identities.entries().into_iter().find(|entry| entry.identity == *identity);
+    let state = match entry.as_ref().map(|entry| &entry.state) {
+        None => "not held".to_owned(),
+        Some(EntryState::Available) => "available".to_owned(),
+        Some(EntryState::Initializing) => "being fetched".to_owned(),
+        Some(EntryState::Unavailable(error)) => format!("unavailable: {error}"),
+    };
+    let expires = entry.and_then(|entry| entry.svid).and_then(|svid| {
+        svid.not_after.duration_since(std::time::SystemTime::UNIX_EPOCH).ok().map(|since| since.as_secs())
+    });
+    json!({ "identity": identity.to_string(), "state": state, "expiresUnixSeconds": expires })
+}

@@ -1,0 +1,522 @@
+//! Configuration from the environment, under upstream's names, resolved once: no option is left that means "the default".
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    num::NonZeroUsize,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use mesh_identity::{ControlPlane, RootSource, TokenSource};
+use mesh_net::{KeepAlive, SocketOptions, Transparent};
+use mesh_runtime::{
+    env::{Problems, Reader, Vars},
+    telemetry::Format,
+};
+use serde::{Serialize, Serializer};
+
+use crate::inpod::WorkloadInfo;
+
+mod threads;
+
+const TOKEN_PATH: &str = "./var/run/secrets/tokens/istio-token";
+const ROOT_PATH: &str = "./var/run/secrets/istio/root-cert.pem";
+/// The mark by which capture rules know the proxy's own packets.
+const PACKET_MARK: u32 = 1337;
+
+/// What the process was told to do.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Config {
+    pub mode: ProxyMode,
+    /// The one workload of dedicated mode.
+    pub workload: Option<WorkloadInfo>,
+    /// Empty: every workload counts as local.
+    pub node: Arc<str>,
+    pub pod_name: String,
+    pub pod_namespace: String,
+    pub service_account: String,
+    pub instance_ip: IpAddr,
+    pub trust_domain: String,
+    pub network: Arc<str>,
+    pub cluster_id: Arc<str>,
+    /// Shown as `istio_build`'s tag.
+    pub version: String,
+    /// `ISTIO_META_*` and `ISTIO_METAJSON_*`, told to the control plane.
+    pub metadata: BTreeMap<String, serde_json::Value>,
+
+    /// `None` when discovery is switched off.
+    pub xds: Option<Upstream>,
+    pub ca: Upstream,
+    /// Certificate lifetime asked for; shorter means more CA load, longer a longer-lived stolen key.
+    pub secret_ttl: Duration,
+    pub inpod_uds: PathBuf,
+
+    pub ports: Ports,
+    /// Dedicated mode: bind everything to this address instead of the wildcard.
+    pub local_address: Option<IpAddr>,
+    pub ipv6: bool,
+    /// `SO_REUSEPORT` on pod listeners, so that an old and a new process can overlap.
+    pub reuse_port: bool,
+    pub packet_mark: Option<u32>,
+    /// Keep the client's address towards the application: required, never, or (unset) when possible.
+    pub original_source: Option<bool>,
+    pub socks5: bool,
+    pub localhost_app_tunnel: bool,
+    pub response_baggage: bool,
+    pub pool_max_streams: u16,
+    /// Idle tunnels close after this.
+    pub pool_idle: Duration,
+    pub stream_window: u32,
+    pub connection_window: u32,
+    pub frame_size: u32,
+    #[serde(serialize_with = "keepalive")]
+    pub keepalive: Option<KeepAlive>,
+    pub user_timeout: Option<Duration>,
+
+    pub workers: usize,
+    /// From SIGTERM until what is left is cut.
+    pub drain_deadline: Duration,
+    pub log_filter: String,
+    #[serde(skip)]
+    pub log_format: Format,
+    /// Log policy decisions at info instead of debug.
+    pub log_decisions: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ProxyMode {
+    /// The pods of a node, announced by its agent, each in its namespace.
+    Shared,
+    /// One workload, in this process's own namespace, without an agent.
+    Dedicated,
+}
+
+/// Every port the process listens on. Other proxies and capture rules rely on the defaults.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Ports {
+    pub outbound: u16,
+    pub inbound: u16,
+    pub passthrough: u16,
+    pub socks5: u16,
+    pub admin: u16,
+    pub stats: u16,
+    pub readiness: u16,
+}
+
+impl Default for Ports {
+    fn default() -> Self {
+        Self {
+            outbound: 15001,
+            inbound: mesh_core::select::HBONE_PORT,
+            passthrough: 15006,
+            socks5: 15080,
+            admin: 15000,
+            stats: 15020,
+            readiness: 15021,
+        }
+    }
+}
+
+/// How to reach the control plane or the CA.
+#[derive(Clone, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Upstream {
+    /// `host:port`, with or without `https://`.
+    pub address: String,
+    #[serde(serialize_with = "debug")]
+    pub roots: RootSource,
+    #[serde(skip)]
+    pub token: TokenSource,
+    #[serde(skip)]
+    pub headers: Vec<(String, String)>,
+    pub alternative_name: Option<String>,
+}
+
+impl Upstream {
+    /// The address with everything that is needed to connect.
+    pub fn control_plane(&self) -> ControlPlane {
+        ControlPlane {
+            address: self.address.clone(),
+            roots: self.roots.clone(),
+            token: self.token.clone(),
+            headers: self.headers.clone(),
+            alternative_name: self.alternative_name.clone(),
+        }
+    }
+}
+
+/// Secrets left out.
+impl fmt::Debug for Upstream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Upstream")
+            .field("address", &self.address)
+            .field("roots", &self.roots)
+            .field("alternative_name", &self.alternative_name)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Config {
+    /// # Errors
+    /// Every variable that cannot be used, with its value and what would be right.
+    pub fn from_env(vars: &dyn Vars) -> Result<Self, Problems> {
+        let reader = Reader::new(vars);
+        let config = Self::read(&reader);
+        reader.finish().map(|()| config)
+    }
+
+    /// A dedicated proxy of `demo/test` on loopback with every port chosen by the kernel, without control plane.
+    pub fn default_for_tests() -> Self {
+        let vars: std::collections::HashMap<String, String> =
+            [("PROXY_MODE", "dedicated"), ("PROXY_WORKLOAD_INFO", "demo/test/test"), ("XDS_ADDRESS", "")]
+                .map(|(k, v)| (k.to_owned(), v.to_owned()))
+                .into();
+        let config = Self::from_env(&vars).expect("the literals above are valid");
+        let ports = Ports { outbound: 0, inbound: 0, passthrough: 0, socks5: 0, admin: 0, stats: 0, readiness: 0 };
+        Self { ports, local_address: Some(Ipv4Addr::LOCALHOST.into()), workers: 1, ipv6: false, ..config }
+    }
+
+    fn read(r: &Reader<'_>) -> Self {
+        let mode = mode(r);
+        let shared = mode == ProxyMode::Shared;
+        let cluster_id = r.optional("ISTIO_META_CLUSTER_ID").unwrap_or_else(|| r.string("CLUSTER_ID", "Kubernetes"));
+        let keepalive = keepalive_from(r);
+        refuse_unsupported(r);
+        Self {
+            mode,
+            workload: workload(r, mode, &cluster_id),
+            node: r.string("NODE_NAME", "").into(),
+            pod_name: r.string("POD_NAME", ""),
+            pod_namespace: r.string("POD_NAMESPACE", ""),
+            service_account: r.string("SERVICE_ACCOUNT", ""),
+            instance_ip: r.parse("INSTANCE_IP", Ipv4Addr::new(1, 1, 1, 1).into(), "this pod's IP address"),
+            trust_domain: r.string("TRUST_DOMAIN", mesh_core::identity::DEFAULT_TRUST_DOMAIN),
+            network: r.string("NETWORK", "").into(),
+            version: r.string("ISTIO_META_ISTIO_VERSION", "unknown"),
+            metadata: metadata(r),
+            xds: (r.raw("XDS_ADDRESS").as_deref() != Some("")).then(|| upstream(r, "XDS", &cluster_id)),
+            ca: upstream(r, "CA", &cluster_id),
+            cluster_id: cluster_id.into(),
+            secret_ttl: r.duration("SECRET_TTL", Duration::from_secs(24 * 3600)),
+            inpod_uds: r.string("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock").into(),
+            ports: Ports::default(),
+            local_address: local_address(r, mode),
+            ipv6: r.bool("IPV6_ENABLED", true),
+            reuse_port: r.bool("INPOD_PORT_REUSE", true) && shared,
+            packet_mark: r
+                .optional_parse("PACKET_MARK", "a packet mark such as 1337")
+                .or(shared.then_some(PACKET_MARK)),
+            original_source: r.optional_bool("ENABLE_ORIG_SRC"),
+            socks5: r.bool("UNSTABLE_ENABLE_SOCKS5", false),
+            localhost_app_tunnel: r.bool("LOCALHOST_APP_TUNNEL", true),
+            response_baggage: r.bool("ENABLE_RESPONSE_BAGGAGE", true),
+            pool_max_streams: within(r, "POOL_MAX_STREAMS_PER_CONNECTION", 100, 1, 1000),
+            pool_idle: r.duration("POOL_UNUSED_RELEASE_TIMEOUT", Duration::from_secs(300)),
+            stream_window: within(r, "HTTP2_STREAM_WINDOW_SIZE", 1 << 20, 65_535, i32::MAX as u32),
+            connection_window: within(r, "HTTP2_CONNECTION_WINDOW_SIZE", 16 << 20, 65_535, i32::MAX as u32),
+            // RFC 9113 §6.5.2 bounds SETTINGS_MAX_FRAME_SIZE.
+            frame_size: within(r, "HTTP2_FRAME_SIZE", 65_536, 16_384, 16_777_215),
+            user_timeout: user_timeout(r, keepalive),
+            keepalive,
+            workers: threads::from_env(r),
+            drain_deadline: drain_deadline(r),
+            log_filter: r.string("RUST_LOG", "info"),
+            log_format: log_format(r),
+            log_decisions: r.bool("AUTHZ_POLICY_INFO_LOGGING", false),
+        }
+    }
+
+    pub fn is_shared(&self) -> bool {
+        self.mode == ProxyMode::Shared
+    }
+
+    /// Where pod, stats and readiness ports bind.
+    pub fn wildcard(&self, port: u16) -> SocketAddr {
+        let any = if self.ipv6 { Ipv6Addr::UNSPECIFIED.into() } else { Ipv4Addr::UNSPECIFIED.into() };
+        SocketAddr::new(self.local_address.unwrap_or(any), port)
+    }
+
+    /// Where ports for this machine only bind.
+    pub fn loopback(&self, port: u16) -> SocketAddr {
+        SocketAddr::new(self.local_address.unwrap_or(Ipv4Addr::LOCALHOST.into()), port)
+    }
+
+    /// Whether a destination port is one of ours: connecting there would be talking to ourselves.
+    pub fn is_own_port(&self, port: u16) -> bool {
+        let p = &self.ports;
+        port == p.outbound || port == p.inbound || port == p.passthrough || (self.socks5 && port == p.socks5)
+    }
+
+    /// Whether listeners and spoofed sockets are transparent. Dedicated mode shares its namespace and never is.
+    pub fn transparent(&self) -> Transparent {
+        match self.original_source {
+            _ if !self.is_shared() => Transparent::Never,
+            Some(true) => Transparent::Required,
+            Some(false) => Transparent::Never,
+            None => Transparent::BestEffort,
+        }
+    }
+
+    /// Of sockets towards applications and other proxies, and of accepted plain ones.
+    pub fn socket_options(&self) -> SocketOptions {
+        SocketOptions {
+            mark: self.packet_mark,
+            transparent: self.transparent(),
+            reuse_port: false,
+            keepalive: self.keepalive,
+            user_timeout: self.user_timeout,
+        }
+    }
+
+    /// The proxy's own workload, when it knows who it is: all three names are needed.
+    pub fn own_workload(&self) -> Option<WorkloadInfo> {
+        let known = !(self.pod_name.is_empty() || self.pod_namespace.is_empty() || self.service_account.is_empty());
+        known.then(|| WorkloadInfo {
+            uid: format!("{}//Pod/{}/{}", self.cluster_id, self.pod_namespace, self.pod_name).into(),
+            name: self.pod_name.as_str().into(),
+            namespace: self.pod_namespace.as_str().into(),
+            service_account: self.service_account.as_str().into(),
+        })
+    }
+}
+
+fn mode(r: &Reader<'_>) -> ProxyMode {
+    match r.string("PROXY_MODE", "shared").as_str() {
+        "shared" => ProxyMode::Shared,
+        "dedicated" => ProxyMode::Dedicated,
+        other => {
+            r.problem("PROXY_MODE", other, "shared or dedicated");
+            ProxyMode::Shared
+        }
+    }
+}
+
+fn workload(r: &Reader<'_>, mode: ProxyMode, cluster: &str) -> Option<WorkloadInfo> {
+    if mode == ProxyMode::Shared {
+        return None;
+    }
+    const EXPECTED: &str = "namespace/name/serviceaccount of the dedicated workload";
+    let text = r.required("PROXY_WORKLOAD_INFO", EXPECTED);
+    let parts: Vec<&str> = text.split('/').collect();
+    match parts[..] {
+        [namespace, name, account] if parts.iter().all(|part| !part.is_empty()) => Some(WorkloadInfo {
+            uid: format!("{cluster}//Pod/{namespace}/{name}").into(),
+            name: name.into(),
+            namespace: namespace.into(),
+            service_account: account.into(),
+        }),
+        _ if text.is_empty() => None,
+        _ => {
+            r.problem("PROXY_WORKLOAD_INFO", &text, EXPECTED);
+            None
+        }
+    }
+}
+
+fn local_address(r: &Reader<'_>, mode: ProxyMode) -> Option<IpAddr> {
+    const NAME: &str = "FAIRWAY_LOCAL_ADDRESS";
+    let address = r.optional_parse::<IpAddr>(NAME, "an IP address of this machine")?;
+    if mode == ProxyMode::Shared {
+        r.problem(NAME, &address.to_string(), "unset unless PROXY_MODE=dedicated");
+    }
+    Some(address)
+}
+
+/// `prefix` is `XDS` or `CA`.
+fn upstream(r: &Reader<'_>, prefix: &str, cluster: &str) -> Upstream {
+    let in_cluster = r.optional("KUBERNETES_SERVICE_HOST").is_some();
+    let default = if in_cluster { "https://istiod.istio-system.svc:15012" } else { "https://localhost:15012" };
+    let header_prefix = format!("{prefix}_HEADER_");
+    let extra = r.with_prefix(&header_prefix);
+    let headers = extra.iter().map(|(name, value)| (name[header_prefix.len()..].to_ascii_lowercase(), value.clone()));
+    Upstream {
+        address: r.string(&format!("{prefix}_ADDRESS"), default),
+        roots: roots(&r.string(&format!("{prefix}_ROOT_CA"), ROOT_PATH)),
+        token: token(r.optional("AUTH_TOKEN")),
+        headers: headers.chain([("clusterid".to_owned(), cluster.to_owned())]).collect(),
+        alternative_name: r.optional(&format!("ALT_{prefix}_HOSTNAME")),
+    }
+}
+
+fn roots(text: &str) -> RootSource {
+    match text {
+        "SYSTEM" => RootSource::System,
+        pem if pem.contains("-----BEGIN") => RootSource::Pem(pem.to_owned()),
+        path => RootSource::File(path.into()),
+    }
+}
+
+/// A token never holds a slash, so a path is known for one even before its file exists.
+fn token(text: Option<String>) -> TokenSource {
+    match text {
+        Some(path) if path.contains('/') || Path::new(&path).exists() => TokenSource::File(path.into()),
+        Some(literal) => TokenSource::Literal(literal),
+        None if Path::new(TOKEN_PATH).exists() => TokenSource::File(TOKEN_PATH.into()),
+        None => TokenSource::None,
+    }
+}
+
+fn metadata(r: &Reader<'_>) -> BTreeMap<String, serde_json::Value> {
+    let mut out = BTreeMap::new();
+    for (name, value) in r.with_prefix("ISTIO_META_") {
+        out.insert(name["ISTIO_META_".len()..].to_owned(), serde_json::Value::String(value));
+    }
+    for (name, value) in r.with_prefix("ISTIO_METAJSON_") {
+        match serde_json::from_str(&value) {
+            Ok(json) => drop(out.insert(name["ISTIO_METAJSON_".len()..].to_owned(), json)),
+            Err(_) => r.problem(&name, &value, "a JSON value"),
+        }
+    }
+    out
+}
+
+fn within<T>(r: &Reader<'_>, name: &str, default: T, low: T, high: T) -> T
+where
+    T: std::str::FromStr + PartialOrd + fmt::Display + Copy,
+{
+    let expected = format!("a number from {low} to {high}");
+    let value = r.parse(name, default, &expected);
+    if (low..=high).contains(&value) {
+        return value;
+    }
+    r.problem(name, &value.to_string(), &expected);
+    default
+}
+
+fn keepalive_from(r: &Reader<'_>) -> Option<KeepAlive> {
+    let seconds = Duration::from_secs(180);
+    let keepalive = KeepAlive {
+        idle: r.duration("KEEPALIVE_TIME", seconds),
+        interval: r.duration("KEEPALIVE_INTERVAL", seconds),
+        retries: within(r, "KEEPALIVE_RETRIES", 9, 1, 127),
+    };
+    r.bool("KEEPALIVE_ENABLED", true).then_some(keepalive)
+}
+
+/// What keep-alive would take to notice a dead peer, applied to unacknowledged data too.
+fn user_timeout(r: &Reader<'_>, keepalive: Option<KeepAlive>) -> Option<Duration> {
+    let wanted = r.bool("USER_TIMEOUT_ENABLED", false);
+    keepalive.filter(|_| wanted).map(|k| k.idle.saturating_add(k.interval.saturating_mul(k.retries)))
+}
+
+/// A little less than Kubernetes will wait.
+fn drain_deadline(r: &Reader<'_>) -> Duration {
+    let grace: Option<u64> = r.optional_parse("TERMINATION_GRACE_PERIOD_SECONDS", "a number of seconds");
+    let default = match grace {
+        Some(seconds) if seconds > 10 => seconds - 5,
+        Some(seconds) => seconds.saturating_sub(1).max(1),
+        None => 5,
+    };
+    r.duration("CONNECTION_TERMINATION_DEADLINE", Duration::from_secs(default))
+}
+
+fn log_format(r: &Reader<'_>) -> Format {
+    match r.string("LOG_FORMAT", "plain").as_str() {
+        "plain" => Format::Plain,
+        "json" => Format::Json,
+        other => {
+            r.problem("LOG_FORMAT", other, "plain or json");
+            Format::Plain
+        }
+    }
+}
+
+/// Settings whose silent absence would be weaker than what the operator asked for.
+fn refuse_unsupported(r: &Reader<'_>) {
+    for name in ["CRL_PATH", "COMPLIANCE_POLICY", "LOCAL_XDS", "LOCAL_XDS_PATH"] {
+        if let Some(value) = r.optional(name) {
+            r.problem(name, &value, "unset: this build does not have it");
+        }
+    }
+}
+
+fn keepalive<S: Serializer>(value: &Option<KeepAlive>, s: S) -> Result<S::Ok, S::Error> {
+    value.map(|k| (k.idle, k.interval, k.retries)).serialize(s)
+}
+
+fn debug<S: Serializer>(value: &impl fmt::Debug, s: S) -> Result<S::Ok, S::Error> {
+    s.collect_str(&format_args!("{value:?}"))
+}
+
+/// CPUs this process may use, the cgroup's quota included.
+fn cpus() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    fn parse(pairs: &[(&str, &str)]) -> Result<Config, Problems> {
+        let vars: HashMap<String, String> = pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        Config::from_env(&vars)
+    }
+
+    #[test]
+    fn an_empty_environment_is_a_shared_proxy_with_upstreams_defaults() {
+        let config = parse(&[]).unwrap();
+        assert!(config.is_shared() && config.reuse_port);
+        assert_eq!(config.packet_mark, Some(1337));
+        assert_eq!(config.xds.as_ref().unwrap().address, "https://localhost:15012");
+        assert_eq!(config.drain_deadline, Duration::from_secs(5));
+        assert_eq!(config.wildcard(15020), "[::]:15020".parse().unwrap());
+        assert!(config.is_own_port(15001) && !config.is_own_port(15080));
+        assert_eq!(config.own_workload(), None);
+    }
+
+    #[test]
+    fn dedicated_mode_binds_one_address_without_mark_or_transparency() {
+        let info = [("PROXY_MODE", "dedicated"), ("PROXY_WORKLOAD_INFO", "demo/web-1/web")];
+        let config = parse(&[&info[..], &[("FAIRWAY_LOCAL_ADDRESS", "127.0.0.7")]].concat()).unwrap();
+        assert_eq!(config.packet_mark, None);
+        assert_eq!(config.transparent(), Transparent::Never);
+        assert_eq!(config.wildcard(15008), "127.0.0.7:15008".parse().unwrap());
+        assert_eq!(config.loopback(15000), "127.0.0.7:15000".parse().unwrap());
+        assert_eq!(&*config.workload.unwrap().uid, "Kubernetes//Pod/demo/web-1");
+    }
+
+    #[test]
+    fn every_problem_is_reported_at_once() {
+        let bad = [
+            ("PROXY_MODE", "dedicated"),
+            ("PROXY_WORKLOAD_INFO", "demo/web"),
+            ("HTTP2_FRAME_SIZE", "1"),
+            ("CRL_PATH", "/crl"),
+            ("ISTIO_METAJSON_X", "{"),
+            ("LOG_FORMAT", "xml"),
+            ("ZTUNNEL_WORKER_THREADS", "many"),
+        ];
+        let text = parse(&bad).unwrap_err().to_string();
+        for (name, _) in &bad[1..] {
+            assert!(text.contains(name), "{name} missing from {text}");
+        }
+    }
+
+    #[test]
+    fn xds_is_off_when_set_to_nothing_and_secrets_stay_out_of_dumps() {
+        let vars = [("XDS_ADDRESS", ""), ("AUTH_TOKEN", "s3cret"), ("CA_HEADER_X-Key", "s3cret")];
+        let config = parse(&vars).unwrap();
+        assert!(config.xds.is_none());
+        assert!(matches!(&config.ca.token, TokenSource::Literal(t) if t == "s3cret"));
+        assert!(config.ca.headers.contains(&("x-key".to_owned(), "s3cret".to_owned())));
+        assert!(config.ca.headers.contains(&("clusterid".to_owned(), "Kubernetes".to_owned())));
+        let dump = serde_json::to_string(&config).unwrap();
+        assert!(!dump.contains("s3cret") && !format!("{config:?}").contains("s3cret"));
+    }
+
+    #[test]
+    fn the_drain_ends_before_kubernetes_loses_patience() {
+        for (grace, expected) in [("30", 25), ("10", 9), ("1", 1), ("0", 1)] {
+            let config = parse(&[("TERMINATION_GRACE_PERIOD_SECONDS", grace)]).unwrap();
+            assert_eq!(config.drain_deadline, Duration::from_secs(expected), "{grace}");
+        }
+    }
+}
