@@ -1,5 +1,6 @@
-//! Two or three proxies in one process, over loopback: what applications see of the mesh.
+//! Two or three proxies in one process, over loopback: what applications see of the mesh. And with real capture, in namespaces.
 
+mod captured;
 mod hostile;
 mod mesh;
 mod policy;

@@ -1,5 +1,5 @@
-//! A mesh on loopback: every "pod" is a dedicated proxy on an address of its own, the CA is a signing authority in memory, and the state
-//! is written by hand. Applications get in through SOCKS5.
+//! A mesh in one process: the CA is a signing authority in memory, and the state is written by hand. On loopback every "pod" is a
+//! dedicated proxy on an address of its own, entered through SOCKS5; in namespaces it is what it is on a node.
 
 use std::{
     collections::BTreeMap,
@@ -18,6 +18,7 @@ use mesh_core::{
     workload::{PortMapping, TunnelProtocol, Workload},
 };
 use mesh_identity::{CaClient, CaError, Manager, authority::SigningAuthority};
+use mesh_net::NetNs;
 use mesh_runtime::{drain::DrainMode, metrics::Registry, workers::Workers};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -25,7 +26,7 @@ use tokio::{
     task::JoinHandle,
 };
 use ztunnel::{
-    config::{Config, Ports},
+    config::{Config, Ports, ProxyMode},
     error::StartError,
     inpod::WorkloadInfo,
     outcome::Outcomes,
@@ -113,6 +114,34 @@ impl Mesh {
         let ports =
             Ports { outbound: 0, inbound: HBONE_PORT, passthrough: 0, socks5: 0, admin: 0, stats: 0, readiness: 0 };
         let config = Config { ports, local_address: Some(ip), socks5: true, ..Config::default_for_tests() };
+        self.start_with(config, None, ip, workload).await
+    }
+
+    /// A pod with a namespace of its own, served as on a node: usual ports, marked, transparent.
+    pub(crate) async fn pod_in(&self, netns: &NetNs, name: &str, addresses: &[IpAddr]) -> Pod {
+        let workload = Workload { addresses: addresses.to_vec(), ..workload(name, addresses[0]) };
+        let workload = Arc::new(workload);
+        let config = Config {
+            mode: ProxyMode::Shared,
+            packet_mark: Some(1337),
+            reuse_port: true,
+            ipv6: true,
+            local_address: None,
+            ports: Ports::default(),
+            ..Config::default_for_tests()
+        };
+        let started = self.start_with(config, Some(netns.clone()), addresses[0], &workload).await;
+        self.upsert([Resource::Workload(workload)]);
+        started.expect("listeners")
+    }
+
+    async fn start_with(
+        &self,
+        config: Config,
+        netns: Option<NetNs>,
+        ip: IpAddr,
+        workload: &Arc<Workload>,
+    ) -> Result<Pod, StartError> {
         let workers = Workers::spawn(2, "proxy").expect("workers");
         let registry = Registry::new();
         let shared = Shared {
@@ -128,7 +157,7 @@ impl Mesh {
             namespace: workload.namespace.clone(),
             service_account: workload.service_account.clone(),
         };
-        let handle = pods::start(&Arc::new(shared), info, None).await?;
+        let handle = pods::start(&Arc::new(shared), info, netns).await?;
         Ok(Pod { ip, workload: workload.clone(), handle, registry, _workers: workers })
     }
 
