@@ -2,7 +2,7 @@
 //!
 //! Modules in the order a node comes to life: [`isolate`] puts a program into namespaces of its own, [`netns`] and [`link`]
 //! build networks, [`nft`] captures traffic, [`unix`] passes namespaces between processes, [`sockets`] opens what carries the
-//! traffic, [`mod@copy`] moves its bytes, and [`capture`] looks at it on the wire.
+//! traffic, [`mod@copy`] moves its bytes, [`limits`] bounds how many, and [`capture`] looks at it on the wire.
 
 pub mod isolate;
 pub mod netns;
@@ -16,6 +16,8 @@ pub mod sockets;
 pub mod unix;
 
 pub mod copy;
+
+pub mod limits;
 
 pub mod capture;
 
