@@ -14,7 +14,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use mesh_identity::{CaClient, GrpcCa, GrpcCaConfig, Manager as Identities};
-use mesh_net::{NetNs, SocketOptions, sockets};
+use mesh_net::{NetNs, SocketOptions, limits, sockets};
 use mesh_runtime::{
     admin::AdminServer,
     drain::{self, DrainTrigger, DrainWatcher, Drained},
@@ -96,6 +96,10 @@ fn effective(config: &Config) -> String {
 }
 
 async fn serve(config: Config) -> Result<()> {
+    match limits::raise_descriptor_limit() {
+        Ok(limit) => tracing::info!(limit, "descriptor limit raised"),
+        Err(error) => tracing::warn!(%error, "cannot raise the descriptor limit"),
+    }
     let mut signals = Shutdown::new().context("cannot listen for signals")?;
     let app = App::start(config).await?;
     let quit = app.quit.clone();

@@ -211,7 +211,7 @@ impl Config {
             reuse_port: r.bool("INPOD_PORT_REUSE", true) && shared,
             packet_mark: r
                 .optional_parse("PACKET_MARK", "a packet mark such as 1337")
-                .or(shared.then_some(PACKET_MARK)),
+                .or_else(|| shared.then_some(PACKET_MARK)),
             original_source: r.optional_bool("ENABLE_ORIG_SRC"),
             socks5: r.bool("UNSTABLE_ENABLE_SOCKS5", false),
             localhost_app_tunnel: r.bool("LOCALHOST_APP_TUNNEL", true),
@@ -244,7 +244,7 @@ impl Config {
 
     /// Where ports for this machine only bind.
     pub fn loopback(&self, port: u16) -> SocketAddr {
-        SocketAddr::new(self.local_address.unwrap_or(Ipv4Addr::LOCALHOST.into()), port)
+        SocketAddr::new(self.local_address.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)), port)
     }
 
     /// Whether a destination port is one of ours: connecting there would be talking to ourselves.

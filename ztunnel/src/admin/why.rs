@@ -43,7 +43,7 @@ fn explain_outbound(context: &Context, request: &Request) -> Result<Value, Unans
     let destination: SocketAddr = required(request, "destination", "IP:PORT")?;
     let index = context.shared.state.snapshot();
     let source = pod(context, &index, request)?;
-    let source_ip = source.addresses.first().copied().unwrap_or(unspecified(destination));
+    let source_ip = source.addresses.first().copied().unwrap_or_else(|| unspecified(destination));
     let asked = mesh_core::select::Request { source: &source, source_ip, destination, exclude: &[] };
     let selection = select(&index, &asked, &mut rand::rng());
     let identity = source.identity();
