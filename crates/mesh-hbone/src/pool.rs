@@ -259,12 +259,16 @@ impl Inner {
         let released = Rc::new(Notify::new());
         let (pool, tunnel_key, idle) = (Rc::downgrade(self), key.clone(), released.clone());
         let driver = self.spawn(async move {
-            tokio::select! {
-                () = driver => {}
-                () = unused(&pool, &tunnel_key, id, &idle) => {}
-            }
+            let ended = tokio::select! {
+                () = driver => true,
+                () = unused(&pool, &tunnel_key, id, &idle) => false,
+            };
             if let Some(pool) = pool.upgrade() {
-                pool.state.borrow_mut().remove(&tunnel_key, id, pool.now());
+                let mut state = pool.state.borrow_mut();
+                if ended {
+                    state.ended(&tunnel_key, id, Error::GoAway, pool.now());
+                }
+                state.remove(&tunnel_key, id, pool.now());
                 pool.tunnels.borrow_mut().remove(&id);
             }
         });

@@ -22,7 +22,7 @@ use mesh_runtime::drain::{self, DrainTrigger, DrainWatcher, Drained};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
     net::{TcpListener, TcpStream},
-    sync::mpsc,
+    sync::{mpsc, oneshot},
     task::{LocalSet, spawn_local},
 };
 
@@ -216,7 +216,7 @@ async fn megabytes_pass_unchanged_and_leave_no_credit_behind() {
     .await;
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_reader_that_never_reads_does_not_stop_its_neighbours() {
     local(async {
         let mut mesh = mesh(PoolConfig::default());
@@ -377,12 +377,13 @@ async fn the_kind_of_reset_decides_between_end_and_failure() {
         ];
         for (reason, clean) in cases {
             let (mesh, mut dialed, _watcher) = unserved(PoolConfig::default());
+            let (arrived, data_arrived) = oneshot::channel();
             let peer = spawn_local(async move {
                 let pipe = dialed.recv().await.unwrap();
                 scripted(pipe, async |mut send, _recv| {
                     send.send_data(Bytes::from_static(b"data"), false).unwrap();
-                    // The data must be out before the reset replaces it.
-                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    // A reset replaces what has not been sent yet.
+                    data_arrived.await.unwrap();
                     send.send_reset(reason);
                 })
                 .await;
@@ -392,10 +393,12 @@ async fn the_kind_of_reset_decides_between_end_and_failure() {
             let relaying = spawn_local(async move {
                 relay(&inner, stream, &BufferPool::new(64 << 10, 4), &Progress::default()).await.end
             });
-            let mut text = Vec::new();
-            let read = app.read_to_end(&mut text).await;
-            assert_eq!(text, b"data", "{reason}");
-            assert_eq!(read.is_ok(), clean, "{reason}: {read:?}");
+            let mut text = [0; 4];
+            app.read_exact(&mut text).await.unwrap();
+            assert_eq!(&text, b"data", "{reason}");
+            arrived.send(()).unwrap();
+            let read = app.read(&mut text).await;
+            assert_eq!(matches!(read, Ok(0)), clean, "{reason}: {read:?}");
             assert_eq!(matches!(relaying.await.unwrap(), End::Clean), clean, "{reason}");
             peer.abort();
         }

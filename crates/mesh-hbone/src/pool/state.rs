@@ -29,6 +29,7 @@ struct Slot {
     streams: usize,
     limit: usize,
     closing: bool,
+    used: bool,
     idle_since: Duration,
 }
 
@@ -56,6 +57,7 @@ impl<K: Eq + Hash + Clone, E: Clone> State<K, E> {
         let usable = entry.tunnels.iter_mut().filter(|slot| !slot.closing && slot.streams < slot.limit);
         if let Some(slot) = usable.max_by_key(|slot| (slot.streams, std::cmp::Reverse(slot.id))) {
             slot.streams += 1;
+            slot.used = true;
             return Checkout::Use(slot.id);
         }
         if entry.dialing {
@@ -76,7 +78,14 @@ impl<K: Eq + Hash + Clone, E: Clone> State<K, E> {
         let entry = self.keys.get_mut(key).filter(|entry| entry.dialing)?;
         entry.dialing = false;
         self.next_id += 1;
-        let slot = Slot { id: self.next_id, streams: 0, limit: self.max_streams, closing: false, idle_since: now };
+        let slot = Slot {
+            id: self.next_id,
+            streams: 0,
+            limit: self.max_streams,
+            closing: false,
+            used: false,
+            idle_since: now,
+        };
         entry.tunnels.push(slot);
         Some(self.next_id)
     }
@@ -114,6 +123,16 @@ impl<K: Eq + Hash + Clone, E: Clone> State<K, E> {
     pub(crate) fn close(&mut self, key: &K, id: TunnelId) {
         if let Some(slot) = self.slot(key, id) {
             slot.closing = true;
+        }
+    }
+
+    /// The peer ended the tunnel. If that was before its first stream, the dial was as good as failed: a peer that accepts and
+    /// leaves at once must not be dialled in a loop.
+    pub(crate) fn ended(&mut self, key: &K, id: TunnelId, error: E, now: Duration) {
+        if self.slot(key, id).is_some_and(|slot| !slot.used)
+            && let Some(entry) = self.keys.get_mut(key)
+        {
+            entry.failure = Some((now, error));
         }
     }
 
