@@ -1,15 +1,17 @@
 //! Moving the bytes, and ending a connection the way it deserves.
 
-use std::{cell::Cell, ops::Deref};
+use std::{cell::Cell, ops::Deref, pin::pin, time::Duration};
 
 use mesh_net::{BufferPool, CopyOutcome, Progress, copy_bidirectional, sockets::reset_on_close};
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::sleep};
 
 use crate::{connections::Cut, error::ProxyError, error::flow_result, outcome::OpenFlow, proxy::upstream::Upstream};
 
 const BUFFER_LENGTH: usize = 64 << 10;
 /// Unused buffers a worker keeps.
 const BUFFERS_RETAINED: usize = 64;
+/// Between two counts of a long flow's bytes.
+const REPORT_INTERVAL: Duration = Duration::from_secs(30);
 
 thread_local! {
     static BUFFERS: BufferPool = BufferPool::new(BUFFER_LENGTH, BUFFERS_RETAINED);
@@ -52,17 +54,54 @@ impl Drop for FlowSocket {
 }
 
 /// Joins the local application's socket and the far side until both have ended, one failed, or `cut` says so; reports it.
-pub(crate) async fn relay(local: FlowSocket, far: Upstream, cut: Option<&mut Cut>, flow: OpenFlow) {
+pub(crate) async fn relay(local: FlowSocket, far: Upstream, mut cut: Option<&mut Cut>, flow: OpenFlow) {
     let progress = Progress::default();
-    let result = tokio::select! {
-        biased;
-        decision = denied(cut) => Err(ProxyError::PolicyChange(Box::new(decision))),
-        outcome = copy(&local, far, &progress) => flow_result(outcome),
+    let mut reported = Reported { flow: Some(flow), progress: &progress };
+    let mut copying = pin!(copy(&local, far, &progress));
+    let result = loop {
+        tokio::select! {
+            biased;
+            decision = denied(cut.as_deref_mut()) => break Err(ProxyError::PolicyChange(Box::new(decision))),
+            outcome = &mut copying => break flow_result(outcome),
+            () = sleep(REPORT_INTERVAL) => reported.note(),
+        }
     };
     if result.is_ok() {
         local.end();
     }
-    flow.finish(progress.sent.get(), progress.received.get(), result.as_ref().copied());
+    reported.finish(result.as_ref().copied());
+}
+
+/// Counts what a flow has moved, even if it is dropped where it stands.
+struct Reported<'a> {
+    flow: Option<OpenFlow>,
+    progress: &'a Progress,
+}
+
+impl Reported<'_> {
+    fn moved(&self) -> (u64, u64) {
+        (self.progress.sent.get(), self.progress.received.get())
+    }
+
+    fn note(&mut self) {
+        let (sent, received) = self.moved();
+        if let Some(flow) = &mut self.flow {
+            flow.progress(sent, received);
+        }
+    }
+
+    fn finish(mut self, result: Result<(), &ProxyError>) {
+        let (sent, received) = self.moved();
+        if let Some(flow) = self.flow.take() {
+            flow.finish(sent, received, result);
+        }
+    }
+}
+
+impl Drop for Reported<'_> {
+    fn drop(&mut self) {
+        self.note();
+    }
 }
 
 async fn denied(cut: Option<&mut Cut>) -> mesh_core::authorize::Decision {

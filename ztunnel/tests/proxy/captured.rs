@@ -25,7 +25,7 @@ use tokio::{
 use ztunnel::pods::Protocol;
 
 use crate::{
-    mesh::{Mesh, PATIENCE, expect_reset, policy},
+    mesh::{Mesh, PATIENCE, expect_reset, expect_reset_early, policy},
     ping_pong,
 };
 
@@ -99,9 +99,12 @@ fn listen(ns: &NetNs, ip: IpAddr) -> (TcpListener, SocketAddr) {
     (TcpListener::from_std(listener).expect("register"), address)
 }
 
+async fn try_dial(ns: &NetNs, to: SocketAddr) -> std::io::Result<TcpStream> {
+    connect(tcp_socket(Some(ns), None, to, &SocketOptions::default())?, to, PATIENCE).await
+}
+
 async fn dial(ns: &NetNs, to: SocketAddr) -> TcpStream {
-    let socket = tcp_socket(Some(ns), None, to, &SocketOptions::default()).expect("socket");
-    connect(socket, to, PATIENCE).await.expect("captured, so connected")
+    try_dial(ns, to).await.expect("connected")
 }
 
 #[test]
@@ -142,7 +145,7 @@ fn captured_plaintext_reaches_the_application_until_a_policy_wants_identities() 
         mesh.upsert([Resource::Policy(strict().into())]);
         expect_reset(&mut near).await;
         expect_reset(&mut far).await;
-        expect_reset(&mut dial(&outsider, address).await).await;
+        expect_reset_early(try_dial(&outsider, address).await).await;
     });
 }
 

@@ -15,7 +15,7 @@ use ztunnel::pods::Kind;
 
 use crate::{
     connected,
-    mesh::{Mesh, Pod, expect_reset, identity, samples},
+    mesh::{Mesh, Pod, expect_reset, expect_reset_early, identity, samples},
     ping_pong,
 };
 
@@ -88,8 +88,7 @@ async fn requests_that_are_not_connects_are_refused_with_400_in_the_same_tunnel(
 async fn dialling_a_proxys_own_port_does_not_loop() {
     let (_mesh, client, _server, mut near, mut far) = connected().await;
     for kind in [Kind::Outbound, Kind::Passthrough] {
-        let mut stream = TcpStream::connect(client.port_of(kind)).await.expect("connect");
-        expect_reset(&mut stream).await;
+        expect_reset_early(TcpStream::connect(client.port_of(kind)).await).await;
     }
     expect_reset(&mut client.dial(client.port_of(Kind::Inbound)).await).await;
     ping_pong(&mut near, &mut far).await;

@@ -282,3 +282,15 @@ async fn dropping_a_pod_resets_what_it_had_open() {
     expect_reset(&mut near).await;
     expect_reset(&mut far).await;
 }
+
+#[tokio::test]
+async fn what_a_cut_flow_had_moved_is_counted() {
+    let (_mesh, client, _server, mut near, mut far) = connected().await;
+    ping_pong(&mut near, &mut far).await;
+    let Pod { handle, registry, .. } = client;
+    handle.stop(DrainMode::Immediate, PATIENCE).await;
+    let metrics = registry.encode();
+    let bytes = samples(&metrics, "istio_tcp_sent_bytes_total", &[r#"response_flags="-""#]);
+    assert!(bytes.len() == 1 && bytes[0].ends_with(" 4"), "{metrics}");
+    assert_eq!(samples(&metrics, "fairway_connection_failures_total", &[r#"reason="drain""#, " 1"]).len(), 1);
+}

@@ -70,7 +70,7 @@ pub(crate) struct Pod {
     pub(crate) ip: IpAddr,
     pub(crate) workload: Arc<Workload>,
     pub(crate) handle: PodHandle,
-    registry: Registry,
+    pub(crate) registry: Registry,
     _workers: Workers,
 }
 
@@ -288,4 +288,12 @@ pub(crate) fn reset(stream: TcpStream) {
 pub(crate) async fn expect_reset(stream: &mut TcpStream) {
     let error = stream.read(&mut [0; 16]).await.expect_err("a reset");
     assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+/// A connection that was accepted and reset at once: the reset may be there before the connect is noticed.
+pub(crate) async fn expect_reset_early(connected: std::io::Result<TcpStream>) {
+    match connected {
+        Ok(mut stream) => expect_reset(&mut stream).await,
+        Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset),
+    }
 }
