@@ -1,7 +1,7 @@
 //! The tunnels of one worker, shared by the flows that may share them.
 //!
-//! The module `state` decides; this gives it tasks, time and sockets. A dial runs in a task of the pool, so that the flow that started it may
-//! give up without failing the others.
+//! The module `state` decides; this gives it tasks, time and sockets. A dial runs in a task of the pool, so that the flow that
+//! started it may give up without failing the others.
 
 mod state;
 
