@@ -293,7 +293,11 @@ fn node_and_path(text: &str) -> Result<(String, PathBuf), String> {
     match text.split_once('=') {
         Some((node, path)) if !node.is_empty() && !path.is_empty() => {
             let path = std::path::absolute(path).map_err(|e| e.to_string())?;
-            if path.is_file() { Ok((node.to_owned(), path)) } else { Err(format!("there is no file {}", path.display())) }
+            if path.is_file() {
+                Ok((node.to_owned(), path))
+            } else {
+                Err(format!("there is no file {}", path.display()))
+            }
         }
         _ => Err("expected NODE=PATH, for instance node2=/usr/local/bin/ztunnel".to_owned()),
     }

@@ -3,22 +3,21 @@
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use mesh_core::identity::Identity;
-use mesh_identity::{CaClient, GrpcCa, GrpcCaConfig, RootSource, TokenSource, csr::Csr};
+use mesh_identity::{CaClient, ControlPlane, GrpcCa, GrpcCaConfig, RootSource, TokenSource, csr::Csr};
 
 use crate::args::Debug;
 
 pub(crate) fn run(debug: &Debug) -> anyhow::Result<ExitCode> {
     let Debug::RequestCertificate { address, root, token, identity } = debug;
     let identity: Identity = identity.parse()?;
-    let config = GrpcCaConfig {
+    let server = ControlPlane {
         address: address.clone(),
         roots: RootSource::File(root.clone()),
         token: TokenSource::File(token.clone()),
         headers: Vec::new(),
         alternative_name: None,
-        ttl: Duration::from_secs(3600),
-        impersonate: true,
     };
+    let config = GrpcCaConfig { server, ttl: Duration::from_secs(3600), impersonate: true };
     let request = Csr::generate(&identity)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let answer = runtime.block_on(async {

@@ -29,7 +29,8 @@ pub(crate) fn run(options: &args::Demo) -> anyhow::Result<ExitCode> {
         if let Some(refusal) = refusal {
             report.note(&format!("no namespaces here: {refusal}"));
         }
-        report.note("running on loopback with SOCKS5 capture instead: identity and policy, without transparent capture");
+        report
+            .note("running on loopback with SOCKS5 capture instead: identity and policy, without transparent capture");
         loopback::run(&mut report)?;
         return Ok(report.finish());
     }

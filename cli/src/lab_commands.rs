@@ -122,8 +122,15 @@ fn print_pods(status: &Status, output: Output) -> anyhow::Result<()> {
         return Ok(());
     }
     let rows = status.pods.iter().map(|p| {
-        let state = p.problem.as_deref().unwrap_or(if p.enrolment.is_empty() { "not in the mesh" } else { &p.enrolment });
-        vec![format!("{}/{}", p.namespace, p.name), p.node.clone(), p.addresses.join(" "), p.service_account.clone(), state.to_owned()]
+        let state =
+            p.problem.as_deref().unwrap_or(if p.enrolment.is_empty() { "not in the mesh" } else { &p.enrolment });
+        vec![
+            format!("{}/{}", p.namespace, p.name),
+            p.node.clone(),
+            p.addresses.join(" "),
+            p.service_account.clone(),
+            state.to_owned(),
+        ]
     });
     println!("{}", output::table(&["POD", "NODE", "ADDRESSES", "SERVICE ACCOUNT", "MESH"], rows));
     Ok(())

@@ -22,11 +22,8 @@ const SOCKS_PORT: u16 = 15080;
 const POLICY: &str = include_str!("demo/policy.yaml");
 
 /// The stand-ins for pods.
-const PODS: [Pod; 3] = [
-    Pod { name: "client", host: 2 },
-    Pod { name: "server", host: 3 },
-    Pod { name: "visitor", host: 4 },
-];
+const PODS: [Pod; 3] =
+    [Pod { name: "client", host: 2 }, Pod { name: "server", host: 3 }, Pod { name: "visitor", host: 4 }];
 
 #[derive(Clone, Copy)]
 struct Pod {
@@ -83,7 +80,11 @@ impl Mesh {
             self.start_pod(pod, &listen)?;
         }
         for pod in PODS {
-            self.wait(&format!("{}:15021", self.address(pod.host)), "/healthz/ready", &format!("ztunnel-{}", pod.name))?;
+            self.wait(
+                &format!("{}:15021", self.address(pod.host)),
+                "/healthz/ready",
+                &format!("ztunnel-{}", pod.name),
+            )?;
         }
         Ok(vec![format!("pods at {}, {}, {}", self.address(2), self.address(3), self.address(4))])
     }
@@ -101,7 +102,10 @@ impl Mesh {
             "metadata": {"namespace": "demo", "name": name}, "spec": {"podUid": name, "redirection": "enabled"},
         });
         let dir = self.path("manifests");
-        fs::write(dir.join("namespace.yaml"), json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "demo"}}).to_string())?;
+        fs::write(
+            dir.join("namespace.yaml"),
+            json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "demo"}}).to_string(),
+        )?;
         fs::write(dir.join(format!("{name}.yaml")), object.to_string())?;
         fs::write(dir.join(format!("enrolment/demo_{name}.yaml")), enrolment.to_string())
     }
@@ -150,11 +154,21 @@ impl Mesh {
         let answer = eventually("the server to answer through the mesh", || self.request("client"))?;
         let line = eventually("the server's access log", || {
             let log = fs::read_to_string(self.path("ztunnel-server.log"))?;
-            let wanted = |l: &&str| l.contains("connection complete") && l.contains("sa/client") && l.contains("sa/server");
+            let wanted =
+                |l: &&str| l.contains("connection complete") && l.contains("sa/client") && l.contains("sa/server");
             log.lines().find(wanted).map(str::to_owned).context("no access log line with both identities yet")
         })?;
-        let field = |name: &str| line.split(&format!("{name}=")).nth(1).and_then(|r| r.split_whitespace().next()).unwrap_or("?").to_owned();
-        Ok(vec![answer.trim().to_owned(), format!("the server's ztunnel: who called {}, who answered {}", field("src.identity"), field("dst.identity"))])
+        let field = |name: &str| {
+            line.split(&format!("{name}=")).nth(1).and_then(|r| r.split_whitespace().next()).unwrap_or("?").to_owned()
+        };
+        Ok(vec![
+            answer.trim().to_owned(),
+            format!(
+                "the server's ztunnel: who called {}, who answered {}",
+                field("src.identity"),
+                field("dst.identity")
+            ),
+        ])
     }
 
     fn policy(&self) -> Evidence {
@@ -176,7 +190,11 @@ impl Mesh {
         ensure!(text.contains("only-the-client") && text.contains("policy.yaml"), "the policy is not named: {text}");
         Ok(vec![
             "client allowed, visitor refused".to_owned(),
-            format!("why: {} ({})", verdict["explanation"].as_str().unwrap_or_default(), verdict["origin"].as_str().unwrap_or_default()),
+            format!(
+                "why: {} ({})",
+                verdict["decision"]["explanation"].as_str().unwrap_or_default(),
+                verdict["decision"]["origin"].as_str().unwrap_or_default()
+            ),
         ])
     }
 
@@ -244,6 +262,7 @@ fn get(address: &str, path: &str) -> anyhow::Result<(u16, String)> {
 }
 
 fn tail(file: &Path) -> String {
-    let lines: Vec<String> = File::open(file).map(|f| BufReader::new(f).lines().map_while(Result::ok).collect()).unwrap_or_default();
+    let lines: Vec<String> =
+        File::open(file).map(|f| BufReader::new(f).lines().map_while(Result::ok).collect()).unwrap_or_default();
     lines[lines.len().saturating_sub(12)..].join("\n")
 }

@@ -25,7 +25,11 @@ pub(crate) fn bad(text: &str) -> String {
 }
 
 pub(crate) fn dim(text: &str) -> String {
-    if colours() { format!("{}{text}{}", Style::new().dimmed().render(), Style::new().dimmed().render_reset()) } else { text.to_owned() }
+    if colours() {
+        format!("{}{text}{}", Style::new().dimmed().render(), Style::new().dimmed().render_reset())
+    } else {
+        text.to_owned()
+    }
 }
 
 fn paint(colour: AnsiColor, text: &str) -> String {

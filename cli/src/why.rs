@@ -48,24 +48,39 @@ pub(crate) fn explain(lab: &Lab, source: &str, destination: &str) -> anyhow::Res
     let address = address_of(&status, name, from)?;
     let target = socket(address, port);
     let outbound = if from.enrolment.is_empty() {
-        json!({"next_hop": {"kind": "uncaptured"}, "explanation": format!("{source} is not in the mesh: its connections are not captured")})
+        let explanation = format!("{source} is not in the mesh: its connections are not captured");
+        json!({"nextHop": {"type": "uncaptured"}, "decision": {"verdict": "allow", "explanation": explanation}})
     } else {
-        ask(lab, &from.node, "outbound", &[("namespace", &from.namespace), ("pod", &from.name), ("destination", &target)])?
+        ask(
+            lab,
+            &from.node,
+            "outbound",
+            &[("namespace", &from.namespace), ("pod", &from.name), ("destination", &target)],
+        )?
     };
     let inbound = inbound(lab, &status, from, &outbound, &target)?;
     Ok(Explanation { source: source.to_owned(), destination: destination.to_owned(), outbound, inbound })
 }
 
 /// The receiving ztunnel's view: the pod that was chosen, the port the application listens on, and whom it sees calling.
-fn inbound(lab: &Lab, status: &Status, from: &PodStatus, outbound: &Value, target: &str) -> anyhow::Result<Option<Value>> {
-    let chosen = outbound["destination"].as_str().unwrap_or(target);
+fn inbound(
+    lab: &Lab,
+    status: &Status,
+    from: &PodStatus,
+    outbound: &Value,
+    target: &str,
+) -> anyhow::Result<Option<Value>> {
+    let hop = &outbound["nextHop"];
+    let tunnelled = hop["type"] == "hbone";
+    let chosen = [&hop["tunnel"]["authority"], &hop["address"]].into_iter().find_map(Value::as_str).unwrap_or(target);
     let Some((address, _)) = chosen.rsplit_once(':') else { return Ok(None) };
-    let ip: IpAddr = address.trim_matches(['[', ']']).parse().with_context(|| format!("`{chosen}` is not an address"))?;
+    let ip: IpAddr =
+        address.trim_matches(['[', ']']).parse().with_context(|| format!("`{chosen}` is not an address"))?;
     let is_at = |p: &&PodStatus| p.addresses.iter().any(|a| a.parse() == Ok(ip));
     let Some(to) = status.pods.iter().find(is_at).filter(|p| !p.enrolment.is_empty()) else { return Ok(None) };
     let source_ip = from.addresses.iter().find(|a| a.contains(':') == ip.is_ipv6()).cloned().unwrap_or_default();
     // Only a tunnel proves an identity.
-    let identity = outbound["source_identity"].as_str().filter(|_| outbound["next_hop"]["kind"] == "hbone").unwrap_or_default();
+    let identity = outbound["certificate"]["identity"].as_str().filter(|_| tunnelled).unwrap_or_default();
     let parameters = [
         ("namespace", to.namespace.as_str()),
         ("pod", &to.name),
@@ -77,7 +92,8 @@ fn inbound(lab: &Lab, status: &Status, from: &PodStatus, outbound: &Value, targe
 }
 
 fn ask(lab: &Lab, node: &str, end: &str, parameters: &[(&str, &str)]) -> anyhow::Result<Value> {
-    let query: Vec<String> = parameters.iter().map(|(k, v)| format!("{k}={}", v.replace('%', "%25").replace('&', "%26"))).collect();
+    let query: Vec<String> =
+        parameters.iter().map(|(k, v)| format!("{k}={}", v.replace('%', "%25").replace('&', "%26"))).collect();
     let url = format!("http://127.0.0.1:15000/debug/why/{end}?{}", query.join("&"));
     let (status, body) = lab.get(&format!("ztunnel/{node}"), &url)?;
     ensure!(status == 200, "the ztunnel on {node} says: {}", body.trim());
@@ -108,7 +124,7 @@ fn socket(ip: IpAddr, port: u16) -> String {
 
 impl Explanation {
     pub(crate) fn allowed(&self) -> bool {
-        let denied = |v: &Value| v["verdict"] == "deny" || v["next_hop"]["kind"] == "reject";
+        let denied = |v: &Value| v["decision"]["verdict"] == "deny" || v["nextHop"]["type"] == "reject";
         !denied(&self.outbound) && !self.inbound.as_ref().is_some_and(denied)
     }
 
@@ -128,7 +144,7 @@ impl Explanation {
         let mut lines = vec![format!("{} {verdict} {}", self.source, self.destination)];
         let text = |v: &Value, field: &str| v[field].as_str().filter(|s| !s.is_empty()).map(str::to_owned);
         for (end, answer) in [("source", Some(&self.outbound)), ("destination", self.inbound.as_ref())] {
-            let Some(answer) = answer else { continue };
+            let Some(answer) = answer.map(|a| &a["decision"]) else { continue };
             if let Some(explanation) = text(answer, "explanation") {
                 lines.push(format!("{end}: {explanation}"));
             }
@@ -139,10 +155,10 @@ impl Explanation {
                 lines.push(format!("  remedy: {remedy}"));
             }
         }
-        let hop = &self.outbound["next_hop"];
-        if let Some(kind) = hop["kind"].as_str() {
-            let to = hop["address"].as_str().map(|a| format!(" to {a}")).unwrap_or_default();
-            lines.push(format!("way: {kind}{to}"));
+        let hop = &self.outbound["nextHop"];
+        if let Some(kind) = hop["type"].as_str() {
+            let to = [&hop["tunnel"]["address"], &hop["address"], &hop["detail"]].into_iter().find_map(Value::as_str);
+            lines.push(format!("way: {kind}{}", to.map(|a| format!(" {a}")).unwrap_or_default()));
         }
         lines.join("\n")
     }

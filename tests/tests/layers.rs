@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 /// Crate to layer. Crates of one layer never name each other; `lab` and `cli` may use every program as a library.
-const LAYERS: [(&str, u8); 14] = [
+const LAYERS: [(&str, u8); 15] = [
     ("proto", 0),
     ("mesh-core", 0),
     ("mesh-net", 0),
@@ -17,6 +17,7 @@ const LAYERS: [(&str, u8); 14] = [
     ("lab", 35),
     ("cli", 36),
     ("system-tests", 40),
+    ("benches", 40),
     ("fuzz", 40),
 ];
 
@@ -36,7 +37,8 @@ fn every_crate_has_a_layer_and_depends_only_on_lower_ones() {
             wrong.push(format!("{} has no layer: add it here and to ARCHITECTURE.md", package.name));
             continue;
         };
-        for dependency in package.dependencies.iter().filter(|d| d.kind != cargo_metadata::DependencyKind::Development) {
+        for dependency in package.dependencies.iter().filter(|d| d.kind != cargo_metadata::DependencyKind::Development)
+        {
             if let Some(other) = layers.get(dependency.name.as_str())
                 && other >= own
             {

@@ -64,7 +64,11 @@ fn before(lab: &Lab) -> Evidence {
         ensure!(sight.found > 0, "the nonce was not seen on the wire: the capture does not work");
         Ok(sight)
     })?;
-    Ok(vec![format!("nonce {nonce} found {} times between the nodes: {}", sight.found, sight.excerpt.unwrap_or_default())])
+    Ok(vec![format!(
+        "nonce {nonce} found {} times between the nodes: {}",
+        sight.found,
+        sight.excerpt.unwrap_or_default()
+    )])
 }
 
 fn switch_on(lab: &Lab) -> Evidence {
@@ -96,8 +100,18 @@ fn switch_on(lab: &Lab) -> Evidence {
     // From here on everything is to be new, as connection pools make it in time.
     reconnect(lab)?;
     Ok(vec![
-        format!("{} pods enrolled in {}, requests encrypted after {}", pids.len() - 2, output::took(enrolled), output::took(first)),
-        format!("process ids unchanged; the connection opened before ({}) carried ticks {}…{}", old.local.map(|a| a.to_string()).unwrap_or_default(), flow.ticks, old.ticks),
+        format!(
+            "{} pods enrolled in {}, requests encrypted after {}",
+            pids.len() - 2,
+            output::took(enrolled),
+            output::took(first)
+        ),
+        format!(
+            "process ids unchanged; the connection opened before ({}) carried ticks {}…{}",
+            old.local.map(|a| a.to_string()).unwrap_or_default(),
+            flow.ticks,
+            old.ticks
+        ),
     ])
 }
 
@@ -113,7 +127,12 @@ fn after(lab: &Lab, options: &args::Demo) -> Evidence {
     let sight = lab.look(Some(&nonce))?;
     ensure!(sight.lost == 0, "the capture lost {} frames, so absence proves nothing", sight.lost);
     ensure!(sight.found == 0, "the nonce was found {} times: {}", sight.found, sight.excerpt.unwrap_or_default());
-    ensure!(sight.clear_bytes == 0, "{} bytes in clear, for instance {}", sight.clear_bytes, sight.clear_example.unwrap_or_default());
+    ensure!(
+        sight.clear_bytes == 0,
+        "{} bytes in clear, for instance {}",
+        sight.clear_bytes,
+        sight.clear_example.unwrap_or_default()
+    );
     ensure!(sight.tls_bytes > 0, "nothing crossed the wire");
     if let Some(file) = &options.pcap {
         let file = std::path::absolute(file)?.display().to_string();
@@ -121,13 +140,26 @@ fn after(lab: &Lab, options: &args::Demo) -> Evidence {
     }
     let line = eventually("the far ztunnel's access log", || {
         let log = lab.ask(&Request::Logs { name: "ztunnel/node2".to_owned(), lines: 200 })?.text;
-        let wanted = |l: &&str| l.contains("connection complete") && l.contains("inbound") && l.contains("sa/client") && l.contains("sa/server");
+        let wanted = |l: &&str| {
+            l.contains("connection complete")
+                && l.contains("inbound")
+                && l.contains("sa/client")
+                && l.contains("sa/server")
+        };
         log.lines().rev().find(wanted).map(str::to_owned).context("no access log line with both identities yet")
     })?;
-    let field = |name: &str| line.split(&format!("{name}=")).nth(1).and_then(|r| r.split_whitespace().next()).unwrap_or("?").to_owned();
+    let field = |name: &str| {
+        line.split(&format!("{name}=")).nth(1).and_then(|r| r.split_whitespace().next()).unwrap_or("?").to_owned()
+    };
     Ok(vec![
         format!("nonce {nonce} found 0 times; {} payload bytes, all in TLS records to port 15008", sight.tls_bytes),
-        format!("ztunnel on node2: who called {}, who answered {}, {} bytes back in {}", field("src.identity"), field("dst.identity"), field("bytes_sent"), field("duration")),
+        format!(
+            "ztunnel on node2: who called {}, who answered {}, {} bytes back in {}",
+            field("src.identity"),
+            field("dst.identity"),
+            field("bytes_sent"),
+            field("duration")
+        ),
     ])
 }
 
@@ -161,14 +193,18 @@ fn foreign_identity(lab: &Lab) -> Evidence {
     let ask = |account: &str| {
         let identity = format!("spiffe://cluster.local/ns/demo/sa/{account}");
         let base = ["fairway", "debug", "request-certificate", "--address", "https://172.18.0.2:15012"];
-        let files = ["--root", "/run/fairway/state/root-cert.pem", "--token", "/run/fairway/nodes/node1/token", &identity];
+        let files =
+            ["--root", "/run/fairway/state/root-cert.pem", "--token", "/run/fairway/nodes/node1/token", &identity];
         lab.run("node/node1", &[&base[..], &files[..]].concat())
     };
     let (code, own) = ask("client")?;
     ensure!(code == 0, "node1 was refused the identity of a pod that it does host: {}", own.trim());
     let (code, foreign) = ask("server")?;
     ensure!(code != 0, "node1 got a certificate for an identity of node2");
-    Ok(vec![format!("node1 asks for sa/client, which it hosts: issued; for sa/server, which node2 hosts: {}", foreign.trim())])
+    Ok(vec![format!(
+        "node1 asks for sa/client, which it hosts: issued; for sa/server, which node2 hosts: {}",
+        foreign.trim()
+    )])
 }
 
 fn rotation(lab: &Lab) -> Evidence {
@@ -176,7 +212,9 @@ fn rotation(lab: &Lab) -> Evidence {
     let (started, mut serials) = (Instant::now(), BTreeSet::new());
     while serials.len() < 4 {
         let all = certificates(lab, "node1")?;
-        serials.extend(all.into_iter().filter(|(identity, ..)| identity.ends_with("/sa/client")).map(|(_, serial, _)| serial));
+        serials.extend(
+            all.into_iter().filter(|(identity, ..)| identity.ends_with("/sa/client")).map(|(_, serial, _)| serial),
+        );
         ensure!(started.elapsed() < Duration::from_secs(45), "only {} certificates in 45 s", serials.len());
         thread::sleep(Duration::from_millis(100));
     }
@@ -227,7 +265,8 @@ fn without_control_plane(lab: &Lab) -> Evidence {
     })?;
     ensure!(resent.0 == 0.0, "the resync sent {} resources that the ztunnels had", resent.0);
     Ok(vec![
-        "without it: the open connection, new connections, and demo/visitor → demo/corner, which never spoke before".to_owned(),
+        "without it: the open connection, new connections, and demo/visitor → demo/corner, which never spoke before"
+            .to_owned(),
         format!("it returned: 0 of {} resources were sent again", resent.1),
     ])
 }
@@ -256,7 +295,12 @@ fn kill_ztunnel(lab: &Lab) -> Evidence {
         Ok(())
     })?;
     let sight = lab.look(None)?;
-    ensure!(sight.clear_bytes == 0, "{} bytes in clear, for instance {}", sight.clear_bytes, sight.clear_example.unwrap_or_default());
+    ensure!(
+        sight.clear_bytes == 0,
+        "{} bytes in clear, for instance {}",
+        sight.clear_bytes,
+        sight.clear_example.unwrap_or_default()
+    );
     Ok(vec![
         format!("the download broke ({broke}); new requests succeed {} after the kill", output::took(recovered)),
         "nothing crossed the wire in clear meanwhile".to_owned(),
@@ -265,11 +309,19 @@ fn kill_ztunnel(lab: &Lab) -> Evidence {
 
 fn measure(lab: &Lab) -> anyhow::Result<String> {
     let mut rows = Vec::new();
-    for (what, connections, new) in [("keep-alive × 1", 1, false), ("keep-alive × 16", 16, false), ("new connection each", 8, true)] {
+    for (what, connections, new) in
+        [("keep-alive × 1", 1, false), ("keep-alive × 16", 16, false), ("new connection each", 8, true)]
+    {
         let direct = load(lab, "outside/outsider", "bystander:80", connections, 1.0, new)?;
         let mesh = load(lab, "demo/client", "server:80", connections, 1.0, new)?;
         for (way, r) in [("direct", direct), ("mesh", mesh)] {
-            ensure!(r.requests > 0 && r.errors == 0, "{what}, {way}: {} requests, {} errors {:?}", r.requests, r.errors, r.first_error);
+            ensure!(
+                r.requests > 0 && r.errors == 0,
+                "{what}, {way}: {} requests, {} errors {:?}",
+                r.requests,
+                r.errors,
+                r.first_error
+            );
             rows.push(figures(what, way, &r));
         }
     }
@@ -277,7 +329,13 @@ fn measure(lab: &Lab) -> anyhow::Result<String> {
 }
 
 fn figures(what: &str, way: &str, r: &Report) -> Vec<String> {
-    vec![what.to_owned(), way.to_owned(), format!("{:.0}", r.per_second()), output::microseconds(r.p50_us), output::microseconds(r.p99_us)]
+    vec![
+        what.to_owned(),
+        way.to_owned(),
+        format!("{:.0}", r.per_second()),
+        output::microseconds(r.p50_us),
+        output::microseconds(r.p99_us),
+    ]
 }
 
 fn switch_off(lab: &Lab) -> Evidence {
@@ -304,7 +362,12 @@ fn switch_off(lab: &Lab) -> Evidence {
         left.clear();
         for name in ["client", "server", "visitor", "late", "corner"] {
             let traces = lab.ask(&Request::Inventory { target: format!("demo/{name}") })?.text;
-            left.extend(traces.lines().filter(|l| l.contains("istio") || l.contains("table 100")).map(|l| format!("{name}: {l}")));
+            left.extend(
+                traces
+                    .lines()
+                    .filter(|l| l.contains("istio") || l.contains("table 100"))
+                    .map(|l| format!("{name}: {l}")),
+            );
         }
         ensure!(left.is_empty(), "left behind: {}", left.join("; "));
         Ok(())
@@ -312,7 +375,8 @@ fn switch_off(lab: &Lab) -> Evidence {
     ensure!(processes(lab)? == pids, "process ids changed");
     Ok(vec![
         format!("capture gone, no rule and no route left in any pod; process ids unchanged ({} processes)", pids.len()),
-        "the captured connection went on until the application closed it; requests are readable on the wire again".to_owned(),
+        "the captured connection went on until the application closed it; requests are readable on the wire again"
+            .to_owned(),
     ])
 }
 

@@ -114,7 +114,13 @@ fn enforced(set: &PolicySet, request: &Subject<'_>) -> Decision {
         }
         None => {
             let explanation = "allow policies exist, but none allowed";
-            decided_by(Decision::deny(Reason::Denied, explanation, set.version), first, None)
+            let mut decision = decided_by(Decision::deny(Reason::Denied, explanation, set.version), first, None);
+            if let (Some(origin), Some(rule)) = (&mut decision.origin, first.rules.first()) {
+                // None of the rules matched: the list as a whole decides, and its first entry is where one reads on.
+                origin.line = rule.origin.line.or(origin.line);
+                origin.field = Some("spec.rules".into());
+            }
+            decision
         }
     }
 }
@@ -297,9 +303,14 @@ mod tests {
         let mut allow = policy("first", Action::Allow, Vec::new());
         allow.origin.file = Some("p.yaml".into());
         allow.origin.line = Some(3);
-        let decision = ask(&set([allow, policy("second", Action::Allow, Vec::new())]), CLIENT);
+        let decision = ask(&set([allow.clone(), policy("second", Action::Allow, Vec::new())]), CLIENT);
         assert_eq!(decision.explanation, "allow policies exist, but none allowed");
         assert_eq!(decision.origin.unwrap().to_string(), "AuthorizationPolicy demo/first (p.yaml:3)");
+        let never = vec![vec![Match { destination_ports: vec![81], ..Match::default() }]];
+        allow.rules = vec![clauses(never)];
+        allow.rules[0].origin = Origin { line: Some(9), ..allow.origin.clone() };
+        let decision = ask(&set([allow]), CLIENT);
+        assert_eq!(decision.origin.unwrap().to_string(), "AuthorizationPolicy demo/first (p.yaml:9, spec.rules)");
     }
 
     #[test]

@@ -7,7 +7,9 @@ use lab::{
     protocol::{Fault, Request},
 };
 
-use super::harness::{PODS, apply, assert_still_used, eventually, get, in_lab, in_mesh, label, progress, wait_enrolment};
+use super::harness::{
+    PODS, apply, assert_still_used, eventually, get, in_lab, in_mesh, label, progress, wait_enrolment,
+};
 
 fn fault(lab: &Lab, fault: Fault) -> anyhow::Result<()> {
     lab.ask(&Request::Fault(fault))?;
@@ -25,7 +27,8 @@ fn enrolling_and_leaving_under_load_fails_no_request() {
         apply(lab, "pods.yaml", PODS)?;
         let load = {
             let lab = lab.clone();
-            let command = ["fairway", "app", "load", "b:80", "--connections", "4", "--seconds", "8", "--new-connections"];
+            let command =
+                ["fairway", "app", "load", "b:80", "--connections", "4", "--seconds", "8", "--new-connections"];
             std::thread::spawn(move || lab.run("t/a2", &command))
         };
         for mode in [Some("ambient"), None] {
@@ -141,7 +144,10 @@ fn strict_cuts_live_clear_text_and_a_policy_cuts_the_connections_it_forbids() {
         let deny = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: no-a, namespace: t}\nspec:\n  action: DENY\n  rules:\n  - from:\n    - source: {principals: [\"cluster.local/ns/t/sa/a\"]}\n";
         apply(lab, "deny.yaml", deny)?;
         eventually("the live connection to be cut", || {
-            ensure!(progress(lab)?.connections > before.connections || progress(lab)?.last_error != before.last_error, "it lives");
+            ensure!(
+                progress(lab)?.connections > before.connections || progress(lab)?.last_error != before.last_error,
+                "it lives"
+            );
             Ok(())
         })
     });
@@ -150,7 +156,11 @@ fn strict_cuts_live_clear_text_and_a_policy_cuts_the_connections_it_forbids() {
 #[test]
 fn a_bad_manifest_names_its_place_and_harms_no_other() {
     in_mesh(|lab| {
-        apply(lab, "bad.yaml", "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: bad, namespace: t}\nspec:\n  action: DENNY\n")?;
+        apply(
+            lab,
+            "bad.yaml",
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: bad, namespace: t}\nspec:\n  action: DENNY\n",
+        )?;
         eventually("the problem to be reported", || {
             let (_, body) = lab.get("control", "http://127.0.0.1:15014/debug/problems")?;
             ensure!(body.contains("bad.yaml") && body.contains("action") && body.contains('5'), "{body}");

@@ -7,7 +7,8 @@ use super::harness::{fairway, in_lab};
 fn steps(arguments: &[&str]) -> (bool, Vec<Value>, String) {
     let output = fairway(arguments);
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    let steps = text.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok()).filter(|v| !v["step"].is_null()).collect();
+    let steps =
+        text.lines().filter_map(|l| serde_json::from_str::<Value>(l).ok()).filter(|v| !v["step"].is_null()).collect();
     (output.status.success(), steps, text + &String::from_utf8_lossy(&output.stderr))
 }
 

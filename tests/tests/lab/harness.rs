@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, ensure};
 use lab::{
-    apps::{stream::Outcome, steady::Progress},
+    apps::{steady::Progress, stream::Outcome},
     components::Options,
     control::{Lab, OwnedLab},
     protocol::Request,

@@ -78,7 +78,8 @@ fn leaving_the_mesh_leaves_no_rule_route_or_table_in_a_pod() {
 #[test]
 fn malformed_manifests_are_refused_whole_with_file_and_line() {
     in_lab(|owned| {
-        let twice = format!("{PODS}\n---\nkind: Pod\nmetadata: {{name: broken}}\nspec: {{containers: [{{name: c}}]}}\n");
+        let twice =
+            format!("{PODS}\n---\nkind: Pod\nmetadata: {{name: broken}}\nspec: {{containers: [{{name: c}}]}}\n");
         let error = apply(&owned.lab, "mine.yaml", &twice).unwrap_err().to_string();
         ensure!(error.contains("mine.yaml:") && error.contains("containers[0].command"), "{error}");
         ensure!(owned.lab.status()?.pods.is_empty(), "half of the file was applied");
