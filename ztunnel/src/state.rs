@@ -65,12 +65,26 @@ impl State {
 
     /// The record of a pod of this node, waited for at most `within`: it may be on its way. Cancel safe.
     pub async fn local_workload(&self, info: &WorkloadInfo, within: Duration) -> Option<Arc<Workload>> {
+        self.wait_for(within, || self.find(info)).await
+    }
+
+    /// As [`Self::local_workload`], and waits on while it is not known which policies protect the pod: before the first sync, and for a
+    /// pod that discovery has not described yet. What is known at the deadline is returned all the same, to be denied by.
+    pub async fn settled_workload(&self, info: &WorkloadInfo, within: Duration) -> Option<Arc<Workload>> {
+        let settled = || self.find(info).filter(|workload| self.snapshot().policies_for(workload).complete);
+        match self.wait_for(within, settled).await {
+            Some(workload) => Some(workload),
+            None => self.find(info),
+        }
+    }
+
+    async fn wait_for<T>(&self, within: Duration, look: impl Fn() -> Option<T>) -> Option<T> {
         let mut versions = self.versions();
         let found = async {
             loop {
                 versions.borrow_and_update();
-                if let Some(workload) = self.find(info) {
-                    return Some(workload);
+                if let Some(found) = look() {
+                    return Some(found);
                 }
                 versions.changed().await.ok()?;
             }
@@ -114,6 +128,23 @@ mod tests {
         arrive(&state);
         assert_eq!(&*waiting.await.unwrap().expect("the record").name, "web-1");
         assert_eq!((before.version(), *state.versions().borrow()), (0, 1), "old snapshots do not change");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn inbound_waits_for_the_policies_too_and_gets_the_record_anyway_at_the_deadline() {
+        let state = State::new("n1".into());
+        arrive(&state);
+        let before = tokio::time::Instant::now();
+        assert!(state.settled_workload(&info(), Duration::from_secs(5)).await.is_some());
+        assert_eq!(before.elapsed(), Duration::from_secs(5), "on the paused clock");
+        let waiting = tokio::spawn({
+            let state = state.clone();
+            async move { state.settled_workload(&info(), Duration::from_secs(5)).await }
+        });
+        tokio::task::yield_now().await;
+        state.update(|index| index.set_policies_complete(true));
+        assert!(waiting.await.unwrap().is_some());
+        assert_eq!(before.elapsed(), Duration::from_secs(5));
     }
 
     #[tokio::test(start_paused = true)]

@@ -95,7 +95,7 @@ impl Handler for Tunnel {
     fn connect(self: Rc<Self>, request: Request, responder: Responder) -> LocalBoxFuture<'static, ()> {
         Box::pin(async move {
             let _load = self.pod.worker.occupy();
-            let local = resolve::local_workload(&self.pod).await;
+            let local = resolve::settled_workload(&self.pod).await;
             match local.and_then(|local| Ok((self.target(&local, &request)?, local))) {
                 Ok((target, local)) => self.carry(&local, target, &request, responder).await,
                 Err(error) => self.refuse(&error, responder),

@@ -33,7 +33,7 @@ pub(crate) async fn serve(pod: Rc<PodContext>, client: TcpStream, peer: SocketAd
     if pod.is_own_port(destination.port()) {
         return deny(destination, &ProxyError::Loop);
     }
-    match resolve::local_workload(&pod).await {
+    match resolve::settled_workload(&pod).await {
         Ok(local) => carry(&pod, client, local, peer, destination).await,
         Err(error) => deny(destination, &error),
     }

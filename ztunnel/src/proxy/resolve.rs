@@ -29,13 +29,19 @@ pub(crate) const FORWARDED: &str = "forwarded";
 pub(crate) const TRACEPARENT: &str = "traceparent";
 const FORWARDED_NETWORK: &str = "x-forwarded-network";
 
-/// The pod's own record.
+/// The pod's own record, to call out with.
 pub(crate) async fn local_workload(pod: &PodContext) -> Result<Arc<Workload>, ProxyError> {
-    let found = pod.shared.state.local_workload(&pod.info, WORKLOAD_WAIT).await;
-    found.ok_or_else(|| {
-        let info = &pod.info;
-        ProxyError::UnknownWorkload(format!("{}.{} ({})", info.service_account, info.namespace, info.name))
-    })
+    pod.shared.state.local_workload(&pod.info, WORKLOAD_WAIT).await.ok_or_else(|| unknown(pod))
+}
+
+/// The pod's own record, to be called by: waits, as long, for the policies that protect it.
+pub(crate) async fn settled_workload(pod: &PodContext) -> Result<Arc<Workload>, ProxyError> {
+    pod.shared.state.settled_workload(&pod.info, WORKLOAD_WAIT).await.ok_or_else(|| unknown(pod))
+}
+
+fn unknown(pod: &PodContext) -> ProxyError {
+    let info = &pod.info;
+    ProxyError::UnknownWorkload(format!("{}.{} ({})", info.service_account, info.namespace, info.name))
 }
 
 /// An outbound connection with a next hop.
