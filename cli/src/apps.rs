@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use lab::apps::{http, load, steady, stream};
+use lab::apps::{hold, http, load, steady, stream};
 
 use crate::args::{App, TransferMode};
 
@@ -33,6 +33,7 @@ pub(crate) fn run(app: App) -> anyhow::Result<ExitCode> {
         }
         App::Transfer { mode, target, bytes, connections } => {
             let outcome = match mode {
+                TransferMode::Bulk => stream::bulk(&target, connections, bytes),
                 TransferMode::CloseFirst => stream::close_first(&target, bytes),
                 TransferMode::Download => stream::download(&target, bytes),
                 TransferMode::Many => stream::many(&target, connections, bytes),
@@ -45,8 +46,14 @@ pub(crate) fn run(app: App) -> anyhow::Result<ExitCode> {
             println!("{}", serde_json::to_string(&outcome)?);
             return Ok(if outcome.error.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
-        App::Load { target, connections, seconds, new_connections } => {
-            let report = load::run(&load::Load { target, connections, seconds, new_connections });
+        App::Hold { listen } => hold::serve(address(&listen)?)?,
+        App::Idlers { target, connections, seconds } => {
+            hold::hold(&target, connections, Duration::try_from_secs_f64(seconds)?, |held| {
+                println!("{}", serde_json::to_string(held).unwrap_or_default());
+            })?;
+        }
+        App::Load { target, path, connections, seconds, new_connections } => {
+            let report = load::run(&load::Load { target, path, connections, seconds, new_connections });
             println!("{}", serde_json::to_string(&report)?);
         }
         App::Idle => loop {

@@ -247,9 +247,25 @@ pub(crate) enum App {
         #[arg(long, default_value_t = 1)]
         connections: usize,
     },
+    /// Greet every connection with one byte and keep it.
+    Hold {
+        #[arg(long, default_value = "[::]:9003")]
+        listen: String,
+    },
+    /// Open many connections to `hold`, print how many, and keep them open for a while.
+    Idlers {
+        target: String,
+        #[arg(long, default_value_t = 1000)]
+        connections: usize,
+        #[arg(long, default_value_t = 3.0)]
+        seconds: f64,
+    },
     /// Closed-loop HTTP load.
     Load {
         target: String,
+        /// What to ask for; `/bytes/N` has a body of N bytes.
+        #[arg(long, default_value = "/load")]
+        path: String,
         #[arg(long, default_value_t = 8)]
         connections: usize,
         #[arg(long, default_value_t = 3.0)]
@@ -263,6 +279,7 @@ pub(crate) enum App {
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub(crate) enum TransferMode {
+    Bulk,
     CloseFirst,
     Download,
     Greeting,

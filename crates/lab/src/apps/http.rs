@@ -9,7 +9,8 @@ use std::{
 /// Largest head or body either side accepts.
 const LIMIT: u64 = 64 * 1024;
 
-/// Answers every request with the server's name, the peer it saw and the request's path, until the process ends.
+/// Answers every request with the server's name, the peer it saw and the request's path, until the process ends; `/bytes/N` with N
+/// bytes instead.
 ///
 /// # Errors
 /// When the port cannot be bound.
@@ -30,12 +31,18 @@ fn answer(stream: &TcpStream, name: &str) -> io::Result<()> {
     let mut reader = BufReader::new(stream);
     while let Some(request) = read_head(&mut reader)? {
         let path = request.lines().next().and_then(|l| l.split(' ').nth(1)).unwrap_or("/").to_owned();
-        let body = format!("{name} saw {peer} ask for {path}\n");
+        let body = sized_body(&path).unwrap_or_else(|| format!("{name} saw {peer} ask for {path}\n"));
         let length = body.len();
         let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\ncontent-type: text/plain\r\n\r\n{body}");
         (&mut &*stream).write_all(answer.as_bytes())?;
     }
     Ok(())
+}
+
+/// Of `/bytes/N`, up to what a client accepts.
+fn sized_body(path: &str) -> Option<String> {
+    let length: u64 = path.strip_prefix("/bytes/")?.parse().ok()?;
+    Some("x".repeat(usize::try_from(length.min(LIMIT)).ok()?))
 }
 
 /// One answer.
@@ -137,6 +144,13 @@ mod tests {
         let answer = get(&format!("http://{address}/nonce-1"), Duration::from_secs(5)).unwrap();
         assert_eq!(answer, Answer { status: 200, body: "server saw 127.0.0.1 ask for /nonce-1\n".to_owned() });
         server.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn a_body_of_any_length_up_to_the_limit_can_be_asked_for() {
+        assert_eq!(sized_body("/bytes/64").map(|b| b.len()), Some(64));
+        assert_eq!(sized_body("/bytes/99999999").map(|b| b.len() as u64), Some(LIMIT));
+        assert_eq!((sized_body("/bytes/x"), sized_body("/other")), (None, None));
     }
 
     #[test]

@@ -20,6 +20,8 @@ use super::http::{dial, read_answer};
 pub struct Load {
     /// `host:port`.
     pub target: String,
+    /// What to ask for.
+    pub path: String,
     pub connections: usize,
     pub seconds: f64,
     /// Open a connection for every request.
@@ -100,7 +102,7 @@ fn request(load: &Load, kept: Option<TcpStream>) -> io::Result<TcpStream> {
     };
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     // One write, one segment.
-    let request = format!("GET /load HTTP/1.1\r\nhost: {}\r\n\r\n", load.target);
+    let request = format!("GET {} HTTP/1.1\r\nhost: {}\r\n\r\n", load.path, load.target);
     (&stream).write_all(request.as_bytes())?;
     let answer = read_answer(&mut BufReader::new(&stream))?;
     if answer.status == 200 { Ok(stream) } else { Err(io::Error::other(format!("status {}", answer.status))) }

@@ -102,6 +102,8 @@ fn serve_one(stream: &TcpStream) -> io::Result<()> {
     match words[..] {
         // download <seed> <bytes>: the server sends, then closes.
         ["download", seed, bytes] => send(stream, parse(seed)?, parse(bytes)?),
+        // bulk <bytes>: the same unchecked, so that the network and not the checking is measured.
+        ["bulk", bytes] => send_zeros(stream, parse(bytes)?),
         // upload <seed> <bytes>: the client sends and half-closes; the server answers with the count, or says what was wrong.
         ["upload", seed, bytes] => {
             let verdict = match receive(&mut reader, parse(seed)?) {
@@ -145,6 +147,16 @@ fn send(mut stream: &TcpStream, seed: u64, bytes: u64) -> io::Result<()> {
     let (mut pattern, mut chunk, mut left) = (Pattern::new(seed), vec![0; CHUNK], bytes);
     while left > 0 {
         pattern.fill(&mut chunk);
+        let n = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
+        stream.write_all(&chunk[..n])?;
+        left -= n as u64;
+    }
+    Ok(())
+}
+
+fn send_zeros(mut stream: &TcpStream, bytes: u64) -> io::Result<()> {
+    let (chunk, mut left) = (vec![0; CHUNK], bytes);
+    while left > 0 {
         let n = usize::try_from(left).unwrap_or(CHUNK).min(CHUNK);
         stream.write_all(&chunk[..n])?;
         left -= n as u64;
@@ -288,11 +300,35 @@ pub fn expect_greeting(target: &str) -> Outcome {
 
 /// Runs `connections` small checked downloads at once.
 pub fn many(target: &str, connections: usize, bytes: u64) -> Outcome {
+    at_once(target, connections, bytes, download)
+}
+
+/// Downloads `bytes` bytes on each of `connections` connections at once, as fast as they come, unchecked.
+pub fn bulk(target: &str, connections: usize, bytes: u64) -> Outcome {
+    at_once(target, connections, bytes, bulk_one)
+}
+
+fn bulk_one(target: &str, bytes: u64) -> Outcome {
+    measured(bytes, || {
+        let stream = dial(target, 80, Duration::from_secs(10))?;
+        writeln!(&stream, "bulk {bytes}")?;
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        let (mut chunk, mut got) = (vec![0; CHUNK], 0);
+        loop {
+            match (&stream).read(&mut chunk)? {
+                0 => return Ok(got),
+                n => got += n as u64,
+            }
+        }
+    })
+}
+
+fn at_once(target: &str, connections: usize, bytes: u64, one: fn(&str, u64) -> Outcome) -> Outcome {
     measured(bytes * connections as u64, || {
         let threads: Vec<_> = (0..connections)
             .map(|_| {
                 let target = target.to_owned();
-                thread::Builder::new().stack_size(256 * 1024).spawn(move || download(&target, bytes))
+                thread::Builder::new().stack_size(256 * 1024).spawn(move || one(&target, bytes))
             })
             .collect::<Result<_, _>>()?;
         let mut total = 0;
