@@ -224,7 +224,7 @@ async fn a_new_pod_is_captured_before_its_add_returns() {
     let (outcome, ()) = tokio::join!(cni("ADD", "app"), async { node.pod("app", "") });
     assert_eq!(outcome.stdout, r#"{"cniVersion":"1.1.0","ips":[{"address":"10.0.0.7/24"}]}"#);
     assert!(!outcome.failed);
-    assert_eq!(ztunnel.next().await, "add uid-app rules=true enabled=false");
+    assert_eq!(ztunnel.next().await, "add uid-app rules=false enabled=false");
     assert!(enrolment("app").contains("redirection: enabled"), "{}", enrolment("app"));
     rules::verify(&ns, &Options::default()).expect("captured");
     assert!(!cni("CHECK", "app").await.failed);
@@ -286,7 +286,7 @@ async fn a_running_pod_is_enrolled_and_released_by_its_label() {
     let mut ztunnel = Ztunnel::connect().await;
     assert_eq!(ztunnel.next().await, "snapshot");
     node.namespace("ambient");
-    assert_eq!(ztunnel.next().await, "add uid-app rules=true enabled=false");
+    assert_eq!(ztunnel.next().await, "add uid-app rules=false enabled=false");
     eventually("enabled is written down", async || enrolment("app").contains("enabled")).await;
     node.namespace("none");
     assert_eq!(ztunnel.next().await, "del uid-app");

@@ -3,8 +3,10 @@
 //! No I/O and no clock: the driver carries the steps out and reports what became of them. A restart, a missed event or a failure
 //! needs no case of its own, because every step is safe to repeat and nothing depends on how a state was reached.
 //!
-//! The order is the contract: a pod is announced to ztunnel only after its rules are in place, and called enrolled only after ztunnel
-//! has it, since peers then send it HBONE. Leaving, redirects stop first and the rules that carry open flows go last.
+//! The order is the contract: a pod new to the mesh is announced to ztunnel first, so that no connection is redirected before someone
+//! listens for it; where no ztunnel answers, and for a pod that was captured before, the rules come first, so that nothing passes
+//! uncaptured meanwhile. It is called enrolled only when both are done, since peers then send it HBONE. Leaving, redirects stop
+//! first and the rules that carry open flows go last.
 
 use std::{
     collections::BTreeMap,
@@ -195,6 +197,9 @@ impl State {
         if !self.netns {
             return Some(Step::FindNetns);
         }
+        if self.is_new() {
+            return Some(Step::Announce);
+        }
         match self.rules {
             Rules::Applied { recheck_at } if recheck_at > now => {}
             _ => return Some(Step::ApplyRules),
@@ -203,6 +208,11 @@ impl State {
             return Some(Step::Announce);
         }
         (self.status != Some(Redirection::Enabled)).then_some(Step::WriteStatus(Some(Redirection::Enabled)))
+    }
+
+    /// Never captured, as far as anybody knows, and nothing has gone wrong yet.
+    fn is_new(&self) -> bool {
+        self.rules == Rules::Unknown && self.announced == Announced::No && self.status.is_none() && self.error.is_none()
     }
 
     fn towards_unenrolled(&self, now: Instant) -> Option<Step> {
@@ -252,7 +262,10 @@ impl State {
             }
             Step::Announce => self.announced = Announced::Yes,
             Step::WriteStatus(status) => self.status = status,
-            Step::FlushRedirects => self.rules = Rules::Flushed { until: now + pace.grace, count_at: now },
+            // Not counted at once: peers have to hear of it before the tunnel's port may close.
+            Step::FlushRedirects => {
+                self.rules = Rules::Flushed { until: now + pace.grace, count_at: now + pace.count_every };
+            }
             Step::CountFlows => self.counted(outcome, now, pace),
             Step::RemoveRules => self.rules = Rules::Clean,
             Step::Withdraw => self.announced = Announced::No,
@@ -414,8 +427,13 @@ mod tests {
             for (uid, step) in machine.start_due(now) {
                 assert!(!self.running.iter().any(|(u, _)| *u == uid), "two steps at once for {uid}");
                 match step {
-                    Step::Announce => assert!(self.rules[&uid], "announced without rules"),
-                    Step::WriteStatus(Some(Redirection::Enabled)) => assert!(self.announced[&uid], "enabled too early"),
+                    Step::Announce => {
+                        let captured = self.status.get(&uid).copied().flatten().is_some();
+                        assert!(!captured || self.rules[&uid], "a captured pod announced without rules");
+                    }
+                    Step::WriteStatus(Some(Redirection::Enabled)) => {
+                        assert!(self.announced[&uid] && self.rules[&uid], "enabled too early");
+                    }
                     Step::RemoveRules => assert!(!self.redirects[&uid], "removed while redirecting"),
                     _ => {}
                 }
@@ -528,10 +546,11 @@ mod tests {
         let (now, mut machine, pod) = (Instant::now(), Machine::new(Pace::default()), uid(0));
         machine.observe(&pod, Wanted::Enrolled, None);
         machine.give_netns(&pod);
-        assert_eq!(run(&mut machine, now, &Outcome::Done), [Step::ApplyRules]);
         assert_eq!(run(&mut machine, now, &Outcome::Failed("no ztunnel".into())), [Step::Announce]);
         assert!(machine.has_tried_everything());
         assert_eq!(run(&mut machine, now, &Outcome::Done), [Step::WriteStatus(Some(Redirection::Pending))]);
+        let now = machine.wakes_at().expect("a retry is planned");
+        assert_eq!(run(&mut machine, now, &Outcome::Done), [Step::ApplyRules]);
         machine.ztunnel_connected();
         assert_eq!(run(&mut machine, now, &Outcome::Done), [Step::Announce]);
         assert_eq!(run(&mut machine, now, &Outcome::Done), [Step::WriteStatus(Some(Redirection::Enabled))]);
@@ -540,11 +559,20 @@ mod tests {
     }
 
     #[test]
+    fn a_pod_new_to_the_mesh_is_listened_for_before_its_connections_are_redirected() {
+        let (now, mut machine, pod) = (Instant::now(), Machine::new(Pace::default()), uid(0));
+        machine.observe(&pod, Wanted::Enrolled, None);
+        machine.give_netns(&pod);
+        for step in [Step::Announce, Step::ApplyRules, Step::WriteStatus(Some(Redirection::Enabled))] {
+            assert_eq!(run(&mut machine, now, &Outcome::Done), [step]);
+        }
+    }
+
+    #[test]
     fn a_status_that_cannot_be_written_is_not_tried_in_a_loop() {
         let (now, mut machine, pod) = (Instant::now(), Machine::new(Pace::default()), uid(0));
         machine.observe(&pod, Wanted::Enrolled, None);
         machine.give_netns(&pod);
-        run(&mut machine, now, &Outcome::Done);
         for step in [Step::Announce, Step::WriteStatus(Some(Redirection::Pending))] {
             assert_eq!(run(&mut machine, now, &Outcome::Failed("no".into())), [step]);
         }
@@ -575,6 +603,8 @@ mod tests {
             for step in [Step::FindNetns, Step::FlushRedirects, Step::WriteStatus(None)] {
                 assert_eq!(run(&mut machine, now, &Outcome::Done), [step]);
             }
+            assert_eq!(run(&mut machine, now, &Outcome::Flows(flows)), []);
+            now += Pace::default().count_every;
             assert_eq!(run(&mut machine, now, &Outcome::Flows(flows)), [Step::CountFlows]);
             if flows > 0 {
                 assert_eq!(run(&mut machine, now, &Outcome::Flows(flows)), []);

@@ -29,6 +29,8 @@ pub enum LabError {
     NotUp(String),
     #[error("a lab named `{0}` is up already; end it with `fairway lab down`, or pick another name with --name")]
     AlreadyUp(String),
+    #[error("the lab ended before it answered")]
+    Ended,
     #[error("cannot start the lab")]
     Start(#[source] mesh_net::isolate::IsolateError),
     #[error("the connection to the lab failed")]
@@ -117,7 +119,7 @@ impl Lab {
         let mut answer = String::new();
         BufReader::new(&stream).read_line(&mut answer)?;
         if answer.is_empty() {
-            return Err(LabError::Refused("the lab ended before it answered".to_owned()));
+            return Err(LabError::Ended);
         }
         let reply: Reply = serde_json::from_str(&answer)?;
         match reply.error {
@@ -186,7 +188,11 @@ impl Lab {
     /// # Errors
     /// When it does not go within ten seconds.
     pub fn down(&self) -> Result<()> {
-        self.ask(&Request::Down)?;
+        match self.ask(&Request::Down) {
+            // It may be gone before its answer is read; whether it is, is seen below.
+            Ok(_) | Err(LabError::Ended) => {}
+            Err(error) => return Err(error),
+        }
         let deadline = Instant::now() + Duration::from_secs(10);
         while self.connect().is_ok() {
             if Instant::now() > deadline {

@@ -24,7 +24,7 @@ fn kill(lab: &Lab, program: &str, restart: bool) -> anyhow::Result<()> {
 fn enrolling_and_leaving_under_load_fails_no_request() {
     in_lab(|owned| {
         let lab = &owned.lab;
-        apply(lab, "pods.yaml", PODS)?;
+        apply_pods(lab)?;
         let load = {
             let lab = lab.clone();
             let command =
@@ -47,7 +47,7 @@ fn enrolling_and_leaving_under_load_fails_no_request() {
 fn an_agent_killed_in_the_middle_of_enrolment_finishes_it() {
     in_lab(|owned| {
         let lab = &owned.lab;
-        apply(lab, "pods.yaml", PODS)?;
+        apply_pods(lab)?;
         label(lab, Some("ambient"))?;
         kill(lab, "agent/node1", true)?;
         kill(lab, "agent/node2", true)?;
@@ -159,7 +159,7 @@ fn a_bad_manifest_names_its_place_and_harms_no_other() {
         apply(
             lab,
             "bad.yaml",
-            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: bad, namespace: t}\nspec:\n  action: DENNY\n",
+            "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: bad, namespace: t}\nspec:\n  action: DENNY\n  selector: {matchLabels: {app: nobody}}\n",
         )?;
         eventually("the problem to be reported", || {
             let (_, body) = lab.get("control", "http://127.0.0.1:15014/debug/problems")?;

@@ -108,7 +108,7 @@ fn print_logs(lab: &Lab) {
 pub(crate) fn in_mesh(test: impl FnOnce(&Lab) -> anyhow::Result<()>) {
     in_lab(|owned| {
         let lab = &owned.lab;
-        apply(lab, "pods.yaml", PODS)?;
+        apply_pods(lab)?;
         enrol(lab)?;
         test(lab)
     });
@@ -117,6 +117,15 @@ pub(crate) fn in_mesh(test: impl FnOnce(&Lab) -> anyhow::Result<()>) {
 pub(crate) fn apply(lab: &Lab, file: &str, text: &str) -> anyhow::Result<()> {
     lab.ask(&Request::Apply { file: file.to_owned(), text: text.to_owned() })?;
     Ok(())
+}
+
+/// Applies [`PODS`] and waits until the steady client is under way.
+pub(crate) fn apply_pods(lab: &Lab) -> anyhow::Result<()> {
+    apply(lab, "pods.yaml", PODS)?;
+    eventually("the steady client's first ticks", || {
+        ensure!(progress(lab)?.ticks > 2, "none yet");
+        Ok(())
+    })
 }
 
 pub(crate) fn label(lab: &Lab, value: Option<&str>) -> anyhow::Result<()> {
