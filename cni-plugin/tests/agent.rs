@@ -294,7 +294,7 @@ async fn a_running_pod_is_enrolled_and_released_by_its_label() {
     assert_eq!(Nft::in_ns(&ns).expect("netlink").tables(model::FAMILY).expect("tables"), Vec::<String>::new());
     assert_eq!(Netlink::in_ns(&ns).expect("netlink").rules().expect("rules"), []);
     node.namespace("ambient");
-    assert_eq!(ztunnel.next().await, "add uid-app rules=true enabled=false", "and again");
+    assert_eq!(ztunnel.next().await, "add uid-app rules=false enabled=false", "and again");
     agent.stop().await;
 }
 

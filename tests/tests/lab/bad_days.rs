@@ -8,7 +8,7 @@ use lab::{
 };
 
 use super::harness::{
-    PODS, apply, assert_still_used, eventually, get, in_lab, in_mesh, label, progress, wait_enrolment,
+    apply, apply_pods, assert_still_used, eventually, get, in_lab, in_mesh, label, progress, wait_enrolment,
 };
 
 fn fault(lab: &Lab, fault: Fault) -> anyhow::Result<()> {
