@@ -472,6 +472,9 @@ impl Cluster {
         dying["metadata"]["deletionTimestamp"] = json!("2000-01-01T00:00:00Z");
         write_whole(&pod.manifest_file(&self.paths), &dying.to_string())?;
         stop_containers(&mut pod).await;
+        if let (Some(ns), false) = (&pod.sandbox, pod.host_network()) {
+            kill_inside(ns)?;
+        }
         let member = self.topology.node(&pod.node).cloned();
         if let (Some(member), false) = (member, pod.host_network()) {
             self.drop_sandbox(&pod, &member).await;
@@ -687,6 +690,19 @@ impl Cluster {
         };
         self.pods.get(&full).ok_or_else(none)
     }
+}
+
+/// Ends what else was started in a sandbox (`exec`), as a runtime does when it removes one.
+fn kill_inside(ns: &NetNs) -> io::Result<()> {
+    let wanted = ns.id()?;
+    for entry in fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else { continue };
+        // Processes come and go while one looks.
+        if NetNs::open(entry.path().join("ns/net")).and_then(|found| found.id()).is_ok_and(|found| found == wanted) {
+            kill(Pid::from_raw(pid), Signal::SIGKILL).unwrap_or_default();
+        }
+    }
+    Ok(())
 }
 
 /// The process id of a child that has not ended.
