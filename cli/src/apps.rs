@@ -28,7 +28,7 @@ pub(crate) fn run(app: App) -> anyhow::Result<ExitCode> {
         }
         App::Get { url, timeout } => {
             let answer = http::get(&url, Duration::from_secs(timeout)).with_context(|| format!("GET {url}"))?;
-            print!("{}", answer.body);
+            crate::output::say!("{}", answer.body.trim_end());
             return Ok(if answer.status == 200 { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         App::Transfer { mode, target, bytes, connections } => {
@@ -43,18 +43,18 @@ pub(crate) fn run(app: App) -> anyhow::Result<ExitCode> {
                 TransferMode::Reset => stream::expect_reset(&target),
                 TransferMode::Upload => stream::upload(&target, bytes),
             };
-            println!("{}", serde_json::to_string(&outcome)?);
+            crate::output::say!("{}", serde_json::to_string(&outcome)?);
             return Ok(if outcome.error.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
         }
         App::Hold { listen } => hold::serve(address(&listen)?)?,
         App::Idlers { target, connections, seconds } => {
             hold::hold(&target, connections, Duration::try_from_secs_f64(seconds)?, |held| {
-                println!("{}", serde_json::to_string(held).unwrap_or_default());
+                crate::output::say!("{}", serde_json::to_string(held).unwrap_or_default());
             })?;
         }
         App::Load { target, path, connections, seconds, new_connections } => {
             let report = load::run(&load::Load { target, path, connections, seconds, new_connections });
-            println!("{}", serde_json::to_string(&report)?);
+            crate::output::say!("{}", serde_json::to_string(&report)?);
         }
         App::Idle => loop {
             std::thread::park();
@@ -78,7 +78,7 @@ fn run_steady(target: &str, interval_ms: u64, control: &str) -> anyhow::Result<(
     });
     steady::run(target, Duration::from_millis(interval_ms), &reconnect, |progress| {
         if let Ok(line) = serde_json::to_string(progress) {
-            println!("{line}");
+            crate::output::say!("{line}");
         }
     })
 }

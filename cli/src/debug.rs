@@ -26,11 +26,11 @@ pub(crate) fn run(debug: &Debug) -> anyhow::Result<ExitCode> {
     });
     match answer {
         Ok(chain) => {
-            println!("issued: {} certificates for {identity}", chain.len());
+            crate::output::say!("issued: {} certificates for {identity}", chain.len());
             Ok(ExitCode::SUCCESS)
         }
         Err(error) => {
-            println!("refused: {error:#}");
+            crate::output::say!("refused: {error:#}");
             Ok(ExitCode::FAILURE)
         }
     }

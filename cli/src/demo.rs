@@ -92,20 +92,23 @@ impl Printer {
                 Err(error) => (false, json!([format!("{error:#}")])),
             };
             let seconds = took.as_secs_f64();
-            println!("{}", json!({"step": number, "title": title, "ok": ok, "seconds": seconds, "evidence": evidence}));
+            crate::output::say!(
+                "{}",
+                json!({"step": number, "title": title, "ok": ok, "seconds": seconds, "evidence": evidence})
+            );
             return;
         }
         let mark = if outcome.is_ok() { output::good("ok") } else { output::bad("NOT AS PROMISED") };
-        println!("{number:>3}. {title}  {mark} {}", output::dim(&format!("({})", output::took(took))));
+        crate::output::say!("{number:>3}. {title}  {mark} {}", output::dim(&format!("({})", output::took(took))));
         let lines = outcome.unwrap_or_else(|error| vec![format!("{error:#}")]);
-        lines.iter().flat_map(|l| l.lines()).for_each(|line| println!("       {line}"));
+        lines.iter().flat_map(|l| l.lines()).for_each(|line| crate::output::say!("       {line}"));
     }
 
     pub(crate) fn note(&self, text: &str) {
         if self.json {
-            println!("{}", json!({"note": text}));
+            crate::output::say!("{}", json!({"note": text}));
         } else {
-            println!("     {text}");
+            crate::output::say!("     {text}");
         }
     }
 

@@ -44,10 +44,10 @@ pub(crate) fn run(command: Lab) -> anyhow::Result<ExitCode> {
             return traffic(&Running::find(&name)?, &source, &target, connections, seconds, new_connections);
         }
         Lab::Logs { name, program, lines } => {
-            println!("{}", Running::find(&name)?.ask(&Request::Logs { name: program, lines })?.text);
+            crate::output::say!("{}", Running::find(&name)?.ask(&Request::Logs { name: program, lines })?.text);
         }
         Lab::Fault { name, fault } => {
-            println!("{}", Running::find(&name)?.ask(&Request::Fault(fault_request(fault)))?.text);
+            crate::output::say!("{}", Running::find(&name)?.ask(&Request::Fault(fault_request(fault)))?.text);
         }
         Lab::Down { name } => Running::find(&name)?.down()?,
     }
@@ -69,7 +69,7 @@ fn up(name: &str, options: &Options, files: &[PathBuf]) -> anyhow::Result<ExitCo
             return Ok(ExitCode::FAILURE);
         }
     }
-    println!("lab `{name}` is up ({})", output::took(started.elapsed()));
+    crate::output::say!("lab `{name}` is up ({})", output::took(started.elapsed()));
     print_pods(&lab.status()?, Output::Text)?;
     Ok(ExitCode::SUCCESS)
 }
@@ -82,7 +82,7 @@ pub(crate) fn read(file: &Path) -> anyhow::Result<(String, String)> {
 fn apply(lab: &Running, files: &[PathBuf]) -> anyhow::Result<()> {
     for file in files {
         let (file, text) = read(file)?;
-        println!("{}", lab.ask(&Request::Apply { file, text })?.text);
+        crate::output::say!("{}", lab.ask(&Request::Apply { file, text })?.text);
     }
     Ok(())
 }
@@ -114,11 +114,11 @@ fn fault_request(fault: Fault) -> protocol::Fault {
 
 fn print_pods(status: &Status, output: Output) -> anyhow::Result<()> {
     if output == Output::Json {
-        println!("{}", serde_json::to_string_pretty(&status.pods)?);
+        crate::output::say!("{}", serde_json::to_string_pretty(&status.pods)?);
         return Ok(());
     }
     if status.pods.is_empty() {
-        println!("no pods; `fairway lab apply -f FILE` adds some");
+        crate::output::say!("no pods; `fairway lab apply -f FILE` adds some");
         return Ok(());
     }
     let rows = status.pods.iter().map(|p| {
@@ -132,24 +132,24 @@ fn print_pods(status: &Status, output: Output) -> anyhow::Result<()> {
             state.to_owned(),
         ]
     });
-    println!("{}", output::table(&["POD", "NODE", "ADDRESSES", "SERVICE ACCOUNT", "MESH"], rows));
+    crate::output::say!("{}", output::table(&["POD", "NODE", "ADDRESSES", "SERVICE ACCOUNT", "MESH"], rows));
     Ok(())
 }
 
 fn print_status(status: &Status, output: Output) -> anyhow::Result<()> {
     if output == Output::Json {
-        println!("{}", serde_json::to_string_pretty(status)?);
+        crate::output::say!("{}", serde_json::to_string_pretty(status)?);
         return Ok(());
     }
     let programs = status.programs.iter().map(|p| {
         let process = if p.process == 0 { "stopped".to_owned() } else { p.process.to_string() };
         vec![p.name.clone(), process, p.restarts.to_string()]
     });
-    println!("{}\n", output::table(&["PROGRAM", "PROCESS", "RESTARTS"], programs));
+    crate::output::say!("{}\n", output::table(&["PROGRAM", "PROCESS", "RESTARTS"], programs));
     let services = status.services.iter().map(|(name, vips)| vec![name.clone(), vips.join(" ")]);
-    println!("{}\n", output::table(&["SERVICE", "ADDRESSES"], services));
+    crate::output::say!("{}\n", output::table(&["SERVICE", "ADDRESSES"], services));
     let urls = status.urls.iter().map(|(name, url)| vec![name.clone(), url.clone()]);
-    println!("{}\n", output::table(&["PAGE", "URL"], urls));
+    crate::output::say!("{}\n", output::table(&["PAGE", "URL"], urls));
     print_pods(status, Output::Text)
 }
 
@@ -162,7 +162,7 @@ fn traffic(
     new_connections: bool,
 ) -> anyhow::Result<ExitCode> {
     let report = crate::demo::load(lab, source, target, connections, seconds, new_connections)?;
-    println!(
+    crate::output::say!(
         "{:.0} requests/s, {} errors; p50 {}, p99 {}",
         report.per_second(),
         report.errors,
@@ -170,7 +170,7 @@ fn traffic(
         output::microseconds(report.p99_us)
     );
     if let Some(error) = &report.first_error {
-        println!("first error: {error}");
+        crate::output::say!("first error: {error}");
     }
     Ok(if report.errors == 0 && report.requests > 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

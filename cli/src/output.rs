@@ -1,9 +1,25 @@
 //! What people read: tables, marks, times.
 
-use std::{io::IsTerminal, time::Duration};
+use std::{
+    io::{IsTerminal, Write as _},
+    time::Duration,
+};
 
 use anstyle::{AnsiColor, Style};
 use comfy_table::{ContentArrangement, Table, presets::NOTHING};
+
+/// `println!` for people who pipe us into `head`: a reader that has gone ends the program quietly.
+macro_rules! say {
+    ($($text:tt)*) => { $crate::output::write_line(format_args!($($text)*)) };
+}
+pub(crate) use say;
+
+pub(crate) fn write_line(text: std::fmt::Arguments<'_>) {
+    if let Err(error) = writeln!(std::io::stdout(), "{text}") {
+        // 141 is what a shell shows for a program that SIGPIPE ended.
+        std::process::exit(if error.kind() == std::io::ErrorKind::BrokenPipe { 141 } else { 1 });
+    }
+}
 
 /// A plain table: headings, no lines, as wide as the terminal.
 pub(crate) fn table(headings: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> Table {

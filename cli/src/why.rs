@@ -30,8 +30,8 @@ pub(crate) fn run(query: &Why) -> anyhow::Result<ExitCode> {
     let lab = Lab::find(&query.name)?;
     let explanation = explain(&lab, &query.source, &query.destination)?;
     match query.output {
-        Output::Json => println!("{}", serde_json::to_string_pretty(&explanation.json())?),
-        Output::Text => println!("{}", explanation.text()),
+        Output::Json => crate::output::say!("{}", serde_json::to_string_pretty(&explanation.json())?),
+        Output::Text => crate::output::say!("{}", explanation.text()),
     }
     Ok(if explanation.allowed() { ExitCode::SUCCESS } else { ExitCode::from(3) })
 }

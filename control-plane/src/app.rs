@@ -14,6 +14,7 @@ use mesh_identity::authority::{AuthorityError, SigningAuthority};
 use mesh_runtime::{
     admin::{self, AdminServer},
     drain::{self, DrainTrigger, DrainWatcher, Drained},
+    folder::Watch,
     metrics::Registry,
     readiness::{Pending, Readiness},
 };
@@ -36,7 +37,7 @@ use crate::{
     objects,
     problem::Problem,
     publish,
-    source::{Folder, Watch},
+    source::Folder,
     state,
     tls::{self, Certificate, CertificateError},
     token::{TokenKey, TokenKeyError},
@@ -46,6 +47,8 @@ use crate::{
 const GRACE: Duration = Duration::from_millis(500);
 /// Everything has stopped by then, or is aborted.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
+/// Manifests must have been quiet for this long before they are read.
+const QUIET: Duration = Duration::from_millis(50);
 const ROOT_NAMESPACE: &str = "istio-system";
 
 /// What `fairwayd run` is told.
@@ -241,14 +244,14 @@ impl Pipeline {
 
     async fn run(self, manifests: PathBuf, drain: DrainWatcher) -> Result<(), TaskFailed> {
         let mut pipeline = self;
-        let mut watch = Watch::new(&manifests);
+        let mut watch = Watch::new(&manifests, QUIET);
         loop {
             let was_readable = pipeline.folder.is_readable();
             let step = tokio::task::spawn_blocking(|| pipeline.step());
             pipeline = step.await.map_err(failed::<JoinError>("the source"))?;
             if !was_readable && pipeline.folder.is_readable() {
                 // What was not there could not be watched; and a folder that is removed takes its watch with it.
-                watch = Watch::new(&manifests);
+                watch = Watch::new(&manifests, QUIET);
                 continue;
             }
             tokio::select! {

@@ -3,8 +3,6 @@
 //! Whatever is wrong is a [`Problem`] with its place; meanwhile an object that was once read keeps its last good version, and a security
 //! policy that never was is replaced by a stand-in that denies. One document never harms another.
 
-mod watch;
-
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
@@ -18,8 +16,6 @@ use crate::{
     problem::Problem,
     yaml,
 };
-
-pub(crate) use watch::Watch;
 
 /// Larger files are refused: no manifest is, and each is read whole.
 const MAX_FILE_BYTES: u64 = 16 * 1024 * 1024;

@@ -9,13 +9,9 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use mesh_runtime::drain::DrainWatcher;
-use notify::{RecursiveMode, Watcher};
+use mesh_runtime::{drain::DrainWatcher, folder::Watch};
 use serde::Deserialize;
-use tokio::{
-    sync::{Notify, watch},
-    time::timeout,
-};
+use tokio::sync::watch;
 
 use super::enroll::{Redirection, Uid};
 use crate::eligibility::{Labels, Pod};
@@ -54,8 +50,8 @@ pub trait PodSource: Send {
     ) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 }
 
-/// Which file system events do not tell, this does.
-const POLL: Duration = Duration::from_secs(5);
+/// Manifests must have been quiet for this long before they are read: a starting pod waits for it.
+const QUIET: Duration = Duration::from_millis(5);
 const MAX_FILE: u64 = 4 << 20;
 const MAX_DEPTH: usize = 8;
 /// The label that tells whose agent wrote an enrolment.
@@ -125,11 +121,10 @@ impl PodSource for FolderSource {
         drain: DrainWatcher,
     ) -> Pin<Box<dyn Future<Output = ()> + Send>> {
         Box::pin(async move {
-            let changed = Arc::new(Notify::new());
-            let mut watcher = None;
+            let mut watch = Watch::new(&self.folder, QUIET);
             loop {
-                if watcher.is_none() {
-                    watcher = watch_folder(&self.folder, &changed);
+                if !watch.is_notified() {
+                    watch = Watch::new(&self.folder, QUIET);
                 }
                 let read = tokio::task::spawn_blocking(move || (self.read(), self)).await;
                 // The reading task panics only with a bug; without a source the agent keeps what it has.
@@ -141,8 +136,7 @@ impl PodSource for FolderSource {
                 }
                 tokio::select! {
                     _ = drain.signalled() => return,
-                    // Late or lost events are made up for by the poll, hence no difference between event and time-out.
-                    _ = timeout(POLL, changed.notified()) => {}
+                    () = watch.changed() => {}
                 }
             }
         })
@@ -157,15 +151,6 @@ fn publish(views: &watch::Sender<Option<Arc<View>>>, view: View) {
         }
         differs
     });
-}
-
-fn watch_folder(folder: &Path, changed: &Arc<Notify>) -> Option<notify::RecommendedWatcher> {
-    let notify_change = changed.clone();
-    let watching = notify::recommended_watcher(move |_| notify_change.notify_one()).and_then(|mut watcher| {
-        watcher.watch(folder, RecursiveMode::Recursive)?;
-        Ok(watcher)
-    });
-    watching.inspect_err(|error| tracing::debug!(%error, "manifests are polled")).ok()
 }
 
 fn list(folder: &Path, depth: usize, out: &mut Vec<(PathBuf, (SystemTime, u64))>) -> io::Result<()> {

@@ -22,6 +22,9 @@ use crate::{
 /// First argument with which this program becomes a lab's init.
 pub const INIT: &str = "lab-init";
 
+/// The largest request: a manifest file.
+const REQUEST_BYTES: usize = 4 * 1024 * 1024;
+
 /// Why a lab could not be reached or did not do as asked.
 #[derive(Debug, thiserror::Error)]
 pub enum LabError {
@@ -114,6 +117,12 @@ impl Lab {
     fn ask_with(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Reply> {
         let stream = self.connect()?;
         let mut line = serde_json::to_vec(request)?;
+        if line.len() > REQUEST_BYTES {
+            let size = line.len();
+            return Err(LabError::Refused(format!(
+                "the request has {size} bytes, the limit is {REQUEST_BYTES}; apply smaller files"
+            )));
+        }
         line.push(b'\n');
         send_with_fds(&stream, &line, fds)?;
         let mut answer = String::new();

@@ -35,8 +35,9 @@ pub fn split(file: &str, text: &str) -> Result<Split, ManifestError> {
             continue;
         }
         let kind = value["kind"].as_str().ok_or_else(|| fail("`kind` is missing".to_owned()))?;
-        if value["metadata"]["name"].as_str().is_none_or(str::is_empty) {
-            return Err(fail("`metadata.name` is missing".to_owned()));
+        check_name(&value["metadata"]["name"], "metadata.name").map_err(&fail)?;
+        if !value["metadata"]["namespace"].is_null() {
+            check_name(&value["metadata"]["namespace"], "metadata.namespace").map_err(&fail)?;
         }
         let list = match kind {
             "Namespace" => &mut out.namespaces,
@@ -93,6 +94,24 @@ fn documents(text: &str) -> Vec<Document> {
 
 fn first_line(text: &str) -> String {
     text.lines().next().unwrap_or_default().to_owned()
+}
+
+/// A DNS subdomain (RFC 1123), as Kubernetes demands; it also becomes part of file names and tables.
+fn check_name(value: &Value, field: &str) -> Result<(), String> {
+    let name = match value {
+        Value::Null => return Err(format!("`{field}` is missing")),
+        Value::String(name) => name,
+        other => return Err(format!("`{field}` is {other}, which is not a string; quote it")),
+    };
+    let inner = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit();
+    let valid = name.len() <= 253
+        && name.split('.').all(|label| {
+            label.starts_with(inner) && label.ends_with(inner) && label.chars().all(|c| inner(c) || c == '-')
+        });
+    if valid {
+        return Ok(());
+    }
+    Err(format!("`{field}` {name:?} is not a valid name; use lower-case letters, digits, `-` and `.`, at most 253"))
 }
 
 fn check_pod(pod: &Value) -> Result<(), String> {
@@ -170,6 +189,13 @@ metadata: {name: s}
         assert!(
             error("kind: Deployment\nmetadata: {name: x}\n")
                 .contains("write this Deployment's template as `kind: Pod`")
+        );
+        assert!(
+            error("kind: Service\nmetadata: {name: \"a\\nb\"}\n")
+                .contains("`metadata.name` \"a\\nb\" is not a valid name")
+        );
+        assert!(
+            error("kind: Service\nmetadata: {name: 12}\n").contains("`metadata.name` is 12, which is not a string")
         );
         assert!(error("kind: Pod\nmetadata: {name: [\n").starts_with("my.yaml:1:"));
     }

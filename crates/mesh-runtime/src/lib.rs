@@ -8,6 +8,7 @@
 pub mod admin;
 pub mod drain;
 pub mod env;
+pub mod folder;
 pub mod metrics;
 pub mod readiness;
 pub mod signal;

@@ -1,22 +1,22 @@
-//! When to look at the folder again.
+//! When to look at a watched folder again.
 
 use std::{path::Path, time::Duration};
 
 use notify::{RecursiveMode, Watcher as _};
 use tokio::{sync::mpsc, time::Instant};
 
-/// Quiet time after a change before reading, so that a burst of writes is read once.
-const DEBOUNCE: Duration = Duration::from_millis(50);
 /// Reads at the latest this long after the first change of a burst.
 const DEBOUNCE_LIMIT: Duration = Duration::from_millis(500);
 /// Safety net for changes the kernel does not announce (some network and overlay file systems).
 const POLL: Duration = Duration::from_secs(5);
 
-/// Wakes when the folder may have changed.
-pub(crate) struct Watch {
+/// Wakes when a folder, or a folder in it, may have changed. Kernel notifications where there are any; a slow poll always.
+#[derive(Debug)]
+pub struct Watch {
     events: mpsc::Receiver<()>,
+    quiet: Duration,
     /// Held for its drop, which ends the watch. `None` leaves the poll only.
-    _watcher: Option<notify::RecommendedWatcher>,
+    watcher: Option<notify::RecommendedWatcher>,
 }
 
 fn is_written(kind: &notify::EventKind) -> bool {
@@ -25,12 +25,13 @@ fn is_written(kind: &notify::EventKind) -> bool {
 }
 
 impl Watch {
-    /// Never fails: without kernel notifications, polling remains.
-    pub(crate) fn new(folder: &Path) -> Self {
+    /// `quiet` is how long nothing must happen after a change before it is told, so that a burst of writes is read once. Never
+    /// fails: without kernel notifications, polling remains.
+    pub fn new(folder: &Path, quiet: Duration) -> Self {
         // One pending wake-up stands for any number of events.
         let (sender, events) = mpsc::channel(1);
         let wake = move |event: notify::Result<notify::Event>| {
-            // Our own reading is an event too.
+            // Reading is an event too: two readers of one folder would wake each other for ever.
             if !event.is_ok_and(|e| e.kind.is_access() && !is_written(&e.kind)) {
                 sender.try_send(()).unwrap_or_default();
             }
@@ -44,11 +45,16 @@ impl Watch {
                 |error| tracing::warn!(%error, folder = %folder.display(), "no file notifications; polling only"),
             )
             .ok();
-        Self { events, _watcher: watcher }
+        Self { events, quiet, watcher }
+    }
+
+    /// Whether the kernel notifies; otherwise make a new one once the folder exists.
+    pub fn is_notified(&self) -> bool {
+        self.watcher.is_some()
     }
 
     /// Completes when the folder may have changed and has been quiet for a moment, or at the next poll. Cancel safe.
-    pub(crate) async fn changed(&mut self) {
+    pub async fn changed(&mut self) {
         let poll = tokio::time::sleep(POLL);
         tokio::pin!(poll);
         tokio::select! {
@@ -59,11 +65,39 @@ impl Watch {
         }
         let limit = Instant::now() + DEBOUNCE_LIMIT;
         loop {
-            let quiet = (Instant::now() + DEBOUNCE).min(limit);
+            let quiet = (Instant::now() + self.quiet).min(limit);
             match tokio::time::timeout_at(quiet, self.events.recv()).await {
                 Ok(Some(())) if Instant::now() < limit => {}
                 _ => return,
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    async fn wakes(watch: &mut Watch) -> bool {
+        tokio::time::timeout(Duration::from_secs(2), watch.changed()).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn writing_wakes_and_reading_does_not() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a.yaml");
+        let mut watch = Watch::new(dir.path(), Duration::from_millis(5));
+        assert!(watch.is_notified());
+        fs::write(&file, "a").unwrap();
+        assert!(wakes(&mut watch).await);
+        for _ in 0..10 {
+            fs::read_to_string(&file).unwrap();
+            fs::read_dir(dir.path()).unwrap().count();
+        }
+        assert!(!wakes(&mut watch).await, "reading woke the watcher");
+        fs::rename(&file, dir.path().join("b.yaml")).unwrap();
+        assert!(wakes(&mut watch).await);
     }
 }
