@@ -42,7 +42,10 @@ fn main() -> ExitCode {
         ("flows_older_than_the_enrolment_go_on", flows_older_than_the_enrolment_go_on),
         ("leaving_spares_captured_flows_and_leaves_no_trace", leaving_spares_captured_flows_and_leaves_no_trace),
         ("a_rule_deleted_by_hand_is_noticed_and_repaired", a_rule_deleted_by_hand_is_noticed_and_repaired),
-        ("a_pod_without_ipv6_on_lo_is_captured_for_ipv4", a_pod_without_ipv6_on_lo_is_captured_for_ipv4),
+        (
+            "a_pod_without_ipv6_is_captured_for_ipv4_and_half_of_it_is_refused",
+            a_pod_without_ipv6_is_captured_for_ipv4_and_half_of_it_is_refused,
+        ),
         ("bypassing_inbound_capture_leaves_inbound_alone", bypassing_inbound_capture_leaves_inbound_alone),
     ])
 }
@@ -267,9 +270,15 @@ fn a_rule_deleted_by_hand_is_noticed_and_repaired() {
     verify(&pod, &other).expect("as wanted");
 }
 
-fn a_pod_without_ipv6_on_lo_is_captured_for_ipv4() {
+fn a_pod_without_ipv6_is_captured_for_ipv4_and_half_of_it_is_refused() {
     let (pod, _peer) = pod_and_peer();
-    pod.run(|| fs::write("/proc/sys/net/ipv6/conf/lo/disable_ipv6", "1")).expect("enter").expect("sysctl");
+    let disable = |interface: &str| {
+        let path = format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6");
+        pod.run(|| fs::write(path, "1")).expect("enter").expect("sysctl");
+    };
+    disable("lo");
+    assert!(apply(&pod, &Options::default()).is_err(), "IPv6 would leave by the other interface uncaptured");
+    disable("all");
     apply(&pod, &Options::default()).expect("apply");
     verify_installed(&pod).expect("complete");
     let families: Vec<_> = Netlink::in_ns(&pod).expect("netlink").rules().expect("rules");

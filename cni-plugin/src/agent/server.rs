@@ -25,6 +25,8 @@ pub struct AddCall {
     pub reply: oneshot::Sender<Result<AddAnswer, String>>,
 }
 
+/// After a failed accept.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 const MAX_CONNECTIONS: usize = 256;
 const READ_LIMIT: Duration = Duration::from_secs(2);
 
@@ -53,12 +55,21 @@ pub async fn serve(listener: UnixListener, calls: mpsc::Sender<AddCall>, drain: 
             Some(_) = connections.join_next(), if !connections.is_empty() => continue,
             accepted = async { (permits.clone().acquire_owned().await, listener.accept().await) } => accepted,
         };
-        if let (Ok(permit), Ok((stream, _))) = accepted {
-            let calls = calls.clone();
-            connections.spawn(async move {
-                connection(stream, calls).await;
-                drop(permit);
-            });
+        match accepted {
+            (Ok(permit), Ok((stream, _))) => {
+                let calls = calls.clone();
+                connections.spawn(async move {
+                    connection(stream, calls).await;
+                    drop(permit);
+                });
+            }
+            (_, Err(error)) => {
+                // Out of descriptors, most likely: spinning would make it worse.
+                tracing::warn!(%error, "cannot accept the plugin's connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+            // The semaphore is never closed.
+            (Err(_), Ok(_)) => {}
         }
     }
     connections.join_all().await;

@@ -197,7 +197,8 @@ pub fn batch(options: &Options) -> Batch {
     batch
 }
 
-/// What the manifest says of these rules: tampering with any of them, or losing one, shows.
+/// What the manifest says of these rules: losing one, adding one or changing their order shows. A rule changed in place under its old
+/// comment does not; re-applying, which happens at every recheck that finds a difference, is the cure for all.
 pub fn manifest<'a>(rules: impl Iterator<Item = (&'a str, &'a str, &'a str)>, ipv6: bool) -> String {
     let mut lines: Vec<String> = Vec::new();
     let mut position = std::collections::HashMap::new();

@@ -135,10 +135,10 @@ pub fn older_flows(ns: &NetNs) -> io::Result<usize> {
 }
 
 fn rows(ns: &NetNs) -> io::Result<Vec<flows::Row>> {
-    let tables = ns.run_on_thread(|| {
-        ["tcp", "tcp6"].map(|name| fs::read_to_string(format!("/proc/thread-self/net/{name}")).unwrap_or_default())
-    })?;
-    Ok(tables.iter().flat_map(|table| flows::parse(table)).collect())
+    let [v4, v6] =
+        ns.run_on_thread(|| ["tcp", "tcp6"].map(|name| read_if_there(&format!("/proc/thread-self/net/{name}"))))?;
+    let tables = [v4?, v6?];
+    Ok(tables.iter().flatten().flat_map(|table| flows::parse(table)).collect())
 }
 
 fn installed_manifest(ns: &NetNs) -> Result<Option<String>> {
@@ -150,7 +150,35 @@ fn manifest_of(nft: &mut Nft) -> std::result::Result<Option<String>, NetlinkErro
     Ok(rules.into_iter().find(|rule| rule.chain == MANIFEST).map(|rule| rule.comment))
 }
 
-/// Some pods switch IPv6 off for `lo`; then no route can be made there, and none is needed.
+/// `None` where there is no such file; any other failure is one, since "none" would be taken for an answer.
+fn read_if_there(path: &str) -> io::Result<Option<String>> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Some pods switch IPv6 off for `lo`; then no route can be made there. Without it on any other interface none is needed; with it,
+/// IPv6 would leave uncaptured, which is refused.
 fn has_ipv6(ns: &NetNs) -> io::Result<bool> {
-    ns.run(|| fs::read_to_string("/proc/sys/net/ipv6/conf/lo/disable_ipv6").is_ok_and(|v| v.trim() == "0"))
+    let enabled = |interface: &str| {
+        let value = read_if_there(&format!("/proc/sys/net/ipv6/conf/{interface}/disable_ipv6"))?;
+        io::Result::Ok(value.is_some_and(|v| v.trim() == "0"))
+    };
+    ns.run(|| {
+        if enabled("lo")? {
+            return Ok(true);
+        }
+        let Ok(interfaces) = fs::read_dir("/proc/sys/net/ipv6/conf") else { return Ok(false) };
+        for interface in interfaces.flatten() {
+            let name = interface.file_name().to_string_lossy().into_owned();
+            // "all" and "default" are templates, not interfaces.
+            if !["all", "default", "lo"].contains(&name.as_str()) && enabled(&name)? {
+                let message = format!("IPv6 is on for {name} but off for lo, where captured IPv6 would have to return");
+                return Err(io::Error::other(message));
+            }
+        }
+        Ok(false)
+    })?
 }
