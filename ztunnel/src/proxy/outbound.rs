@@ -8,7 +8,7 @@ use mesh_core::{
     select::Tunnel,
 };
 use mesh_hbone::{ConnectRequest, TunnelKey};
-use mesh_net::sockets::{configure_accepted, original_dst};
+use mesh_net::sockets::{canonical, configure_accepted, original_dst};
 use tokio::net::TcpStream;
 
 use crate::{
@@ -28,12 +28,21 @@ pub(crate) async fn serve(pod: Rc<PodContext>, client: TcpStream, peer: SocketAd
     let client = FlowSocket::new(client);
     let accepted = configure_accepted(&client, &pod.sockets).and_then(|()| original_dst(&*client));
     match accepted {
+        // Not redirected: the client dialled our port itself, and carrying it there would come back here without end.
+        Ok(destination) if dialled_us(&pod, &client, destination) => {
+            pod.shared.outcomes.early_deny(Direction::Outbound, peer, destination, &ProxyError::Loop);
+        }
         Ok(destination) => carry(&pod, client, peer, destination).await,
         Err(source) => {
             let error = ProxyError::OriginalDestination(source);
             pod.shared.outcomes.early_deny(Direction::Outbound, peer, peer, &error);
         }
     }
+}
+
+fn dialled_us(pod: &PodContext, client: &TcpStream, destination: SocketAddr) -> bool {
+    let local = client.local_addr().map(canonical);
+    pod.is_own_port(destination.port()) && local.is_ok_and(|local| local == canonical(destination))
 }
 
 /// Carries a client to `destination`, however its wish became known. Its bytes stay in its socket until the way is open.

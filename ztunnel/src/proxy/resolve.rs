@@ -81,6 +81,10 @@ pub(crate) async fn outbound(pod: &PodContext, peer: SocketAddr, destination: So
         return Err(ProxyError::Loop);
     }
     let source = local_workload(pod).await?;
+    // The same by the pod's own address: SOCKS clients may name any.
+    if source.addresses.contains(&destination.ip().to_canonical()) && pod.is_own_port(destination.port()) {
+        return Err(ProxyError::Loop);
+    }
     // Where the pod has no namespace of its own, loopback clients speak for its address.
     let source_ip = pod.shared.config.local_address.unwrap_or_else(|| peer.ip());
     let selection = choose(pod, &source, source_ip, destination, &[]);

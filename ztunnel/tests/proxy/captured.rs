@@ -25,7 +25,7 @@ use tokio::{
 use ztunnel::pods::Protocol;
 
 use crate::{
-    mesh::{Mesh, PATIENCE, expect_reset, expect_reset_early, policy},
+    mesh::{Mesh, PATIENCE, expect_reset, expect_reset_early, policy, samples},
     ping_pong,
 };
 
@@ -150,6 +150,22 @@ fn captured_plaintext_reaches_the_application_until_a_policy_wants_identities() 
 }
 
 /// What PeerAuthentication STRICT becomes: denies whoever has no identity.
+#[test]
+fn a_pod_that_dials_its_own_capture_port_does_not_loop() {
+    in_namespaces("captured::a_pod_that_dials_its_own_capture_port_does_not_loop", async {
+        let (first, _second) = two_namespaces();
+        let [indexed, unknown] = ips(FIRST);
+        let mesh = Mesh::new();
+        let client = mesh.pod_in(&first, "client", &[indexed]).await;
+        for ip in [indexed, unknown] {
+            expect_reset_early(try_dial(&first, SocketAddr::new(ip, 15001)).await).await;
+        }
+        let metrics = client.finish().await;
+        let failures = "fairway_connection_failures_total";
+        assert_eq!(samples(&metrics, failures, &[r#"reason="bad_target""#, " 2"]).len(), 1, "{metrics}");
+    });
+}
+
 fn strict() -> Policy {
     let anonymous = Match { not_principals: vec![StringMatch::Presence], ..Match::default() };
     let mut policy = policy("strict", Action::Deny, &[]);
