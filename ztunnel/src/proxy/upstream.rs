@@ -7,9 +7,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_core::reason::Reason;
+use mesh_core::{identity::Identity, reason::Reason};
 use mesh_hbone::{BoxedTlsStream, Connector, Error, LocalBoxFuture, TunnelKey, TunnelStream};
-use mesh_identity::{Manager, Priority, client_config, peer_name};
+use mesh_identity::{Manager, Priority, Svid, client_config, peer_name};
 use mesh_net::{
     NetNs, SocketOptions,
     sockets::{connect, tcp_socket},
@@ -26,6 +26,7 @@ use crate::{
 };
 
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+const CERTIFICATE_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The far side of a flow.
@@ -88,10 +89,7 @@ impl Connector for Dialer {
         let key = key.clone();
         Box::pin(async move {
             // The certificate first: without one there is no reason to knock.
-            let certificate = self.identities.certificate(&key.source_identity, Priority::RealTime).await;
-            let certificate = certificate.map_err(|error| {
-                Error::dial(Reason::Identity, "no certificate for the local identity", shared_cause(error))
-            })?;
+            let certificate = certificate(&self.identities, &key.source_identity).await?;
             let tcp = self.dial(&key).await?;
             let connector = TlsConnector::from(client_config(&certificate, &key.accepted));
             let started = Instant::now();
@@ -122,6 +120,46 @@ impl Dialer {
     }
 }
 
+/// Everyone who wants the tunnel waits for this, so it has an end.
+async fn certificate(identities: &Manager, identity: &Identity) -> Result<Arc<Svid>, Error> {
+    match timeout(CERTIFICATE_TIMEOUT, identities.certificate(identity, Priority::RealTime)).await {
+        Ok(Ok(certificate)) => Ok(certificate),
+        Ok(Err(error)) => {
+            Err(Error::dial(Reason::Identity, "no certificate for the local identity", shared_cause(error)))
+        }
+        Err(_) => {
+            let message = format!("no certificate for the local identity within {CERTIFICATE_TIMEOUT:?}");
+            Err(Error::dial(Reason::Identity, message, None))
+        }
+    }
+}
+
 fn tls_failed(key: &TunnelKey, error: io::Error) -> Error {
     Error::dial(Reason::Tls, format!("tls handshake with {} failed", key.destination), shared_cause(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_identity::{CaClient, CaError, ca::BoxFuture};
+
+    use super::*;
+
+    struct Mute;
+
+    impl CaClient for Mute {
+        fn sign(&self, _: &Identity, _: String) -> BoxFuture<'_, Result<Vec<String>, CaError>> {
+            Box::pin(std::future::pending())
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_ca_that_never_answers_fails_the_dial_for_want_of_identity() {
+        let (identities, task) = Manager::new(mesh_identity::Config::default(), Arc::new(Mute));
+        let task = tokio::spawn(task);
+        let identity = Identity::new("cluster.local", "demo", "client");
+        let error = certificate(&identities, &identity).await.expect_err("no certificate");
+        assert_eq!(error.reason(), Reason::Identity);
+        assert_eq!(error.to_string(), "no certificate for the local identity within 10s");
+        task.abort();
+    }
 }
