@@ -43,7 +43,8 @@ impl Default for Settings {
             max_streams: 200,
             keepalive: KeepAlive { interval: Duration::from_secs(10), timeout: Duration::from_secs(20) },
             handshake_timeout: Duration::from_secs(10),
-            answer_timeout: Duration::from_secs(10),
+            // Above what the far side may take before it answers: 5 s for its workload's record and 10 s for the application.
+            answer_timeout: Duration::from_secs(20),
         }
     }
 }

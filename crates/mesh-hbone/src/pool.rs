@@ -125,7 +125,8 @@ impl Pool {
     /// Opens a stream on a tunnel of `key`, dialling one if none has room. Returns once the peer answered 200. Cancel safe.
     ///
     /// # Errors
-    /// See [`Error`]; a tunnel on which the request was refused, lost or not answered takes no further streams.
+    /// See [`Error`]; a tunnel on which the request was refused or lost takes no further streams. One slow answer says nothing about
+    /// the others' tunnel: whether the peer is alive is for keep-alive to find out.
     pub async fn open(
         &self,
         key: &TunnelKey,
@@ -143,7 +144,7 @@ impl Pool {
                     return Ok((stream, response));
                 }
                 Err(error) => {
-                    if !matches!(error, Error::Status(_) | Error::Authority) {
+                    if !matches!(error, Error::Status(_) | Error::Authority | Error::AnswerTimeout(_)) {
                         self.0.state.borrow_mut().close(key, lease.id);
                     }
                     // RFC 9113 §6.8: the request was not processed; the tunnel was merely old.

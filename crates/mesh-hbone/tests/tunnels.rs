@@ -118,7 +118,7 @@ fn unserved(config: PoolConfig) -> (Mesh, mpsc::Receiver<DuplexStream>, DrainWat
     (Mesh { pool, pipes, handler, accepted, drain }, dialed, watcher)
 }
 
-async fn serve_all(mut dialed: mpsc::Receiver<DuplexStream>, handler: Rc<Accepting>, drain: DrainWatcher) {
+async fn serve_all(mut dialed: mpsc::Receiver<DuplexStream>, handler: Rc<impl Handler + 'static>, drain: DrainWatcher) {
     while let Some(pipe) = dialed.recv().await {
         let (handler, drain) = (handler.clone(), drain.clone());
         spawn_local(async move { server::serve(pipe, &Settings::default(), drain, handler).await });
@@ -346,13 +346,51 @@ async fn a_silent_peer_meets_deadlines() {
         let error = mesh.pool.open(&key("client"), &request()).await.unwrap_err();
         assert!(matches!(error, Error::AnswerTimeout(_)), "{error}");
         assert!(mesh.pool.open(&key("client"), &request()).await.is_err());
-        assert_eq!(mesh.pipes.count.get(), 2, "a tunnel that did not answer is not reused");
+        assert_eq!(mesh.pipes.count.get(), 1, "keep-alive decides");
+        assert!(mesh.pool.open(&key("client"), &request()).await.is_err());
+        assert_eq!(mesh.pipes.count.get(), 2, "and finds it dead");
 
         let (near, far) = duplex(1024);
         let (_drain, watcher) = drain::channel();
         let result = server::serve(near, &Settings::default(), watcher, mesh.handler.clone()).await;
         assert!(matches!(result, Err(Error::HandshakeTimeout(_))), "{result:?}");
         drop(far);
+    })
+    .await;
+}
+
+/// Answers after `delay`.
+struct Slow {
+    delay: Cell<Duration>,
+}
+
+impl Handler for Slow {
+    fn connect(self: Rc<Self>, _request: Request, responder: Responder) -> LocalBoxFuture<'static, ()> {
+        Box::pin(async move {
+            tokio::time::sleep(self.delay.get()).await;
+            if let Ok(stream) = responder.accept(HeaderMap::new()) {
+                tokio::time::sleep(Duration::from_secs(3600)).await;
+                drop(stream);
+            }
+        })
+    }
+
+    fn malformed(&self, _: &Malformed) {}
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_answer_is_waited_for_and_an_overdue_one_leaves_the_tunnel_to_the_others() {
+    local(async {
+        let (mesh, dialed, watcher) = unserved(PoolConfig::default());
+        let slow = Rc::new(Slow { delay: Cell::new(Duration::from_secs(15)) });
+        spawn_local(serve_all(dialed, slow.clone(), watcher));
+        let _patient = mesh.pool.open(&key("client"), &request()).await.unwrap();
+        slow.delay.set(Duration::from_secs(60));
+        let error = mesh.pool.open(&key("client"), &request()).await.unwrap_err();
+        assert!(matches!(error, Error::AnswerTimeout(_)), "{error}");
+        slow.delay.set(Duration::ZERO);
+        let _next = mesh.pool.open(&key("client"), &request()).await.unwrap();
+        assert_eq!(mesh.pipes.count.get(), 1, "one tunnel for all");
     })
     .await;
 }

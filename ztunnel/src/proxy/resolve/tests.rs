@@ -115,3 +115,9 @@ fn what_peers_tell_is_read_leniently() {
     assert_eq!(told.host.as_deref(), Some("web.demo.svc"));
     assert!(told.remote);
 }
+
+#[test]
+fn a_peer_waits_for_an_answer_longer_than_we_may_take() {
+    let ours = WORKLOAD_WAIT + crate::proxy::upstream::CONNECT_TIMEOUT;
+    assert!(mesh_hbone::Settings::default().answer_timeout > ours);
+}
