@@ -63,6 +63,11 @@ impl Responder {
         drop(self.respond.send_response(response, true));
     }
 
+    /// REFUSED_STREAM: not processed, and welcome elsewhere (RFC 9113 §8.7).
+    fn refuse(mut self) {
+        self.respond.send_reset(h2::Reason::REFUSED_STREAM);
+    }
+
     /// Resolves when the peer gives up waiting.
     pub async fn abandoned(&mut self) {
         // An error means that the tunnel is gone, which is giving up too.
@@ -87,6 +92,7 @@ where
     let keepalive = keepalive::watch(connection.ping_pong(), settings.keepalive);
     tokio::pin!(keepalive);
     let mut handlers = JoinSet::new();
+    let max_handlers = usize::try_from(settings.max_streams).unwrap_or(usize::MAX);
     let mut draining = None;
     let result = loop {
         let accepted = tokio::select! {
@@ -105,7 +111,7 @@ where
             Some(_) = handlers.join_next(), if !handlers.is_empty() => continue,
         };
         match accepted {
-            Some(Ok((request, respond))) => dispatch(request, respond, &handler, &mut handlers),
+            Some(Ok((request, respond))) => dispatch(request, respond, &handler, &mut handlers, max_handlers),
             Some(Err(error)) => break Err(Error::Lost { source: Arc::new(error) }),
             None => break Ok(()),
         }
@@ -124,12 +130,18 @@ fn dispatch<H: Handler + 'static>(
     respond: h2::server::SendResponse<Chunk>,
     handler: &Rc<H>,
     handlers: &mut JoinSet<()>,
+    max_handlers: usize,
 ) {
     let parsed = Request::parse(&request);
     let target = request.uri().authority().map(ToString::to_string).unwrap_or_default();
     let responder = Responder { respond, recv: request.into_body(), target };
     match parsed {
         Ok(request) => {
+            while handlers.try_join_next().is_some() {}
+            // HTTP/2 counts open streams; what a peer reset may still be worked on.
+            if handlers.len() >= max_handlers {
+                return responder.refuse();
+            }
             handlers.spawn_local(handler.clone().connect(request, responder));
         }
         Err(malformed) => {

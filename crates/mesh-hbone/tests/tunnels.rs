@@ -395,6 +395,32 @@ async fn a_slow_answer_is_waited_for_and_an_overdue_one_leaves_the_tunnel_to_the
     .await;
 }
 
+#[tokio::test(start_paused = true)]
+async fn streams_that_were_reset_count_until_their_handlers_are_done() {
+    local(async {
+        let (near, far) = duplex(1 << 20);
+        let (_drain, watcher) = drain::channel();
+        let slow = Rc::new(Slow { delay: Cell::new(Duration::from_secs(60)) });
+        let settings = Settings { max_streams: 2, ..Settings::default() };
+        spawn_local(async move { server::serve(far, &settings, watcher, slow).await });
+        let (mut client, connection) = h2::client::handshake(near).await.unwrap();
+        spawn_local(connection);
+        let connect = || http::Request::connect("10.0.0.2:8080").body(()).unwrap();
+        for _ in 0..2 {
+            let abandoned = client.send_request(connect(), false).unwrap();
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            drop(abandoned);
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        let (answer, _stream) = client.send_request(connect(), false).unwrap();
+        assert_eq!(answer.await.unwrap_err().reason(), Some(h2::Reason::REFUSED_STREAM));
+        tokio::time::sleep(Duration::from_secs(60)).await;
+        let (answer, _stream) = client.send_request(connect(), false).unwrap();
+        assert_eq!(answer.await.unwrap().status(), 200);
+    })
+    .await;
+}
+
 /// A scripted HTTP/2 server: answers 200, then does as told.
 async fn scripted(pipe: DuplexStream, script: impl AsyncFnOnce(h2::SendStream<Bytes>, h2::RecvStream)) {
     let mut connection = h2::server::handshake(pipe).await.unwrap();
