@@ -92,10 +92,14 @@ struct Tunnel {
 }
 
 impl Handler for Tunnel {
-    fn connect(self: Rc<Self>, request: Request, responder: Responder) -> LocalBoxFuture<'static, ()> {
+    fn connect(self: Rc<Self>, request: Request, mut responder: Responder) -> LocalBoxFuture<'static, ()> {
         Box::pin(async move {
             let _load = self.pod.worker.occupy();
-            let local = resolve::settled_workload(&self.pod).await;
+            let local = tokio::select! {
+                biased;
+                local = resolve::settled_workload(&self.pod) => local,
+                () = responder.abandoned() => Err(ProxyError::Reset(Side::Second)),
+            };
             match local.and_then(|local| Ok((self.target(&local, &request)?, local))) {
                 Ok((target, local)) => self.carry(&local, target, &request, responder).await,
                 Err(error) => self.refuse(&error, responder),

@@ -1,6 +1,6 @@
 //! Peers that do not keep to HBONE: each costs itself, and nobody else.
 
-use std::{net::SocketAddr, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use mesh_core::headers::Authority;
 use mesh_hbone::{ConnectRequest, Settings, client::connect_once};
@@ -9,6 +9,7 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     task::LocalSet,
+    time::timeout,
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use ztunnel::pods::Kind;
@@ -59,6 +60,26 @@ async fn a_connect_to_somebody_else_is_refused_with_400() {
             let error = connect_once(stream, &Settings::default(), &request).await.expect_err("refused");
             assert_eq!(error.to_string(), "http status: 400 Bad Request");
             ping_pong(&mut near, &mut far).await;
+        })
+        .await;
+}
+
+#[tokio::test]
+async fn a_connect_given_up_while_policies_are_awaited_is_not_carried_on() {
+    LocalSet::new()
+        .run_until(async {
+            let mesh = Mesh::new();
+            let server = mesh.pod("server").await;
+            let (_listener, address) = server.listen().await;
+            mesh.state.update(|index| index.set_policies_complete(false));
+            let request = ConnectRequest { authority: Authority::Address(address), headers: Vec::new() };
+            let stream = tls_as(&mesh, "client", &server).await;
+            let settings = Settings::default();
+            let opening = connect_once(stream, &settings, &request);
+            assert!(timeout(Duration::from_millis(500), opening).await.is_err(), "answered early");
+            let metrics = server.finish().await;
+            let failures = "fairway_connection_failures_total";
+            assert_eq!(samples(&metrics, failures, &[r#"reason="reset""#, " 1"]).len(), 1, "{metrics}");
         })
         .await;
 }
