@@ -14,6 +14,8 @@ use super::{Unacceptable, ip_to_wire, port_from_wire, prefix_from_wire, unknown_
 
 /// The extension that carries a [`ours::PolicyOrigin`].
 const ORIGIN_EXTENSION: &str = "fairway.origin";
+/// Policies of this namespace may cover the whole mesh.
+const ROOT_NAMESPACE: &str = "istio-system";
 const ORIGIN_TYPE_URL: &str = "type.googleapis.com/fairway.v1.PolicyOrigin";
 
 /// # Errors
@@ -70,15 +72,18 @@ pub fn policy_to_wire(p: &Policy) -> wire::Authorization {
 }
 
 /// What stands in for a policy that was sent but cannot be understood: it denies everything in its scope, and says why. A policy
-/// whose very envelope is unreadable denies its namespace, taken from the resource name.
+/// whose very envelope is unreadable denies the most it can have covered: the namespace in the resource name, or the mesh if that is
+/// the root namespace.
 pub fn unreadable_policy(name: &str, body: &[u8], problem: &Unacceptable) -> Policy {
     let envelope = wire::Authorization::decode(body).unwrap_or_default();
     let (namespace, short) = name.split_once('/').unwrap_or(("", name));
+    // Zero is also what an unreadable envelope decodes to; only believe it where the rest was readable.
     let scope = match wire::Scope::try_from(envelope.scope) {
-        // Zero is also what an unreadable envelope decodes to; only believe it where the rest was readable.
         Ok(wire::Scope::Global) if envelope.name == short => Scope::Global,
+        Ok(wire::Scope::Namespace) => Scope::Namespace,
         Ok(wire::Scope::WorkloadSelector) => Scope::WorkloadSelector,
-        Ok(_) | Err(_) => Scope::Namespace,
+        Ok(wire::Scope::Global) | Err(_) if namespace == ROOT_NAMESPACE => Scope::Global,
+        Ok(wire::Scope::Global) | Err(_) => Scope::Namespace,
     };
     let written = origin_from_extensions(&envelope.extensions);
     let mut origin = policy_origin(namespace, short, written.as_ref());

@@ -206,3 +206,36 @@ fn a_policy_that_cannot_be_read_denies_its_scope() {
     let garbage = unreadable_policy("ns/p", &[0xff; 7], &problem);
     assert_eq!((garbage.scope, &*garbage.namespace), (Scope::Namespace, "ns"));
 }
+
+#[test]
+fn the_stand_in_for_a_policy_covers_no_less_than_the_policy_did() {
+    let problem = Unacceptable::new("resource", "undecodable");
+    let policy = |namespace: &str, scope| {
+        let (name, namespace) = ("p".to_owned(), namespace.to_owned());
+        proto::security::Authorization { name, namespace, scope, action: 9, ..Default::default() }.encode_to_vec()
+    };
+    // A rule that is cut short makes the whole message undecodable.
+    let cut = |mut body: Vec<u8>| {
+        body.extend([0x2a, 0x7f, 0x01]);
+        assert!(proto::security::Authorization::decode(&body[..]).is_err());
+        body
+    };
+    let table = [
+        ("istio-system", cut(policy("istio-system", 0)), Scope::Global),
+        ("istio-system", vec![0xff; 7], Scope::Global),
+        ("istio-system", policy("istio-system", 9), Scope::Global),
+        ("istio-system", policy("istio-system", 0), Scope::Global),
+        ("istio-system", policy("istio-system", 1), Scope::Namespace),
+        ("istio-system", policy("istio-system", 2), Scope::WorkloadSelector),
+        ("ns", cut(policy("ns", 2)), Scope::Namespace),
+        ("ns", vec![0xff; 7], Scope::Namespace),
+        ("ns", policy("ns", 9), Scope::Namespace),
+        ("ns", policy("ns", 1), Scope::Namespace),
+        ("ns", policy("ns", 2), Scope::WorkloadSelector),
+    ];
+    for (namespace, body, expected) in table {
+        let stand_in = unreadable_policy(&format!("{namespace}/p"), &body, &problem);
+        assert_eq!((stand_in.scope, stand_in.action), (expected, Action::Deny), "{namespace} {body:?}");
+        assert_eq!(&*stand_in.namespace, namespace);
+    }
+}
