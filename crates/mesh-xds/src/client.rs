@@ -24,7 +24,7 @@ use crate::{
 
 /// Largest response accepted, as upstream: a full mesh in one message.
 const MAX_MESSAGE: usize = 200 * 1024 * 1024;
-/// The server answers a new stream within this, or it is dialled again.
+/// The server opens a new stream and answers on it within this, or it is dialled again.
 const FIRST_RESPONSE: Duration = Duration::from_secs(30);
 /// Requests in flight: one answer per response, and the two initial ones.
 const REQUEST_QUEUE: usize = 8;
@@ -123,39 +123,35 @@ impl Client {
     }
 
     async fn session(&mut self, backoff: &mut Backoff) -> Ended {
-        let (requests, mut responses) = match self.open().await {
-            Ok(stream) => stream,
-            Err(ended) => return ended,
+        // Dialling has limits of its own.
+        let channel = match self.transport.channel().await {
+            Ok(channel) => channel,
+            Err(error) => return Ended::Connect(error),
         };
-        (self.observer)(Event::Connected);
-        let mut first = true;
+        let (requests, mut responses, first) = match tokio::time::timeout(FIRST_RESPONSE, self.open(channel)).await {
+            Ok(Ok(stream)) => stream,
+            Ok(Err(ended)) => return ended,
+            Err(_) => return Ended::Connect("no response within 30 s of asking for the stream".into()),
+        };
+        let mut next = Ok(Some(first));
         loop {
-            let next = if first {
-                match tokio::time::timeout(FIRST_RESPONSE, responses.message()).await {
-                    Ok(next) => next,
-                    Err(_) => return Ended::Connect("no response within 30 s of opening the stream".into()),
-                }
-            } else {
-                responses.message().await
-            };
             let response = match next {
                 Ok(Some(response)) => response,
                 Ok(None) => return Ended::Complete,
                 Err(status) => return Ended::Status(status),
             };
-            first = false;
             backoff.reset();
-            let Some(answer) = self.on_response(&response) else { continue };
-            if requests.send(answer).await.is_err() {
+            if let Some(answer) = self.on_response(&response)
+                && requests.send(answer).await.is_err()
+            {
                 return Ended::Complete;
             }
+            next = responses.message().await;
         }
     }
 
-    async fn open(
-        &mut self,
-    ) -> Result<(mpsc::Sender<DeltaDiscoveryRequest>, Streaming<DeltaDiscoveryResponse>), Ended> {
-        let channel = self.transport.channel().await.map_err(Ended::Connect)?;
+    /// Opens the stream and waits for its first response.
+    async fn open(&mut self, channel: Channel) -> Result<Opened, Ended> {
         let metadata = self.transport.metadata().map_err(Ended::Connect)?;
         let (requests, queue) = mpsc::channel(REQUEST_QUEUE.max(self.types.len()));
         for kind in &self.types {
@@ -166,7 +162,10 @@ impl Client {
         *request.metadata_mut() = metadata;
         let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
         let response = client.delta_aggregated_resources(request).await.map_err(Ended::Status)?;
-        Ok((requests, response.into_inner()))
+        (self.observer)(Event::Connected);
+        let mut responses = response.into_inner();
+        let first = responses.message().await.map_err(Ended::Status)?.ok_or(Ended::Complete)?;
+        Ok((requests, responses, first))
     }
 
     /// Applies first, then records versions, then answers: an ACK means that the state is in force.
@@ -195,6 +194,9 @@ impl Client {
         Some(kind.answer(response, &decoded.rejections))
     }
 }
+
+/// Where answers go, where responses come from, and the first of them.
+type Opened = (mpsc::Sender<DeltaDiscoveryRequest>, Streaming<DeltaDiscoveryResponse>, DeltaDiscoveryResponse);
 
 /// The accepted and rejected parts of a response.
 struct Decoded<'a> {

@@ -9,7 +9,7 @@ use mesh_core::{
 };
 use mesh_runtime::drain;
 use mesh_xds::{
-    client::{BoxError, Client, Handler, Transport, Update},
+    client::{self, BoxError, Client, Handler, Transport, Update},
     convert::{Encoded, resource_to_wire},
     server::{Authenticate, Cache, Caller, Change, DeltaService, Event, Lane},
 };
@@ -105,7 +105,17 @@ impl Mesh {
             }
         });
         let service = DeltaService::new(cache.clone(), Arc::new(Token), observer).into_server();
-        let listener = std::net::TcpListener::bind(address).unwrap();
+        // A killed server lets go of its port a moment later.
+        let patience = std::time::Instant::now() + DEADLINE;
+        let listener = loop {
+            match std::net::TcpListener::bind(address) {
+                Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => {
+                    assert!(std::time::Instant::now() < patience, "{error}");
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                bound => break bound.unwrap(),
+            }
+        };
         listener.set_nonblocking(true).unwrap();
         let address = listener.local_addr().unwrap();
         let server = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
@@ -272,4 +282,47 @@ async fn a_caller_without_a_token_is_refused() {
     let requests = tokio_stream::iter([proto::discovery::DeltaDiscoveryRequest::default()]);
     let refused = AggregatedDiscoveryServiceClient::new(channel).delta_aggregated_resources(requests).await;
     assert_eq!(refused.unwrap_err().code(), tonic::Code::Unauthenticated);
+}
+
+/// Takes the call and never comes to a decision.
+struct Undecided(mpsc::UnboundedSender<()>);
+
+impl Authenticate for Undecided {
+    fn authenticate<'a>(
+        &'a self,
+        _: &'a MetadataMap,
+    ) -> Pin<Box<dyn Future<Output = Result<Caller, Status>> + Send + 'a>> {
+        self.0.send(()).unwrap_or_default();
+        Box::pin(std::future::pending())
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_never_opens_the_stream_is_left() {
+    let (asked, mut calls) = mpsc::unbounded_channel();
+    let service = DeltaService::new(filled(1), Arc::new(Undecided(asked)), Arc::new(|_: Event<'_>| {})).into_server();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let incoming = TcpListenerStream::new(listener);
+    let server = tokio::spawn(Server::builder().add_service(service).serve_with_incoming(incoming));
+    let (tell, mut ends) = mpsc::unbounded_channel();
+    let observer = move |event: client::Event<'_>| {
+        if let client::Event::Terminated { reason } = event {
+            tell.send(reason).unwrap_or_default();
+        }
+    };
+    let (handler, _updates) = mpsc::unbounded_channel();
+    let types = [ADDRESS_TYPE_URL];
+    let handler = Box::new(Tell(handler));
+    let client = Client::new(Arc::new(Dial(address)), Node::default(), &types, handler, Box::new(observer));
+    let (trigger, watcher) = drain::channel();
+    let running = tokio::spawn(client.run(watcher));
+    tokio::time::timeout(DEADLINE, calls.recv()).await.unwrap().unwrap();
+    // From here on, time passes whenever nothing else happens.
+    tokio::time::pause();
+    let left = tokio::time::timeout(Duration::from_secs(31), ends.recv()).await;
+    assert_eq!(left.unwrap().unwrap(), "ConnectionError");
+    trigger.drain(DEADLINE).await;
+    running.await.unwrap();
+    server.abort();
 }
