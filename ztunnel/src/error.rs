@@ -31,6 +31,8 @@ pub enum ProxyError {
     Tls(#[source] io::Error),
     #[error("the peer did not finish its handshake within {0:?}")]
     HandshakeTimeout(Duration),
+    #[error("the peer's certificate has expired since its handshake")]
+    PeerExpired,
     #[error("{0} handshakes of this address are pending already")]
     TooManyHandshakes(usize),
     /// The peer broke SOCKS, or its CONNECT was not one.
@@ -70,7 +72,7 @@ impl ProxyError {
             Self::Identity(_) => Reason::Identity,
             Self::Connect { source, .. } => connect_reason(source),
             Self::Tunnel(error) => error.reason(),
-            Self::Tls(_) | Self::HandshakeTimeout(_) => Reason::Tls,
+            Self::Tls(_) | Self::HandshakeTimeout(_) | Self::PeerExpired => Reason::Tls,
             Self::TooManyHandshakes(_) | Self::BadRequest(_) => Reason::BadRequest,
             Self::Denied(decision) | Self::PolicyChange(decision) => decision.reason.unwrap_or(Reason::Denied),
             Self::Reset(_) | Self::Copy { .. } => Reason::Reset,

@@ -40,6 +40,8 @@ pub struct TunnelKey {
     pub source_uid: Arc<str>,
     pub source_ip: IpAddr,
     pub source_identity: Identity,
+    /// Of the certificate that speaks for it: new flows go by the newest, open ones stay where they are.
+    pub generation: u64,
     pub destination: SocketAddr,
     /// Whom the peer's certificate may name.
     pub accepted: Arc<[Identity]>,

@@ -1,6 +1,10 @@
 //! The accepting end: CONNECTs to a handler, GOAWAY on drain, keep-alive.
 
-use std::{future::poll_fn, rc::Rc, sync::Arc};
+use std::{
+    future::{pending, poll_fn},
+    rc::Rc,
+    sync::Arc,
+};
 
 use http::{HeaderMap, Response, StatusCode};
 use mesh_runtime::drain::{DrainMode, DrainWatcher};
@@ -27,6 +31,11 @@ pub trait Handler {
 
     /// Something that was no CONNECT, already answered.
     fn malformed(&self, malformed: &Malformed);
+
+    /// Resolves when the tunnel shall take no more CONNECTs; the peer is then told to go elsewhere, and open streams run on.
+    fn expired(&self) -> LocalBoxFuture<'static, ()> {
+        Box::pin(pending())
+    }
 }
 
 /// The pending answer to a CONNECT. Dropping it unanswered resets the stream.
@@ -94,6 +103,7 @@ where
     let mut handlers = JoinSet::new();
     let max_handlers = usize::try_from(settings.max_streams).unwrap_or(usize::MAX);
     let mut draining = None;
+    let (mut expired, mut going_away) = (handler.expired(), false);
     let result = loop {
         let accepted = tokio::select! {
             accepted = connection.accept() => accepted,
@@ -106,6 +116,11 @@ where
                 continue;
             }
             () = drain.stopped() => return Ok(()),
+            () = &mut expired, if !going_away => {
+                going_away = true;
+                connection.graceful_shutdown();
+                continue;
+            }
             () = &mut keepalive => break Err(Error::KeepAlive(settings.keepalive.timeout)),
             // Reap what has finished; an empty set is disabled by the guard.
             Some(_) = handlers.join_next(), if !handlers.is_empty() => continue,

@@ -35,6 +35,7 @@ fn key(name: &str) -> TunnelKey {
         source_uid: name.into(),
         source_ip: [10, 0, 0, 1].into(),
         source_identity: Identity::new("cluster.local", "demo", name),
+        generation: 1,
         destination: "10.0.0.2:15008".parse().unwrap(),
         accepted: vec![Identity::new("cluster.local", "demo", "server")].into(),
         network: "".into(),
@@ -296,6 +297,20 @@ async fn pods_never_share_and_a_retired_pod_loses_its_streams() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_renewed_certificate_gets_a_tunnel_of_its_own_and_open_streams_stay() {
+    local(async {
+        let mut mesh = mesh(PoolConfig::default());
+        let (mut near, mut far) = mesh.open().await;
+        let renewed = TunnelKey { generation: 2, ..key("client") };
+        let _new = mesh.pool.open(&renewed, &request()).await.unwrap();
+        assert_eq!(mesh.pipes.count.get(), 2);
+        near.write_all(b"x").await.unwrap();
+        far.read_exact(&mut [0]).await.unwrap();
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn drain_sends_new_streams_elsewhere_and_lets_open_ones_finish() {
     local(async {
         let mut mesh = mesh(PoolConfig::default());
@@ -362,6 +377,7 @@ async fn a_silent_peer_meets_deadlines() {
 /// Answers after `delay`.
 struct Slow {
     delay: Cell<Duration>,
+    expires: Option<Duration>,
 }
 
 impl Handler for Slow {
@@ -376,13 +392,34 @@ impl Handler for Slow {
     }
 
     fn malformed(&self, _: &Malformed) {}
+
+    fn expired(&self) -> LocalBoxFuture<'static, ()> {
+        let at = self.expires;
+        Box::pin(async move { tokio::time::sleep(at.unwrap_or(Duration::MAX)).await })
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_expired_tunnel_keeps_its_streams_and_sends_new_ones_elsewhere() {
+    local(async {
+        let (mesh, dialed, watcher) = unserved(PoolConfig::default());
+        let slow = Rc::new(Slow { delay: Cell::default(), expires: Some(Duration::from_secs(30)) });
+        spawn_local(serve_all(dialed, slow, watcher));
+        let (mut open, _) = mesh.pool.open(&key("client"), &request()).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(31)).await;
+        let _next = mesh.pool.open(&key("client"), &request()).await.unwrap();
+        assert_eq!(mesh.pipes.count.get(), 2);
+        let quiet = tokio::time::timeout(Duration::from_secs(5), open.read(&mut [0])).await;
+        assert!(quiet.is_err(), "{quiet:?}");
+    })
+    .await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_slow_answer_is_waited_for_and_an_overdue_one_leaves_the_tunnel_to_the_others() {
     local(async {
         let (mesh, dialed, watcher) = unserved(PoolConfig::default());
-        let slow = Rc::new(Slow { delay: Cell::new(Duration::from_secs(15)) });
+        let slow = Rc::new(Slow { delay: Cell::new(Duration::from_secs(15)), expires: None });
         spawn_local(serve_all(dialed, slow.clone(), watcher));
         let _patient = mesh.pool.open(&key("client"), &request()).await.unwrap();
         slow.delay.set(Duration::from_secs(60));
@@ -400,7 +437,7 @@ async fn streams_that_were_reset_count_until_their_handlers_are_done() {
     local(async {
         let (near, far) = duplex(1 << 20);
         let (_drain, watcher) = drain::channel();
-        let slow = Rc::new(Slow { delay: Cell::new(Duration::from_secs(60)) });
+        let slow = Rc::new(Slow { delay: Cell::new(Duration::from_secs(60)), expires: None });
         let settings = Settings { max_streams: 2, ..Settings::default() };
         spawn_local(async move { server::serve(far, &settings, watcher, slow).await });
         let (mut client, connection) = h2::client::handshake(near).await.unwrap();

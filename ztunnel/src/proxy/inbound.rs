@@ -2,11 +2,12 @@
 
 use std::{
     cell::RefCell,
+    future::pending,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     rc::Rc,
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant, SystemTime},
 };
 
 use foldhash::HashMap;
@@ -16,12 +17,15 @@ use mesh_hbone::{
     LocalBoxFuture,
     server::{self, Handler, Malformed, Request, Responder},
 };
-use mesh_identity::{Priority, peer_identity, server_config};
+use mesh_identity::{Priority, peer_identity, server_config, svid::validity};
 use mesh_net::{
     Side, SocketOptions,
     sockets::{canonical, configure_accepted},
 };
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    net::TcpStream,
+    time::{sleep, timeout},
+};
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use crate::{
@@ -52,8 +56,10 @@ pub(crate) async fn serve(pod: Rc<PodContext>, client: TcpStream, peer: SocketAd
         Ok(stream) => stream,
         Err(error) => return outcomes.early_deny(Direction::Inbound, peer, dialled, &error),
     };
-    let identity = stream.get_ref().1.peer_certificates().and_then(peer_identity);
-    let tunnel = Rc::new(Tunnel { pod: pod.clone(), peer, dialled, identity });
+    let certificates = stream.get_ref().1.peer_certificates();
+    let identity = certificates.and_then(peer_identity);
+    let expires = certificates.and_then(|chain| validity(chain.first()?)).map(|(_, not_after)| not_after);
+    let tunnel = Rc::new(Tunnel { pod: pod.clone(), peer, dialled, identity, expires });
     let settings = hbone_settings(&pod.shared.config);
     if let Err(error) = server::serve(stream, &settings, pod.drain.clone(), tunnel).await {
         tracing::debug!(%peer, %error, "tunnel ended");
@@ -89,6 +95,8 @@ struct Tunnel {
     /// The address of the pod that the peer chose to dial: what its CONNECTs may name.
     dialled: SocketAddr,
     identity: Option<Identity>,
+    /// The end of the certificate that proved it.
+    expires: Option<SystemTime>,
 }
 
 impl Handler for Tunnel {
@@ -101,6 +109,8 @@ impl Handler for Tunnel {
                 () = responder.abandoned() => Err(ProxyError::Reset(Side::Second)),
             };
             match local.and_then(|local| Ok((self.target(&local, &request)?, local))) {
+                // Also what was sent before the peer knew that it should go elsewhere.
+                Ok(_) if self.left() == Some(Duration::ZERO) => self.refuse(&ProxyError::PeerExpired, responder),
                 Ok((target, local)) => self.carry(&local, target, &request, responder).await,
                 Err(error) => self.refuse(&error, responder),
             }
@@ -110,9 +120,24 @@ impl Handler for Tunnel {
     fn malformed(&self, malformed: &Malformed) {
         self.deny(&ProxyError::BadRequest(malformed.detail.clone()));
     }
+
+    fn expired(&self) -> LocalBoxFuture<'static, ()> {
+        let left = self.left();
+        Box::pin(async move {
+            match left {
+                Some(left) => sleep(left).await,
+                None => pending().await,
+            }
+        })
+    }
 }
 
 impl Tunnel {
+    /// For how long the identity is proven; nothing where there is none.
+    fn left(&self) -> Option<Duration> {
+        self.expires.map(|at| at.duration_since(SystemTime::now()).unwrap_or_default())
+    }
+
     fn target(&self, local: &Workload, request: &Request) -> Result<Target, ProxyError> {
         let index = self.pod.shared.state.snapshot();
         let is_own_port = |port| self.pod.is_own_port(port);
@@ -311,6 +336,7 @@ mod tests {
         assert_eq!(status(&mismatch), 400);
         assert_eq!(status(&ProxyError::UnknownWorkload("web".into())), 503);
         assert_eq!(status(&ProxyError::Loop), 503);
+        assert_eq!(status(&ProxyError::PeerExpired), 503);
         assert_eq!(status(&connect), 503);
     }
 }

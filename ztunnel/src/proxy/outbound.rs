@@ -119,17 +119,21 @@ async fn attempt(pod: &PodContext, route: &Route) -> Result<Upstream, ProxyError
     match &route.hop {
         Hop::Tcp(address) => Ok(Upstream::Tcp(pod.connect(*address).await?)),
         Hop::Tunnel(tunnel) => {
-            let (stream, _response) = pod.pool.open(&key(route, tunnel), &request(route, tunnel)).await?;
+            let (stream, _response) = pod.pool.open(&key(pod, route, tunnel), &request(route, tunnel)).await?;
             Ok(Upstream::Tunnel(stream))
         }
     }
 }
 
-fn key(route: &Route, tunnel: &Tunnel) -> TunnelKey {
+fn key(pod: &PodContext, route: &Route, tunnel: &Tunnel) -> TunnelKey {
+    let source_identity = route.source.identity();
+    // None before the first: the dial waits for it.
+    let generation = pod.shared.identities.cached(&source_identity).map_or(0, |certificate| certificate.generation);
     TunnelKey {
         source_uid: route.source.uid.clone(),
         source_ip: route.source_ip,
-        source_identity: route.source.identity(),
+        source_identity,
+        generation,
         destination: tunnel.address,
         accepted: tunnel.accepted.clone(),
         network: route.source.network.clone(),

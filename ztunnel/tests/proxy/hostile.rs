@@ -9,14 +9,14 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
     task::LocalSet,
-    time::timeout,
+    time::{sleep, timeout},
 };
 use tokio_rustls::{TlsConnector, client::TlsStream};
 use ztunnel::pods::Kind;
 
 use crate::{
     connected,
-    mesh::{Mesh, Pod, expect_reset, expect_reset_early, identity, samples},
+    mesh::{BRIEF, BRIEF_TTL, Mesh, Pod, expect_reset, expect_reset_early, identity, samples},
     ping_pong,
 };
 
@@ -102,6 +102,45 @@ async fn requests_that_are_not_connects_are_refused_with_400_in_the_same_tunnel(
         // RFC 7541 appendix A: 12 = `:status` 400.
         assert_eq!(next_headers(&mut stream, id).await.first(), Some(&0x8c), "stream {id}");
     }
+    ping_pong(&mut near, &mut far).await;
+}
+
+/// A client of ours would have gone elsewhere long before.
+#[tokio::test]
+async fn an_identity_does_not_outlive_its_certificate() {
+    let mesh = Mesh::new();
+    let server = mesh.pod("server").await;
+    let (_listener, address) = server.listen().await;
+    let authority = address.to_string();
+    let length = u8::try_from(authority.len()).expect("short");
+    let connect = [&[0x42, 7][..], b"CONNECT", &[0x41, length], authority.as_bytes()].concat();
+    let mut stream = tls_as(&mesh, BRIEF, &server).await;
+    let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+    bytes.extend(frame(SETTINGS, 0, 0, &[]));
+    bytes.extend(frame(HEADERS, END_HEADERS, 1, &connect));
+    stream.write_all(&bytes).await.expect("write");
+    // RFC 7541 appendix A: 8 = `:status` 200.
+    assert_eq!(next_headers(&mut stream, 1).await.first(), Some(&0x88));
+    sleep(BRIEF_TTL).await;
+    stream.write_all(&frame(HEADERS, END_HEADERS, 3, &connect)).await.expect("write");
+    assert_ne!(next_headers(&mut stream, 3).await.first(), Some(&0x88));
+    drop(stream);
+    let metrics = server.finish().await;
+    let failures = "fairway_connection_failures_total";
+    assert_eq!(samples(&metrics, failures, &[r#"reason="tls""#, " 1"]).len(), 1, "{metrics}");
+}
+
+#[tokio::test]
+async fn flows_outlive_their_certificate_and_new_ones_go_by_its_successor() {
+    let mesh = Mesh::new();
+    let (client, server) = (mesh.pod(BRIEF).await, mesh.pod("server").await);
+    let (listener, address) = server.listen().await;
+    let (mut near, accepted) = tokio::join!(client.dial(address), listener.accept());
+    let mut far = accepted.expect("accept").0;
+    ping_pong(&mut near, &mut far).await;
+    sleep(BRIEF_TTL).await;
+    let (mut later, accepted) = tokio::join!(client.dial(address), listener.accept());
+    ping_pong(&mut later, &mut accepted.expect("accept").0).await;
     ping_pong(&mut near, &mut far).await;
 }
 

@@ -36,6 +36,9 @@ use ztunnel::{
 
 pub(crate) const HBONE_PORT: u16 = 15008;
 const TTL: Duration = Duration::from_secs(3600);
+/// An account whose certificates end within a test.
+pub(crate) const BRIEF: &str = "brief";
+pub(crate) const BRIEF_TTL: Duration = Duration::from_secs(3);
 /// Generous: it only ends a test that would fail anyway.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -47,7 +50,8 @@ impl CaClient for FakeCa {
         identity: &Identity,
         csr_pem: String,
     ) -> mesh_identity::ca::BoxFuture<'_, Result<Vec<String>, CaError>> {
-        let signed = self.0.sign(&csr_pem, identity, TTL, SystemTime::now());
+        let ttl = if &*identity.service_account == BRIEF { BRIEF_TTL } else { TTL };
+        let signed = self.0.sign(&csr_pem, identity, ttl, SystemTime::now());
         Box::pin(std::future::ready(signed.map_err(|error| CaError::Refused(error.to_string()))))
     }
 }
