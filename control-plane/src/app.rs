@@ -25,6 +25,7 @@ use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
     task::{JoinError, JoinSet},
+    time::Instant,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
@@ -49,6 +50,8 @@ const GRACE: Duration = Duration::from_millis(500);
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
 /// Manifests must have been quiet for this long before they are read.
 const QUIET: Duration = Duration::from_millis(50);
+/// A start waits this long for files it cannot read to be corrected: policies in them may still be in force at the nodes.
+const UNREAD_LIMIT: Duration = Duration::from_secs(30);
 const ROOT_NAMESPACE: &str = "istio-system";
 
 /// What `fairwayd run` is told.
@@ -136,7 +139,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     let (trigger, drain) = drain::channel();
     let readiness = Readiness::default();
     let cache = Arc::new(Cache::new());
-    let pipeline = Pipeline::new(&config, cache.clone(), metrics.clone(), readiness.pending("first full state"));
+    let pipeline = Pipeline::new(&config, cache.clone(), metrics.clone(), readiness.clone());
     let state = pipeline.snapshot.subscribe();
     let observer = metrics.clone();
     let discovery =
@@ -225,12 +228,17 @@ struct Pipeline {
     snapshot: watch::Sender<Snapshot>,
     reported: BTreeSet<Problem>,
     metrics: Metrics,
+    readiness: Readiness,
     /// Dropped when the first full state has been published.
     starting: Option<Pending>,
+    /// Files that could not be read at the start, and not since.
+    unread: BTreeSet<Arc<str>>,
+    /// When to start without those.
+    unread_until: Option<Instant>,
 }
 
 impl Pipeline {
-    fn new(config: &Config, cache: Arc<Cache>, metrics: Metrics, starting: Pending) -> Self {
+    fn new(config: &Config, cache: Arc<Cache>, metrics: Metrics, readiness: Readiness) -> Self {
         let index = ClusterIndex::new(index::Settings {
             root_namespace: ROOT_NAMESPACE.into(),
             trust_domain: config.trust_domain.as_str().into(),
@@ -239,7 +247,9 @@ impl Pipeline {
         });
         let snapshot = watch::Sender::new(Snapshot { index: index.model().clone(), problems: Arc::default() });
         let folder = Folder::new(config.manifests.clone(), manifest_settings());
-        Self { folder, index, cache, snapshot, reported: BTreeSet::new(), metrics, starting: Some(starting) }
+        let starting = Some(readiness.pending("first full state"));
+        let (reported, unread, unread_until) = Default::default();
+        Self { folder, index, cache, snapshot, reported, metrics, readiness, starting, unread, unread_until }
     }
 
     async fn run(self, manifests: PathBuf, drain: DrainWatcher) -> Result<(), TaskFailed> {
@@ -247,22 +257,30 @@ impl Pipeline {
         let mut watch = Watch::new(&manifests, QUIET);
         loop {
             let was_readable = pipeline.folder.is_readable();
-            let step = tokio::task::spawn_blocking(|| pipeline.step());
+            let step = tokio::task::spawn_blocking(|| pipeline.step(Instant::now()));
             pipeline = step.await.map_err(failed::<JoinError>("the source"))?;
             if !was_readable && pipeline.folder.is_readable() {
                 // What was not there could not be watched; and a folder that is removed takes its watch with it.
                 watch = Watch::new(&manifests, QUIET);
                 continue;
             }
+            let unread_until = pipeline.unread_until.filter(|until| *until > Instant::now());
+            let waited = async {
+                match unread_until {
+                    Some(until) => tokio::time::sleep_until(until).await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 () = watch.changed() => {}
+                () = waited => {}
                 _ = drain.signalled() => return Ok(()),
             }
         }
     }
 
     /// Reads what changed and publishes what follows from it. Blocks.
-    fn step(mut self) -> Self {
+    fn step(mut self, now: Instant) -> Self {
         let changes = self.folder.scan();
         let read = self.folder.is_readable();
         if !changes.is_empty() {
@@ -271,19 +289,46 @@ impl Pipeline {
             let published = self.cache.publish(publish::cache_changes(&changes));
             tracing::info!(objects, published, version = self.index.model().version(), "manifests changed");
         }
+        let unread = self.folder.catalogue.unread();
+        match self.starting {
+            Some(_) => self.unread = unread,
+            None => self.unread.retain(|file| unread.contains(file)),
+        }
         self.report();
         // An unreadable folder must not look like an empty mesh to those who connect.
-        if read && let Some(starting) = self.starting.take() {
+        if read && self.starting.is_some() && !self.waits_for_unread(now) {
             self.cache.set_ready();
-            drop(starting);
+            self.starting = None;
+            self.unread_until = None;
             tracing::info!(objects = self.folder.catalogue.len(), "first full state published");
         }
         self
     }
 
+    /// Whether the start has to wait: nodes would drop the policies of files that cannot be read. Not for ever, for those of all other
+    /// files count too.
+    fn waits_for_unread(&mut self, now: Instant) -> bool {
+        if self.unread.is_empty() {
+            return false;
+        }
+        let files = self.unread.iter().map(|file| &**file).collect::<Vec<_>>().join(", ");
+        let until = *self.unread_until.get_or_insert_with(|| {
+            tracing::warn!(files, limit = ?UNREAD_LIMIT, "files cannot be read, waiting for them to be corrected or removed");
+            now + UNREAD_LIMIT
+        });
+        let waits = now < until;
+        if waits {
+            self.starting = Some(self.readiness.pending(format!("manifests that cannot be read: {files}")));
+        } else {
+            tracing::error!(files, "starting without files that cannot be read: policies in them are not in force");
+        }
+        waits
+    }
+
     /// Logs each problem once, and once more that it is gone.
     fn report(&mut self) {
-        let problems: BTreeSet<Problem> = self.folder.problems().into_iter().collect();
+        let unread = self.unread.iter().map(unread_problem);
+        let problems: BTreeSet<Problem> = self.folder.problems().into_iter().chain(unread).collect();
         for problem in problems.difference(&self.reported) {
             tracing::warn!(file = %problem.file, line = problem.line, field = problem.field, remedy = problem.remedy, "{}", problem.message);
         }
@@ -298,6 +343,16 @@ impl Pipeline {
         self.metrics.policies.set(count(model.policies().count()));
         self.snapshot.send_replace(Snapshot { index: model.clone(), problems: problems.iter().cloned().collect() });
         self.reported = problems;
+    }
+}
+
+fn unread_problem(file: &Arc<str>) -> Problem {
+    Problem {
+        file: file.clone(),
+        line: 1,
+        field: String::new(),
+        message: "the file could not be read whole since the control plane started".to_owned(),
+        remedy: "correct or remove it; until then policies that cannot be read from it are not in force".to_owned(),
     }
 }
 
@@ -347,3 +402,6 @@ fn admin_server(
         });
     async move { server.serve(listener, drain).await.map_err(failed("the admin server")) }
 }
+
+#[cfg(test)]
+mod tests;

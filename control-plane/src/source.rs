@@ -48,21 +48,32 @@ impl Folder {
         if self.unreadable.is_some() {
             return Vec::new(); // nothing is known to be gone
         }
-        let gone: Vec<Arc<str>> = self.stamps.keys().filter(|file| !found.contains_key(*file)).cloned().collect();
+        let gone: Vec<Arc<str>> =
+            self.catalogue.files.keys().filter(|file| !found.contains_key(*file)).cloned().collect();
         for file in gone {
             self.stamps.remove(&file);
             self.catalogue.remove_file(&file);
         }
         for (file, (path, stamp)) in found {
-            if self.stamps.get(&file) != Some(&stamp) {
-                self.read_file(&file, &path);
-                self.stamps.insert(file, stamp);
+            let read = match stamp {
+                Ok(stamp) if self.stamps.get(&file) == Some(&stamp) => continue,
+                Ok(stamp) => self.read_file(&file, &path).then_some(stamp),
+                Err(error) => {
+                    self.cannot_read(&file, &error);
+                    None
+                }
+            };
+            // What could not be read is tried again, changed or not.
+            match read {
+                Some(stamp) => drop(self.stamps.insert(file, stamp)),
+                None => drop(self.stamps.remove(&file)),
             }
         }
         self.catalogue.changes()
     }
 
-    fn read_file(&mut self, file: &Arc<str>, path: &Path) {
+    /// False if there was nothing that could be read.
+    fn read_file(&mut self, file: &Arc<str>, path: &Path) -> bool {
         let read = fs::metadata(path).and_then(|meta| match meta.len() {
             0..=MAX_FILE_BYTES => fs::read(path),
             _ => Err(io::Error::other(format!("it is larger than {} MiB", MAX_FILE_BYTES >> 20))),
@@ -75,17 +86,18 @@ impl Folder {
                 self.catalogue.set_unreadable(file, line, "the file is not UTF-8", "save it as UTF-8");
             }
             // Removed between listing and reading: the next scan sees it.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return false,
             Err(error) => {
-                let message = format!("the file cannot be read: {error}");
-                self.catalogue.set_unreadable(
-                    file,
-                    1,
-                    &message,
-                    "make it readable; its last good objects stay in force",
-                );
+                self.cannot_read(file, &error);
+                return false;
             }
         }
+        true
+    }
+
+    fn cannot_read(&mut self, file: &Arc<str>, error: &io::Error) {
+        let message = format!("the file cannot be read: {error}");
+        self.catalogue.set_unreadable(file, 1, &message, "make it readable; its last good objects stay in force");
     }
 
     /// Whether the last scan saw the whole folder.
@@ -108,26 +120,41 @@ fn folder_problem(error: &io::Error) -> Problem {
     }
 }
 
-/// `*.yaml` and `*.yml` below `folder`, dot-files and dot-folders left out, keyed by path relative to the root.
-fn list(folder: &Path, prefix: &str, found: &mut BTreeMap<Arc<str>, (PathBuf, Stamp)>) -> io::Result<()> {
+/// Manifests by path relative to the root; of one that is there but cannot be looked at, why.
+type Found = BTreeMap<Arc<str>, (PathBuf, io::Result<Stamp>)>;
+
+/// `*.yaml` and `*.yml` below `folder`, dot-files and dot-folders left out.
+fn list(folder: &Path, prefix: &str, found: &mut Found) -> io::Result<()> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
         let Ok(name) = entry.file_name().into_string() else { continue };
-        // An entry that vanishes meanwhile, or a dangling link, is not there.
-        let Ok(meta) = fs::metadata(entry.path()) else { continue };
-        let relative = format!("{prefix}{name}");
         if name.starts_with('.') {
             continue;
         }
+        let relative = format!("{prefix}{name}");
+        let is_manifest = name.ends_with(".yaml") || name.ends_with(".yml");
+        let meta = match entry.file_type().map(|kind| (kind, fs::metadata(entry.path()))) {
+            Ok((_, Ok(meta))) => meta,
+            // An entry that vanishes meanwhile, or a dangling link, is not there.
+            Ok((_, Err(error))) | Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            // Nothing is known to be gone.
+            Ok((kind, Err(error))) if !kind.is_dir() => {
+                if is_manifest {
+                    found.insert(relative.into(), (entry.path(), Err(error)));
+                }
+                continue;
+            }
+            Ok((_, Err(error))) | Err(error) => return Err(error),
+        };
         // A link to a folder could lead in circles, and Kubernetes' own ones start with a dot.
         if meta.is_dir() && !entry.file_type()?.is_symlink() {
             match list(&entry.path(), &format!("{relative}/"), found) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
             }
-        } else if meta.is_file() && (name.ends_with(".yaml") || name.ends_with(".yml")) {
+        } else if meta.is_file() && is_manifest {
             let stamp = (meta.dev(), meta.ino(), meta.len(), meta.ctime(), meta.ctime_nsec());
-            found.insert(relative.into(), (entry.path(), stamp));
+            found.insert(relative.into(), (entry.path(), Ok(stamp)));
         }
     }
     Ok(())
@@ -151,6 +178,8 @@ pub(crate) struct Catalogue {
 struct File {
     objects: Vec<Held>,
     problems: Vec<Problem>,
+    /// Whether every object of it was once identified.
+    whole: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -169,9 +198,9 @@ impl Catalogue {
     /// Takes a file's new content.
     pub(crate) fn set_file(&mut self, file: &Arc<str>, text: &str) {
         let read = read_documents(file, text, &self.settings);
-        let before = self.files.get(file).map(|f| f.objects.clone()).unwrap_or_default();
+        let (before, was_whole) = self.files.get(file).map(|f| (f.objects.clone(), f.whole)).unwrap_or_default();
         let objects = settle(&read, before);
-        self.replace(file, File { objects, problems: read.problems });
+        self.replace(file, File { objects, problems: read.problems, whole: was_whole || !read.unidentified });
     }
 
     pub(crate) fn set_unreadable(&mut self, file: &Arc<str>, line: u32, message: &str, remedy: &str) {
@@ -237,6 +266,11 @@ impl Catalogue {
                 .into_iter()
                 .flat_map(move |first| places.values().skip(1).map(move |other| duplicate(key, first, other)))
         })
+    }
+
+    /// Files with objects that were never identified: whatever those are, they have no last good version here.
+    pub(crate) fn unread(&self) -> BTreeSet<Arc<str>> {
+        self.files.iter().filter(|(_, file)| !file.whole).map(|(name, _)| name.clone()).collect()
     }
 
     pub(crate) fn len(&self) -> usize {

@@ -401,11 +401,18 @@ async fn discovery_is_refused_without_a_token() {
 
 #[tokio::test]
 async fn problems_are_shown_and_harm_nothing_else() {
-    let mut files = manifests();
-    files.push(("bad.yaml", "apiVersion: v1\nkind: Pod\nmetadata: {}\n".to_owned()));
-    let mesh = Mesh::start(&files).await;
+    let mesh = Mesh::start(&manifests()).await;
     ready(&mesh).await;
-    let problems = mesh.admin("/debug/problems").await;
+    mesh.write("bad.yaml", "apiVersion: v1\nkind: Pod\nmetadata: {}\n");
+    let patience = tokio::time::Instant::now() + PATIENCE;
+    let problems = loop {
+        let problems = mesh.admin("/debug/problems").await;
+        if problems.contains("bad.yaml") {
+            break problems;
+        }
+        assert!(tokio::time::Instant::now() < patience);
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    };
     let body: serde_json::Value = serde_json::from_str(problems.split_once("\r\n\r\n").unwrap().1).unwrap();
     let expected = serde_json::json!([{
         "file": "bad.yaml", "line": 3, "field": "metadata", "message": "`name` is missing", "remedy": "add `name:`",

@@ -282,3 +282,63 @@ fn a_folder_that_cannot_be_read_is_told_and_loses_nothing() {
     assert_eq!(folder.scan(), Vec::new());
     assert_eq!(folder.catalogue.len(), 1);
 }
+
+#[test]
+fn a_file_is_unread_until_all_of_it_was_identified_once() {
+    let mut catalogue = catalogue();
+    let unread = |catalogue: &Catalogue| catalogue.unread().iter().map(ToString::to_string).collect::<Vec<_>>();
+    set(&mut catalogue, "wrong.yaml", &policy("spec: {rulez: []}\n")); // has a stand-in
+    set(&mut catalogue, "f.yaml", &format!("{}---\nkind: [\n", account("a")));
+    catalogue.set_unreadable(&"g.yaml".into(), 1, "it cannot be read", "");
+    assert_eq!(unread(&catalogue), ["f.yaml", "g.yaml"]);
+    set(&mut catalogue, "f.yaml", &account("a"));
+    assert_eq!(unread(&catalogue), ["g.yaml"]);
+    set(&mut catalogue, "f.yaml", "kind: [\n");
+    catalogue.remove_file(&"g.yaml".into());
+    assert_eq!(unread(&catalogue), Vec::<String>::new());
+}
+
+#[test]
+fn a_file_that_cannot_be_looked_at_is_not_gone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.yaml");
+    let to_itself = |path: &Path| {
+        fs::remove_file(path).unwrap_or_default();
+        std::os::unix::fs::symlink(path, path).unwrap();
+    };
+    fs::write(&path, account("a")).unwrap();
+    to_itself(&dir.path().join("no-manifest"));
+    let mut folder = Folder::new(dir.path().to_owned(), settings());
+    assert_eq!(folder.scan().len(), 1);
+    assert_eq!(folder.problems(), Vec::new());
+
+    to_itself(&path);
+    assert_eq!(names(folder.scan()), Vec::<String>::new());
+    assert!(folder.is_readable());
+    assert!(folder.problems()[0].to_string().starts_with("a.yaml:1: the file cannot be read: "));
+
+    fs::remove_file(&path).unwrap();
+    assert_eq!(names(folder.scan()), ["-ServiceAccount demo/a"]);
+    assert_eq!(folder.problems(), Vec::new());
+    // A dangling link is no file.
+    std::os::unix::fs::symlink("nowhere", &path).unwrap();
+    assert_eq!(names(folder.scan()), Vec::<String>::new());
+    assert_eq!(folder.problems(), Vec::new());
+}
+
+#[test]
+fn a_file_that_could_not_be_read_is_tried_again_and_can_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("a.yaml");
+    fs::File::create(&path).unwrap().set_len(MAX_FILE_BYTES + 1).unwrap();
+    let mut folder = Folder::new(dir.path().to_owned(), settings());
+    assert_eq!(folder.scan(), Vec::new());
+    assert!(folder.problems()[0].message.contains("larger"));
+    assert!(folder.stamps.is_empty(), "nothing was read");
+    fs::remove_file(&path).unwrap();
+    assert_eq!(folder.scan(), Vec::new());
+    assert_eq!(folder.problems(), Vec::new());
+    fs::write(&path, account("a")).unwrap();
+    assert_eq!(folder.scan().len(), 1);
+    assert_eq!(folder.stamps.len(), 1);
+}

@@ -1,0 +1,75 @@
+use std::{fs, path::Path};
+
+use super::*;
+
+const BROKEN: &str = "kind: [\n";
+const GOOD: &str = "apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: a}\n";
+
+fn pipeline(folder: &Path) -> (Pipeline, Arc<Cache>, Readiness) {
+    let any_port: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    let config = Config {
+        manifests: folder.to_owned(),
+        state: folder.join(".state"),
+        listen: any_port,
+        admin: any_port,
+        trust_domain: "cluster.local".to_owned(),
+        workload_cert_ttl: Duration::from_secs(60),
+        server_names: Vec::new(),
+        trusted_accounts: Vec::new(),
+    };
+    let (cache, readiness) = (Arc::new(Cache::new()), Readiness::default());
+    let pipeline = Pipeline::new(&config, cache.clone(), Metrics::register(&Registry::new()), readiness.clone());
+    (pipeline, cache, readiness)
+}
+
+/// Whether the problem of a file that was never read is told.
+fn tells_unread(pipeline: &Pipeline) -> bool {
+    pipeline.snapshot.borrow().problems.iter().any(|p| p.message.contains("since the control plane started"))
+}
+
+#[test]
+fn a_start_waits_for_a_broken_file_but_not_for_ever() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("a.yaml"), GOOD).unwrap();
+    fs::write(dir.path().join("p.yaml"), BROKEN).unwrap();
+    let (pipeline, cache, readiness) = pipeline(dir.path());
+    assert_eq!(readiness.list(), ["first full state"]);
+    let start = Instant::now();
+    let mut pipeline = pipeline.step(start);
+    for seconds in [1, 29] {
+        assert!(!cache.is_ready());
+        assert_eq!(readiness.list(), ["manifests that cannot be read: p.yaml"]);
+        assert!(tells_unread(&pipeline));
+        pipeline = pipeline.step(start + Duration::from_secs(seconds));
+    }
+    assert!(!cache.is_ready());
+    pipeline = pipeline.step(start + UNREAD_LIMIT);
+    assert!(cache.is_ready() && readiness.is_ready());
+    assert!(tells_unread(&pipeline));
+    fs::write(dir.path().join("p.yaml"), GOOD.replace("name: a", "name: b")).unwrap();
+    pipeline = pipeline.step(start + UNREAD_LIMIT);
+    assert_eq!(pipeline.snapshot.borrow().problems.len(), 0);
+}
+
+#[test]
+fn a_start_goes_on_once_the_broken_file_is_corrected_or_removed() {
+    for corrected in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("p.yaml");
+        fs::write(&path, BROKEN).unwrap();
+        let (pipeline, cache, readiness) = pipeline(dir.path());
+        let now = Instant::now();
+        let pipeline = pipeline.step(now);
+        assert!(!cache.is_ready());
+        match corrected {
+            true => fs::write(&path, GOOD).unwrap(),
+            false => fs::remove_file(&path).unwrap(),
+        }
+        let pipeline = pipeline.step(now);
+        assert!(cache.is_ready() && readiness.is_ready());
+        // What breaks later is a problem as any other.
+        fs::write(&path, BROKEN).unwrap();
+        let pipeline = pipeline.step(now);
+        assert!(cache.is_ready() && !tells_unread(&pipeline));
+    }
+}
