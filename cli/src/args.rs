@@ -189,6 +189,8 @@ pub(crate) enum Fault {
     Partition { node: String },
     /// Plug it in again.
     Heal { node: String },
+    /// Make everything a node sends arrive later; 0 ends it.
+    Delay { node: String, milliseconds: u32 },
     /// Replace a node's ztunnel by a new process, surge first.
     Upgrade { node: String, binary: Option<String> },
 }

@@ -108,6 +108,7 @@ fn fault_request(fault: Fault) -> protocol::Fault {
         Fault::Start { program } => protocol::Fault::Start { program },
         Fault::Partition { node } => protocol::Fault::Partition { node },
         Fault::Heal { node } => protocol::Fault::Heal { node },
+        Fault::Delay { node, milliseconds } => protocol::Fault::Delay { node, milliseconds },
         Fault::Upgrade { node, binary } => protocol::Fault::Upgrade { node, binary },
     }
 }

@@ -543,6 +543,10 @@ impl Cluster {
                 .set_connected(&node, true)
                 .map(|()| format!("{node} is back on the wire"))
                 .map_err(Into::into),
+            Fault::Delay { node, milliseconds } => {
+                self.topology.set_delay(&node, Duration::from_millis(milliseconds.into()))?;
+                Ok(format!("{node} sends {milliseconds} ms late"))
+            }
             Fault::Upgrade { node, binary } => self.upgrade(&node, binary).await,
             Fault::CertificateTtl { ttl } => {
                 self.options.certificate_ttl = ttl;

@@ -18,6 +18,7 @@ pub mod apps;
 pub mod cluster;
 pub mod components;
 pub mod control;
+pub mod delay;
 pub mod kubeproxy;
 pub mod manifest;
 pub mod plugin;

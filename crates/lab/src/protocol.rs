@@ -66,6 +66,11 @@ pub enum Fault {
     Heal {
         node: String,
     },
+    /// Make everything a node sends over the wire arrive later; 0 ends it.
+    Delay {
+        node: String,
+        milliseconds: u32,
+    },
     /// Start a second ztunnel beside the first, wait until it is ready, and end the first gracefully (a rolling update with
     /// surge 1).
     Upgrade {

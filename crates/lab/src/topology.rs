@@ -7,8 +7,10 @@
 //! | services | 10.96.0.0/16, fd96::/112 |
 
 use std::{
+    collections::BTreeMap,
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    time::Duration,
 };
 
 use ipnet::IpNet;
@@ -16,6 +18,8 @@ use mesh_net::{
     NetNs, NetlinkError,
     link::{Netlink, Route},
 };
+
+use crate::delay::Delay;
 
 /// Name of the wire-facing interface in every namespace on the wire.
 pub const UPLINK: &str = "eth0";
@@ -108,6 +112,7 @@ pub struct Topology {
     bridge: u32,
     pub control: Member,
     pub nodes: Vec<Member>,
+    delays: BTreeMap<String, Delay>,
 }
 
 impl Topology {
@@ -121,7 +126,8 @@ impl Topology {
         netlink.add_bridge("wire").step("add the wire's bridge")?;
         let bridge = netlink.index("wire").step("find the wire's bridge")?;
         netlink.set_up(bridge).step("raise the wire's bridge")?;
-        let mut topology = Self { wire, bridge, control: member(CONTROL, 0)?, nodes: Vec::new() };
+        let mut topology =
+            Self { wire, bridge, control: member(CONTROL, 0)?, nodes: Vec::new(), delays: BTreeMap::new() };
         for n in 1..=nodes {
             topology.nodes.push(member(&format!("node{n}"), n)?);
         }
@@ -157,6 +163,36 @@ impl Topology {
         let port = netlink.index(member).step(format!("find {member}'s port"))?;
         let master = connected.then_some(self.bridge);
         netlink.set_master(port, master).step(format!("re-plug {member}"))
+    }
+
+    /// Makes what a member sends arrive later by `delay`; zero makes the cable an ordinary one again.
+    ///
+    /// # Errors
+    /// What the kernel refused.
+    pub fn set_delay(&mut self, member: &str, delay: Duration) -> Result<(), TopologyError> {
+        if !self.everyone().any(|m| m.name == member) {
+            let source = io::Error::new(io::ErrorKind::NotFound, "it is not on the wire");
+            return Err(TopologyError::Io { step: format!("delay {member}"), source });
+        }
+        let stub = format!("slow-{member}");
+        let mut netlink = Netlink::in_ns(&self.wire).step("open netlink on the wire")?;
+        if self.delays.remove(member).is_some() {
+            netlink.delete_link(&stub).step("remove the slow cable")?;
+        }
+        if delay.is_zero() {
+            return self.set_connected(member, true);
+        }
+        let plug = format!("plug-{member}");
+        netlink.add_veth(&stub, &plug, None, None).step("add the slow cable")?;
+        for (name, master) in [(&stub, None), (&plug, Some(self.bridge))] {
+            let index = netlink.index(name).step("find the slow cable")?;
+            netlink.set_master(index, master).step("plug the slow cable in")?;
+            netlink.set_up(index).step("raise the slow cable")?;
+        }
+        self.set_connected(member, false)?;
+        let relay = Delay::start(&self.wire, member, &stub, delay).step("carry frames")?;
+        self.delays.insert(member.to_owned(), relay);
+        Ok(())
     }
 
     fn join(&self, wire: &mut Netlink, one: &Member) -> Result<(), TopologyError> {

@@ -33,6 +33,23 @@ impl FrameSocket {
         ns.run(|| Self::bind(index))?
     }
 
+    /// As [`FrameSocket::open`], for passing frames on with [`FrameSocket::send`] rather than for reading them: only frames that
+    /// come in are received, each behind the kernel's note of what it still owes them (segmentation, checksum; a
+    /// `virtio_net_hdr` of ten bytes).
+    pub fn open_for_relay(ns: &NetNs, interface: &str) -> io::Result<Self> {
+        let socket = Self::open(ns, interface)?;
+        sys::set_int_option(&socket, libc::SOL_PACKET, PACKET_VNET_HDR, 1)?;
+        sys::set_int_option(&socket, libc::SOL_PACKET, PACKET_IGNORE_OUTGOING, 1)?;
+        Ok(socket)
+    }
+
+    /// Sends a frame as another relay socket received it, its note included.
+    pub fn send(&self, frame: &[u8]) -> io::Result<()> {
+        // SAFETY: the buffer is valid for reads of its length.
+        let sent = unsafe { libc::send(self.0.as_raw_fd(), frame.as_ptr().cast(), frame.len(), 0) };
+        if sent < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
     fn bind(index: u32) -> io::Result<Self> {
         let kind = libc::SOCK_RAW | libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
         // Protocol 0: nothing arrives before bind says from which interface.
@@ -87,6 +104,8 @@ impl AsFd for FrameSocket {
 
 const AF_PACKET: u16 = 17;
 const ETH_P_ALL: u16 = 3;
+const PACKET_VNET_HDR: i32 = 15;
+const PACKET_IGNORE_OUTGOING: i32 = 23;
 const RECEIVE_BUFFER: i32 = 8 << 20;
 
 /// What a frame carries, as far as it could be read.

@@ -8,7 +8,8 @@ use lab::{
 };
 
 use super::harness::{
-    apply, apply_pods, assert_still_used, eventually, get, in_lab, in_mesh, label, progress, wait_enrolment,
+    apply, apply_pods, assert_still_used, eventually, get, in_lab, in_mesh, label, progress, reconnect, transfer,
+    wait_enrolment,
 };
 
 fn fault(lab: &Lab, fault: Fault) -> anyhow::Result<()> {
@@ -117,6 +118,25 @@ fn a_partitioned_node_comes_back() {
         ensure!(get(lab, "t/a2", "http://b/x").is_err(), "the cable is pulled, yet an answer came");
         fault(lab, Fault::Heal { node: "node2".to_owned() })?;
         eventually("requests to succeed", || get(lab, "t/a2", "http://b/x"))?;
+        Ok(())
+    });
+}
+
+#[test]
+fn a_slow_wire_delays_and_breaks_nothing() {
+    in_mesh(|lab| {
+        let before = progress(lab)?;
+        fault(lab, Fault::Delay { node: "node2".to_owned(), milliseconds: 60 })?;
+        reconnect(lab)?;
+        // The answer cannot have been faster than the delay it went through.
+        eventually("the delay to show", || {
+            ensure!(progress(lab)?.longest_gap_us >= 60_000, "not yet");
+            Ok(())
+        })?;
+        transfer(lab, "t/a2", &["upload", "b:9001", "--bytes", "3000000"])?;
+        fault(lab, Fault::Delay { node: "node2".to_owned(), milliseconds: 0 })?;
+        get(lab, "t/a2", "http://b/x")?;
+        ensure!(progress(lab)?.ticks > before.ticks, "the steady client is stuck");
         Ok(())
     });
 }
