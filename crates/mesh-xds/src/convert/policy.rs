@@ -22,6 +22,9 @@ const ORIGIN_TYPE_URL: &str = "type.googleapis.com/fairway.v1.PolicyOrigin";
 /// An unknown scope or action, a string match without a kind, a malformed prefix or port. Nothing is dropped silently: an entry
 /// left out of a list can widen what the policy allows. (Upstream drops such entries.)
 pub fn policy_from_wire(p: wire::Authorization) -> Result<Policy, Unacceptable> {
+    if p.name.is_empty() {
+        return Err(Unacceptable::new("name", "is empty"));
+    }
     let written = origin_from_extensions(&p.extensions);
     let mut rules: Vec<Rule> = p.rules.into_iter().map(rule_from_wire).collect::<Result<_, _>>()?;
     let origin = policy_origin(&p.namespace, &p.name, written.as_ref());

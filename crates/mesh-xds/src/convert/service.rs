@@ -12,7 +12,8 @@ use proto::workload as wire;
 use wire::{load_balancing as lb, service::Visibility as WireVisibility};
 
 use super::{
-    Unacceptable, gateway_from_wire, gateway_to_wire, ip_to_wire, prefix_from_wire, unknown_enum, workload::port_pair,
+    Unacceptable, gateway_from_wire, gateway_to_wire, ip_from_wire, ip_to_wire, prefix_from_wire, unknown_enum,
+    workload::port_pair,
 };
 
 /// # Errors
@@ -24,9 +25,16 @@ pub fn service_from_wire(s: wire::Service) -> Result<Service, Unacceptable> {
     }
     let mut service = Service::new(s.namespace, s.name, s.hostname);
     for address in s.addresses {
-        let full = if address.address.len() == 4 { 32 } else { 128 };
-        let prefix = prefix_from_wire("addresses", &address.address, address.length.unwrap_or(full))?;
-        if u32::from(prefix.prefix_len()) == full {
+        let ip = ip_from_wire("addresses", &address.address)?;
+        let prefix = match address.length {
+            // The length is that of the bytes sent; an IPv4-mapped address is folded, and its length with it.
+            Some(length) if address.address.len() == 16 && ip.is_ipv4() => {
+                prefix_from_wire("addresses", &address.address, length.saturating_sub(96))?
+            }
+            Some(length) => prefix_from_wire("addresses", &address.address, length)?,
+            None => ip.into(),
+        };
+        if prefix.prefix_len() == prefix.max_prefix_len() {
             service.vips.push(NetworkAddress::new(address.network, prefix.addr()));
         } else {
             service.cidr_vips.push((address.network.into(), prefix.trunc()));

@@ -239,3 +239,27 @@ fn the_stand_in_for_a_policy_covers_no_less_than_the_policy_did() {
         assert_eq!(&*stand_in.namespace, namespace);
     }
 }
+
+#[test]
+fn a_mapped_vip_is_an_ipv4_vip_and_stays_one() {
+    let mapped = || wire::NetworkAddress {
+        network: String::new(),
+        address: std::net::Ipv4Addr::new(10, 0, 0, 9).to_ipv6_mapped().octets().to_vec().into(),
+        length: None,
+    };
+    for length in [None, Some(128)] {
+        let message = wire::Service {
+            hostname: "h".to_owned(),
+            addresses: vec![wire::NetworkAddress { length, ..mapped() }],
+            ..wire::Service::default()
+        };
+        let service = service_from_wire(message).unwrap();
+        assert_eq!(service.vips[0].to_string(), "/10.0.0.9");
+        assert!(service.cidr_vips.is_empty());
+    }
+}
+
+#[test]
+fn a_policy_without_a_name_is_refused() {
+    assert_eq!(policy_from_wire(proto::security::Authorization::default()).unwrap_err().to_string(), "name: is empty");
+}
