@@ -1,5 +1,6 @@
 //! The certificate service: who may have which identity, and the answer to the wire.
 
+use mesh_runtime::telemetry::error_chain;
 use std::{
     pin::Pin,
     sync::Arc,
@@ -113,7 +114,7 @@ impl TokenAuthenticator {
         let header = metadata.get("authorization").ok_or_else(|| refuse("no authorization metadata"))?;
         let token = header.to_str().ok().and_then(|text| text.strip_prefix("Bearer "));
         let token = token.ok_or_else(|| refuse("the authorization metadata is not `Bearer <token>`"))?;
-        self.key.verify(token).map_err(|error| refuse(&with_causes(&error)))
+        self.key.verify(token).map_err(|error| refuse(&error_chain(&error)))
     }
 }
 
@@ -141,7 +142,7 @@ impl CertificateService {
         let index = self.state.borrow().index.clone();
         let identity = decide(&self.policy, &index, caller, impersonated(request)).map_err(|refusal| {
             self.metrics.refusals.with_label_values(&[refusal.label()]).inc();
-            let why = with_causes(&refusal);
+            let why = error_chain(&refusal);
             tracing::warn!(node = %caller.node, pod = %caller.pod, why, "certificate refused");
             Status::unauthenticated("request impersonation authentication failure")
         })?;
@@ -151,7 +152,7 @@ impl CertificateService {
         }
         let ttl = clamp_ttl(request.validity_duration, self.policy.ttl);
         let chain = self.authority.sign(&request.csr, &identity, ttl, SystemTime::now()).map_err(|error| {
-            tracing::warn!(node = %caller.node, %identity, error = with_causes(&error), "certificate not signed");
+            tracing::warn!(node = %caller.node, %identity, error = error_chain(&error), "certificate not signed");
             self.sign_failed(&error)
         })?;
         self.metrics.issued.inc();
@@ -192,12 +193,6 @@ impl IstioCertificateService for CertificateService {
         let cert_chain = self.sign(&caller, request.get_ref())?;
         Ok(Response::new(IstioCertificateResponse { cert_chain }))
     }
-}
-
-/// An error and its causes on one line.
-pub(crate) fn with_causes(error: &(dyn std::error::Error + 'static)) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 #[cfg(test)]

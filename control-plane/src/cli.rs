@@ -12,12 +12,11 @@ use clap::{Args, Parser, Subcommand};
 use mesh_runtime::{
     env::parse_duration,
     signal::Shutdown,
-    telemetry::{self, Format},
+    telemetry::{self, Format, error_chain},
 };
 
 use crate::{
     app::{self, Config},
-    ca::with_causes,
     source::Folder,
     token::{Subject, TokenKey},
 };
@@ -149,13 +148,13 @@ fn run(run: Run) -> Result<(), String> {
 
 async fn serve(config: Config) -> Result<(), String> {
     let mut shutdown = Shutdown::new().map_err(|error| format!("cannot catch signals: {error}"))?;
-    let mut running = app::start(config).await.map_err(|error| with_causes(&error))?;
+    let mut running = app::start(config).await.map_err(|error| error_chain(&error))?;
     let outcome = tokio::select! {
         signal = shutdown.recv() => {
             tracing::info!(signal, "stopping");
             Ok(())
         }
-        error = running.failed() => Err(with_causes(&error)),
+        error = running.failed() => Err(error_chain(&error)),
     };
     running.stop().await;
     outcome
@@ -165,7 +164,7 @@ fn token(token: Token) -> Result<(), String> {
     let Token { state, node, namespace, service_account, pod, pod_uid, ttl } = token;
     let subject = Subject { node, namespace, service_account, pod, pod_uid };
     let issued = TokenKey::open(&state).and_then(|key| key.issue(&subject, ttl, SystemTime::now()));
-    println!("{}", issued.map_err(|error| with_causes(&error))?);
+    println!("{}", issued.map_err(|error| error_chain(&error))?);
     Ok(())
 }
 

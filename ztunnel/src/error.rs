@@ -95,8 +95,7 @@ impl ProxyError {
 
     /// This error and its causes, `: `-joined.
     pub fn chain(&self) -> String {
-        let causes = std::iter::successors(std::error::Error::source(self), |error| error.source());
-        causes.fold(self.to_string(), |text, cause| format!("{text}: {cause}"))
+        mesh_runtime::telemetry::error_chain(self)
     }
 }
 

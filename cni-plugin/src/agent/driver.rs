@@ -1,8 +1,8 @@
 //! Carries out what the state machine asks for, and feeds it what the world answers.
 
+use mesh_runtime::telemetry::error_chain;
 use std::{
     collections::HashMap,
-    error::Error,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -221,7 +221,7 @@ impl Driver {
             }
             Ok(()) => match open_netns(request.netns.as_ref(), self.settings.home) {
                 Ok(ns) => self.enrol(uid, pod, ns, reply),
-                Err(error) => self.reply(reply, Err(chain(&error))),
+                Err(error) => self.reply(reply, Err(error_chain(&error))),
             },
         }
     }
@@ -417,7 +417,7 @@ async fn take_step(
     netns: Option<NetNs>,
 ) -> Result<Ended, String> {
     match step {
-        Step::Announce => zds.announce(workload(pod, netns)).await.map(|()| Ended::Done).map_err(|e| chain(&e)),
+        Step::Announce => zds.announce(workload(pod, netns)).await.map(|()| Ended::Done).map_err(|e| error_chain(&e)),
         Step::Withdraw => {
             zds.withdraw(&pod.uid.as_str().into()).await;
             Ok(Ended::Done)
@@ -436,16 +436,18 @@ fn take_blocking_step(step: Step, settings: &Settings, pod: &Pod, netns: Option<
     };
     match step {
         Step::FindNetns => {
-            find_netns(settings.sandboxes.as_deref(), pod, settings.home).map(Ended::Found).map_err(|e| chain(&e))
+            find_netns(settings.sandboxes.as_deref(), pod, settings.home).map(Ended::Found).map_err(|e| error_chain(&e))
         }
         Step::ApplyRules => in_ns(&|ns| {
-            let changed = rules::apply(ns, &options_of(pod, &settings.options)).map_err(|e| chain(&e))?;
+            let changed = rules::apply(ns, &options_of(pod, &settings.options)).map_err(|e| error_chain(&e))?;
             let older_flows = if changed { rules::older_flows(ns).ok() } else { None };
             Ok(Ended::Applied { older_flows })
         }),
-        Step::FlushRedirects => in_ns(&|ns| rules::flush_redirects(ns).map(|()| Ended::Done).map_err(|e| chain(&e))),
-        Step::CountFlows => in_ns(&|ns| rules::captured_flows(ns).map(Ended::Flows).map_err(|e| chain(&e))),
-        Step::RemoveRules => in_ns(&|ns| rules::remove(ns).map(|()| Ended::Done).map_err(|e| chain(&e))),
+        Step::FlushRedirects => {
+            in_ns(&|ns| rules::flush_redirects(ns).map(|()| Ended::Done).map_err(|e| error_chain(&e)))
+        }
+        Step::CountFlows => in_ns(&|ns| rules::captured_flows(ns).map(Ended::Flows).map_err(|e| error_chain(&e))),
+        Step::RemoveRules => in_ns(&|ns| rules::remove(ns).map(|()| Ended::Done).map_err(|e| error_chain(&e))),
         Step::WriteStatus(redirection) => write_enrolment(&settings.manifests, &settings.node, pod, redirection)
             .map(|()| Ended::Done)
             .map_err(|e| format!("cannot write the enrolment down: {e}")),
@@ -493,16 +495,6 @@ fn step_name(step: Step) -> &'static str {
         Step::RemoveRules => "remove-rules",
         Step::Withdraw => "withdraw",
     }
-}
-
-/// An error with its causes on one line.
-fn chain(error: &dyn Error) -> String {
-    let (mut text, mut cause) = (error.to_string(), error.source());
-    while let Some(error) = cause {
-        text = format!("{text}: {error}");
-        cause = error.source();
-    }
-    text
 }
 
 #[cfg(test)]

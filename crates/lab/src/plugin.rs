@@ -4,6 +4,7 @@
 //! followed in the chain by `fairway-cni`. Addresses come from the runtime through the `ips` capability; the gateway is
 //! `169.254.1.1`-like: the node answers for it on every pod's link.
 
+use mesh_runtime::telemetry::error_chain;
 use std::{
     collections::HashMap,
     env, io,
@@ -79,7 +80,7 @@ fn add(config: &Config, netns: &str, container: &str, interface: &str) -> Result
     let pod = NetNs::open(netns).map_err(|e| format!("CNI_NETNS {netns}: {e}"))?;
     let mut node = Netlink::open().map_err(|e| e.to_string())?;
     let ips: Vec<IpAddr> = config.runtime_config.ips.iter().map(IpNet::addr).collect();
-    attach(&mut node, &pod, &node_side(container), interface, &ips, &config.gateways).map_err(|e| chain(&e))?;
+    attach(&mut node, &pod, &node_side(container), interface, &ips, &config.gateways).map_err(|e| error_chain(&e))?;
     let ips: Vec<Value> = config
         .runtime_config
         .ips
@@ -144,9 +145,4 @@ fn del(container: &str) -> Result<(), String> {
 /// At most 15 bytes, unique per sandbox.
 fn node_side(container: &str) -> String {
     format!("veth{}", container.chars().filter(char::is_ascii_alphanumeric).take(11).collect::<String>())
-}
-
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |e| e.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

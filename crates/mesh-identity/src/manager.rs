@@ -2,6 +2,7 @@
 //!
 //! A task owned by the caller does all the work; readers find valid certificates in a shared map without asking it.
 
+use mesh_runtime::telemetry::error_chain;
 use std::{
     collections::{HashMap, hash_map::Entry::Vacant},
     future::Future,
@@ -281,7 +282,7 @@ impl Task {
         if !self.schedule.failed(&identity, left, rand::random(), self.started.elapsed()) {
             return;
         }
-        let text = chain(&*error);
+        let text = error_chain(&*error);
         tracing::warn!(%identity, error = text, held = held.is_some(), "certificate request failed");
         self.answer(&identity, &Err(IdentityError::Fetch { identity: identity.clone(), source: error }));
         let state = if held.is_some() { EntryState::Available } else { EntryState::Unavailable(text) };
@@ -312,11 +313,6 @@ async fn sleep_until(due: Option<Instant>) {
         Some(due) => tokio::time::sleep_until(due).await,
         None => std::future::pending().await,
     }
-}
-
-/// An error with its causes, `: `-joined.
-fn chain(error: &dyn std::error::Error) -> String {
-    std::iter::successors(error.source(), |e| e.source()).fold(error.to_string(), |text, e| format!("{text}: {e}"))
 }
 
 #[cfg(test)]

@@ -253,6 +253,12 @@ impl Visit for Fields {
     }
 }
 
+/// An error and its causes on one line: `Display` prints one level, the rest is in `source()`.
+pub fn error_chain(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
 /// A JSON string literal (RFC 8259 §7).
 pub fn json(text: &str) -> String {
     let mut out = String::with_capacity(text.len() + 2);

@@ -1,5 +1,6 @@
 //! The client: one stream for all types, kept alive with back-off. What it has learnt is kept while disconnected.
 
+use mesh_runtime::telemetry::error_chain;
 use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use mesh_core::index::{Resource, ResourceKey};
@@ -109,7 +110,7 @@ impl Client {
             match &ended {
                 Ended::Complete => tracing::debug!("discovery stream ended, reconnecting"),
                 Ended::Connect(error) => {
-                    tracing::warn!(error = chain(error.as_ref()), ?delay, "cannot reach the control plane");
+                    tracing::warn!(error = error_chain(error.as_ref()), ?delay, "cannot reach the control plane");
                 }
                 Ended::Status(status) => {
                     tracing::warn!(code = ?status.code(), message = status.message(), ?delay, "discovery stream failed");
@@ -245,9 +246,4 @@ impl Ended {
             },
         }
     }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |e| e.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

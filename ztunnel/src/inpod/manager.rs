@@ -3,6 +3,7 @@
 //! Losing the agent changes nothing for pods being served; only a complete snapshot of a later session says who is gone. What goes
 //! wrong with one pod is told to the agent, remembered and retried; what goes wrong with the session starts a new one.
 
+use mesh_runtime::telemetry::error_chain;
 use std::{
     collections::{BTreeMap, HashSet},
     io,
@@ -162,7 +163,7 @@ impl Manager {
                     return Err(error.into());
                 }
             };
-            let text = answer.as_ref().err().map(chain);
+            let text = answer.as_ref().err().map(|error| error_chain(error));
             send(stream, &protocol::ack(text.as_deref())).await?;
             if let Err(Refused::Protocol(error)) = answer
                 && error.ends_session()
@@ -217,7 +218,7 @@ impl Manager {
                 Ok(())
             }
             Err(error) => {
-                let text = chain(&error);
+                let text = error_chain(&error);
                 tracing::warn!(pod = &*info.name, namespace = &*info.namespace, error = text, "cannot serve; retrying");
                 self.pods.lock().waiting.insert(info.uid.clone(), Waiting { info, netns });
                 Err(error)
@@ -295,11 +296,6 @@ async fn send(stream: &SeqStream, packet: &[u8]) -> Result<(), Ended> {
         Ok(sent) => Ok(sent?),
         Err(_) => Err(Ended::Stuck),
     }
-}
-
-/// An error with its causes: one text is all that an acknowledgement carries.
-fn chain<E: std::error::Error>(error: &E) -> String {
-    std::iter::successors(error.source(), |e| e.source()).fold(error.to_string(), |text, e| format!("{text}: {e}"))
 }
 
 /// Who is being served, and who waits for another attempt. Clones share the table.
