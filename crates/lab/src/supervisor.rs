@@ -7,7 +7,7 @@ use std::{
     process::{Command, ExitCode, ExitStatus, Stdio},
     sync::{
         Arc,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     thread,
     time::Duration,
@@ -35,6 +35,10 @@ use crate::{
 
 /// Name under which the init starts the supervisor; also the program's first argument.
 pub const SUPERVISOR: &str = "lab-supervisor";
+/// A lab whose starter does not ask for it within this time of its being up has lost him.
+const CLAIM_WITHIN: Duration = Duration::from_secs(10);
+/// Until the cluster is up it belongs to whoever waits for it: a caller that goes away takes it along.
+static STARTING: AtomicBool = AtomicBool::new(true);
 /// Requests waiting for the cluster.
 const QUEUE: usize = 64;
 
@@ -146,6 +150,10 @@ fn read_request(stream: &UnixStream) -> io::Result<(Vec<u8>, Vec<OwnedFd>)> {
 fn end_with_caller(stream: &UnixStream, started: &AtomicU32) {
     let mut byte = [0];
     drop(io::Read::read(&mut &*stream, &mut byte));
+    if STARTING.load(Ordering::Acquire) {
+        // Pid 1 ends with us, and everything inside with it.
+        std::process::exit(1);
+    }
     let group = started.load(Ordering::Acquire);
     if group != 0 {
         kill_group(group, Signal::SIGTERM as i32).unwrap_or_default();
@@ -164,7 +172,11 @@ async fn serve(options: Options, mut queue: mpsc::Receiver<Order>) -> anyhow::Re
             return Err(error);
         }
     };
-    while let Some(order) = queue.recv().await {
+    STARTING.store(false, Ordering::Release);
+    let Ok(mut next) = tokio::time::timeout(CLAIM_WITHIN, queue.recv()).await else {
+        anyhow::bail!("nobody asked for this lab");
+    };
+    while let Some(order) = next {
         let down = order.request == Request::Down;
         handle(&mut cluster, order).await;
         if down {
@@ -172,6 +184,7 @@ async fn serve(options: Options, mut queue: mpsc::Receiver<Order>) -> anyhow::Re
             tokio::time::sleep(Duration::from_millis(50)).await;
             break;
         }
+        next = queue.recv().await;
     }
     Ok(())
 }
