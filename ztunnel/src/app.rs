@@ -189,6 +189,7 @@ impl App {
             state: state.clone(),
             identities: identities.clone(),
             outcomes: Outcomes::new(&registry),
+            memory: mesh_hbone::Process::default(),
             workers: workers.handles().to_vec(),
         });
         let (flows, flows_watcher) = drain::channel();

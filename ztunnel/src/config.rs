@@ -70,6 +70,7 @@ pub struct Config {
     pub pool_max_streams: u16,
     /// Idle tunnels close after this.
     pub pool_idle: Duration,
+    /// What a stream starts with; it grows with use.
     pub stream_window: u32,
     pub connection_window: u32,
     pub frame_size: u32,
@@ -218,7 +219,7 @@ impl Config {
             response_baggage: r.bool("ENABLE_RESPONSE_BAGGAGE", true),
             pool_max_streams: within(r, "POOL_MAX_STREAMS_PER_CONNECTION", 100, 1, 1000),
             pool_idle: r.duration("POOL_UNUSED_RELEASE_TIMEOUT", Duration::from_secs(300)),
-            stream_window: within(r, "HTTP2_STREAM_WINDOW_SIZE", 1 << 20, 65_535, i32::MAX as u32),
+            stream_window: within(r, "HTTP2_STREAM_WINDOW_SIZE", 1 << 16, 65_535, i32::MAX as u32),
             connection_window: within(r, "HTTP2_CONNECTION_WINDOW_SIZE", 16 << 20, 65_535, i32::MAX as u32),
             // RFC 9113 §6.5.2 bounds SETTINGS_MAX_FRAME_SIZE.
             frame_size: within(r, "HTTP2_FRAME_SIZE", 65_536, 16_384, 16_777_215),

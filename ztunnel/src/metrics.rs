@@ -12,6 +12,7 @@ use std::{
 };
 
 use mesh_core::reason::Reason;
+use mesh_hbone::Abuse;
 use mesh_runtime::{metrics::Registry, telemetry};
 use prometheus::{
     Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
@@ -36,6 +37,7 @@ pub struct Metrics {
     pub traffic: Traffic,
     sockets: [IntGauge; 2],
     failures: IntCounterVec,
+    abuses: IntCounterVec,
     handshakes: HistogramVec,
 }
 
@@ -57,6 +59,13 @@ impl Metrics {
             ),
             &["reporter", "reason"],
         ));
+        let abuses = registry.add(IntCounterVec::new(
+            Opts::new(
+                "fairway_tunnel_abuse_total",
+                "Tunnels ended because the peer ran into a limit, by the limit (unstable)",
+            ),
+            &["reporter", "limit"],
+        ));
         let buckets = vec![0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 10.0];
         let handshakes = HistogramOpts::new(
             "fairway_tls_handshake_duration_seconds",
@@ -64,7 +73,7 @@ impl Metrics {
         );
         let handshakes = registry.add(HistogramVec::new(handshakes.buckets(buckets), &["reporter", "result"]));
         let sockets = [Direction::Inbound, Direction::Outbound].map(|d| sockets.with_label_values(&[d.reporter()]));
-        Self { traffic, sockets, failures, handshakes }
+        Self { traffic, sockets, failures, abuses, handshakes }
     }
 
     pub fn sockets(&self, direction: Direction) -> &IntGauge {
@@ -76,6 +85,10 @@ impl Metrics {
 
     pub fn failed(&self, direction: Direction, reason: Reason) {
         self.failures.with_label_values(&[direction.reporter(), reason.as_str()]).inc();
+    }
+
+    pub fn abused(&self, direction: Direction, abuse: Abuse) {
+        self.abuses.with_label_values(&[direction.reporter(), abuse.label()]).inc();
     }
 
     pub fn handshake(&self, direction: Direction, took: Duration, ok: bool) {

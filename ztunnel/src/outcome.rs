@@ -116,6 +116,13 @@ impl Outcomes {
     pub fn handshake(&self, direction: Direction, took: Duration, ok: bool) {
         self.0.handshake(direction, took, ok);
     }
+
+    /// A tunnel ended otherwise than in order; its flows are told apart.
+    pub fn tunnel_failed(&self, direction: Direction, error: &mesh_hbone::Error) {
+        if let mesh_hbone::Error::Abuse(abuse) = error {
+            self.0.abused(direction, *abuse);
+        }
+    }
 }
 
 /// See [`Outcomes::socket`].

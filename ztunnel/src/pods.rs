@@ -5,7 +5,7 @@
 use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
 use mesh_core::authorize::PolicySet;
-use mesh_hbone::{Pool, PoolConfig, Settings};
+use mesh_hbone::{Budget, Pool, PoolConfig, Process, Settings};
 use mesh_identity::Manager;
 use mesh_net::{NetNs, SocketOptions};
 use mesh_runtime::{
@@ -37,6 +37,9 @@ pub use crate::{
 /// Accepted sockets on their way to a worker; beyond it they wait in the listener's backlog.
 const ARRIVALS: usize = 64;
 
+/// What one pod's tunnels may keep for readers that do not read, on all workers.
+const POD_MEMORY: usize = 64 << 20;
+
 /// What all pods of the process share.
 #[derive(Debug)]
 pub struct Shared {
@@ -44,6 +47,8 @@ pub struct Shared {
     pub state: State,
     pub identities: Manager,
     pub outcomes: Outcomes,
+    /// What tunnels of all pods may keep for readers that do not read.
+    pub memory: Process,
     /// Never empty.
     pub workers: Vec<WorkerHandle>,
 }
@@ -172,6 +177,8 @@ pub(crate) struct PodContext {
     /// What this pod's listeners are bound to.
     ports: Arc<[u16]>,
     pub(crate) pool: Pool,
+    /// What the pod's tunnels on this worker may keep for readers that do not read.
+    pub(crate) memory: Budget,
     pub(crate) connections: Connections,
     pub(crate) handshakes: HandshakeSlots,
     pub(crate) retries: RetryBudget,
@@ -189,7 +196,8 @@ impl Part {
             netns: netns.clone(),
             sockets: sockets.clone(),
         };
-        let pool = Pool::new(pool_config(&shared.config), Rc::new(dialer));
+        let memory = Budget::new(POD_MEMORY / shared.workers.len(), shared.memory.clone());
+        let pool = Pool::new(pool_config(&shared.config), memory.clone(), Rc::new(dialer));
         let pod = PodContext {
             shared,
             info,
@@ -198,6 +206,7 @@ impl Part {
             transparent,
             ports,
             pool,
+            memory,
             connections,
             handshakes: HandshakeSlots::default(),
             retries: RetryBudget::default(),

@@ -1,22 +1,19 @@
-//! The dialling end of a tunnel: HTTP/2 over a finished TLS stream, and CONNECTs in it.
+//! The dialling end of a tunnel: HTTP/2 over a secured transport, and CONNECTs in it.
 
-use std::{future::poll_fn, rc::Rc, sync::Arc, time::Duration};
+use std::{future::poll_fn, rc::Rc, time::Duration};
 
 use http::StatusCode;
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    task::JoinHandle,
-    time::timeout,
-};
+use tokio::{task::JoinHandle, time::timeout};
 
 use crate::{
-    chunk::Chunk,
     config::Settings,
     connect::{ConnectRequest, ConnectResponse},
+    driver::{Driver, Link},
+    engine::{conn::Role, flow::Budget},
     error::Error,
-    keepalive,
-    snapshot::Streams,
-    stream::{self, Held, TunnelStream},
+    snapshot::StreamSnapshot,
+    stream::{Held, TunnelStream},
+    tls::Secured,
 };
 
 /// Streams assumed to be allowed until the peer's SETTINGS say otherwise.
@@ -25,48 +22,47 @@ pub(crate) const ASSUMED_STREAMS: usize = 100;
 /// A handle for opening streams; the driver returned with it must run.
 #[derive(Clone)]
 pub(crate) struct Sender {
-    requests: h2::client::SendRequest<Chunk>,
-    streams: Rc<Streams>,
+    link: Rc<Link>,
     answer_timeout: Duration,
 }
 
-/// Opens HTTP/2 on `io`. The future returned drives the tunnel until it ends: peer gone, keep-alive failed, or nobody holds a
-/// sender or stream any more.
-pub(crate) async fn handshake<S>(
-    io: S,
+/// Opens HTTP/2 and waits for the peer's SETTINGS: only then is its limit of streams known. The driver returned must run.
+pub(crate) async fn handshake(
+    secured: Secured,
     settings: &Settings,
-) -> Result<(Sender, impl Future<Output = ()> + use<S>), Error>
-where
-    S: AsyncRead + AsyncWrite + Unpin + 'static,
-{
-    let opening = settings.client(ASSUMED_STREAMS).handshake::<_, Chunk>(io);
-    let (requests, mut connection) = timeout(settings.handshake_timeout, opening)
+    budget: Budget,
+) -> Result<(Sender, Driver), Error> {
+    let (mut driver, link) = Driver::new(secured, Role::Client, settings, budget);
+    timeout(settings.handshake_timeout, driver.established())
         .await
-        .map_err(|_| Error::HandshakeTimeout(settings.handshake_timeout))?
-        .map_err(|error| Error::Handshake { source: Arc::new(error) })?;
-    let (ping_pong, keepalive) = (connection.ping_pong(), settings.keepalive);
-    let driver = async move {
-        tokio::select! {
-            result = connection => if let Err(error) = result {
-                tracing::debug!(%error, "tunnel ended");
-            },
-            () = keepalive::watch(ping_pong, keepalive) => tracing::warn!("HBONE ping timeout/error"),
-        }
-    };
-    Ok((Sender { requests, streams: Rc::default(), answer_timeout: settings.answer_timeout }, driver))
+        .unwrap_or(Err(Error::HandshakeTimeout(settings.handshake_timeout)))?;
+    Ok((Sender { link, answer_timeout: settings.answer_timeout }, driver))
 }
 
 impl Sender {
-    /// Streams the peer allows at once.
-    pub(crate) fn max_streams(&self) -> usize {
-        self.requests.current_max_send_streams()
+    /// Streams the peer allows at once, if it says.
+    pub(crate) fn max_streams(&self) -> Option<usize> {
+        self.link.peer_max_streams().map(|max| usize::try_from(max).unwrap_or(usize::MAX))
     }
 
-    pub(crate) fn streams(&self) -> &Streams {
-        &self.streams
+    pub(crate) fn is_usable(&self) -> bool {
+        self.link.is_usable()
     }
 
-    /// One CONNECT, answered with 200 within the deadline.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.link.is_busy()
+    }
+
+    pub(crate) fn streams(&self) -> Vec<StreamSnapshot> {
+        self.link.streams()
+    }
+
+    /// No stream will be asked for any more: the driver ends the tunnel in order.
+    pub(crate) fn close(&self) {
+        self.link.close();
+    }
+
+    /// One CONNECT, answered with 200 within the deadline. Cancel safe: the stream is then reset.
     pub(crate) async fn connect(&self, request: &ConnectRequest) -> Result<(TunnelStream, ConnectResponse), Error> {
         match timeout(self.answer_timeout, self.exchange(request)).await {
             Ok(result) => result,
@@ -75,19 +71,13 @@ impl Sender {
     }
 
     async fn exchange(&self, request: &ConnectRequest) -> Result<(TunnelStream, ConnectResponse), Error> {
-        let message = request.to_http().ok_or(Error::Authority)?;
-        let mut requests = self.requests.clone();
-        poll_fn(|cx| requests.poll_ready(cx)).await.map_err(Error::of_stream)?;
-        let (answer, send) = requests.send_request(message, false).map_err(Error::of_stream)?;
-        let (head, recv) = answer.await.map_err(Error::of_stream)?.into_parts();
+        let id = poll_fn(|cx| self.link.poll_connect(cx, request)).await?;
+        let stream = TunnelStream::new(self.link.clone(), id);
+        let head = poll_fn(|cx| self.link.poll_response(id, cx)).await?;
         if head.status != StatusCode::OK {
             return Err(Error::Status(head.status));
         }
-        let stream_id = send.stream_id().as_u32();
-        let record = stream::record(stream_id, request.authority.to_string());
-        self.streams.add(&record);
-        let stream = TunnelStream::new(send, recv, record, None);
-        Ok((stream, ConnectResponse { headers: head.headers, stream_id }))
+        Ok((stream, ConnectResponse { headers: head.headers, stream_id: id }))
     }
 }
 
@@ -95,28 +85,31 @@ impl Sender {
 ///
 /// # Errors
 /// As for pooled tunnels.
-pub async fn connect_once<S>(
-    io: S,
+pub async fn connect_once(
+    secured: Secured,
     settings: &Settings,
     request: &ConnectRequest,
-) -> Result<(TunnelStream, ConnectResponse), Error>
-where
-    S: AsyncRead + AsyncWrite + Unpin + 'static,
-{
-    let (sender, driver) = handshake(io, settings).await?;
-    let driver = Driver(tokio::task::spawn_local(driver));
+) -> Result<(TunnelStream, ConnectResponse), Error> {
+    let (sender, driver) = handshake(secured, settings, Budget::default()).await?;
+    let driver =
+        Private { task: tokio::task::spawn_local(async move { drop(driver.await) }), link: sender.link.clone() };
     let (mut stream, response) = sender.connect(request).await?;
     stream.held = Some(Box::new(driver));
     Ok((stream, response))
 }
 
-/// Stops a private tunnel's task with its stream.
-struct Driver(JoinHandle<()>);
+/// Lets a private tunnel end with its stream.
+struct Private {
+    /// Ends by itself, soon after the tunnel is closed.
+    #[expect(dead_code, reason = "detached on purpose: it still has to say goodbye")]
+    task: JoinHandle<()>,
+    link: Rc<Link>,
+}
 
-impl Held for Driver {}
+impl Held for Private {}
 
-impl Drop for Driver {
+impl Drop for Private {
     fn drop(&mut self) {
-        self.0.abort();
+        self.link.close();
     }
 }

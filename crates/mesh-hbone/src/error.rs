@@ -5,26 +5,31 @@ use std::{sync::Arc, time::Duration};
 use http::StatusCode;
 use mesh_core::reason::{Fault, Reason};
 
+use crate::engine::limits::Abuse;
+
 type Cause = Arc<dyn std::error::Error + Send + Sync>;
 
 /// Cheap to clone: everyone who waited for one dial gets it.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
+    /// The peer did not wait for the answer to its CONNECT.
+    #[error("the peer has given up")]
+    Abandoned,
     /// The connector did not produce a TLS stream.
     #[error("{message}")]
     Dial { reason: Reason, message: String, source: Option<Cause> },
     #[error("the peer did not answer a CONNECT within {0:?}")]
     AnswerTimeout(Duration),
-    #[error("the authority cannot be written as a header")]
-    Authority,
+    /// The peer ran into a limit; it was told ENHANCE_YOUR_CALM.
+    #[error("the peer misbehaves: {}", .0.label())]
+    Abuse(Abuse),
     #[error("the peer is going away (GOAWAY)")]
     GoAway,
-    #[error("HTTP/2 handshake failed")]
-    Handshake { source: Cause },
     #[error("HTTP/2 handshake did not finish within {0:?}")]
     HandshakeTimeout(Duration),
-    #[error("the peer did not answer a PING within {0:?}")]
-    KeepAlive(Duration),
+    /// A PING was not answered, or SETTINGS never came.
+    #[error("{0}")]
+    Silent(&'static str),
     /// The tunnel broke while the CONNECT was open.
     #[error("the tunnel was lost")]
     Lost { source: Cause },
@@ -46,15 +51,15 @@ impl Error {
     pub fn reason(&self) -> Reason {
         match self {
             Self::Dial { reason, .. } => *reason,
-            Self::AnswerTimeout(_)
+            Self::Abandoned
+            | Self::AnswerTimeout(_)
             | Self::GoAway
-            | Self::Handshake { .. }
             | Self::HandshakeTimeout(_)
-            | Self::KeepAlive(_)
+            | Self::Silent(_)
+            | Self::Abuse(_)
             | Self::Lost { .. }
             | Self::Refused
             | Self::Status(_) => Reason::Tunnel,
-            Self::Authority => Reason::Internal,
             Self::Retired => Reason::Drain,
         }
     }
@@ -74,23 +79,14 @@ impl Error {
             }
             Self::GoAway
             | Self::AnswerTimeout(_)
-            | Self::Handshake { .. }
             | Self::HandshakeTimeout(_)
-            | Self::KeepAlive(_)
+            | Self::Silent(_)
+            | Self::Abuse(_)
             | Self::Lost { .. }
             | Self::Refused => true,
             // 503: the far side could not reach the application. Other statuses are verdicts.
             Self::Status(status) => *status == StatusCode::SERVICE_UNAVAILABLE,
-            Self::Authority | Self::Retired => false,
-        }
-    }
-
-    /// Of a stream whose answer was awaited.
-    pub(crate) fn of_stream(error: h2::Error) -> Self {
-        match error.reason() {
-            Some(h2::Reason::REFUSED_STREAM) => Self::Refused,
-            _ if error.is_go_away() => Self::GoAway,
-            _ => Self::Lost { source: Arc::new(error) },
+            Self::Abandoned | Self::Retired => false,
         }
     }
 }

@@ -1,32 +1,39 @@
 //! HBONE: one TCP connection per HTTP/2 CONNECT stream (RFC 9113 §8.5) inside mutual TLS. The client side with its pool, the server
 //! side, and the relay between a socket and a tunnel.
 //!
-//! Everything here is owned by one worker (`Rc`, not `Send`) and spawned with `spawn_local`. TLS is the caller's: it comes in as a
-//! finished stream. Who may connect to whom is decided elsewhere. The HTTP/2 library stays behind this interface.
+//! Everything here is owned by one worker (`Rc`, not `Send`) and spawned with `spawn_local`. TLS configurations are the caller's, who
+//! thereby decides who may connect to whom. HTTP/2 and the TLS record layer are our own: [`engine`] is their state, and only the driver
+//! knows sockets.
 //!
-//! Reading order: [`connect`] what is asked for, [`pool`] which tunnel carries it, [`client`] and [`server`] the two ends,
-//! [`TunnelStream`] the bytes, [`relay()`] where they go, [`snapshot`] what can be said about it all.
+//! Reading order: [`tls`] who is there, [`connect`] what is asked for, [`pool`] which tunnel carries it, [`client`] and [`server`] the
+//! two ends, [`TunnelStream`] the bytes, [`relay()`] where they go, [`snapshot`] what can be said about it all; then [`engine`].
 
 #![forbid(unsafe_code)]
 
-mod chunk;
 pub mod client;
 mod config;
 pub mod connect;
+mod driver;
+pub mod engine;
 mod error;
-mod keepalive;
 pub mod pool;
 mod relay;
 pub mod server;
 pub mod snapshot;
 mod stream;
+pub mod tls;
 
-pub use config::{KeepAlive, Settings};
+pub use config::{ELEPHANT, KeepAlive, Settings};
 pub use connect::{ConnectRequest, ConnectResponse};
+pub use engine::{
+    flow::{Budget, Process},
+    limits::Abuse,
+};
 pub use error::Error;
-pub use pool::{BoxedTlsStream, Connector, Pool, PoolConfig, TunnelKey};
-pub use relay::{relay, relay_within};
+pub use pool::{Connector, Pool, PoolConfig, TunnelKey};
+pub use relay::{Relay, relay, relay_within};
 pub use stream::{ResetReason, TunnelStream};
+pub use tls::Secured;
 
 use std::{future::Future, pin::Pin};
 

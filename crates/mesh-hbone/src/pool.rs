@@ -8,15 +8,16 @@ mod state;
 use std::{
     cell::RefCell,
     collections::HashMap,
+    hash::BuildHasher as _,
     net::{IpAddr, SocketAddr},
     rc::{Rc, Weak},
     sync::Arc,
     time::Duration,
 };
 
-use mesh_core::identity::Identity;
+use foldhash::fast::RandomState;
+use mesh_core::{headers::Authority, identity::Identity};
 use tokio::{
-    io::{AsyncRead, AsyncWrite},
     sync::{Notify, oneshot},
     task::{AbortHandle, JoinSet},
     time::{Instant, sleep_until},
@@ -28,9 +29,12 @@ use crate::{
     client::{self, Sender},
     config::Settings,
     connect::{ConnectRequest, ConnectResponse},
+    driver::Driver,
+    engine::flow::Budget,
     error::Error,
     snapshot::{Role, TunnelSnapshot},
     stream::{Held, TunnelStream},
+    tls::Secured,
 };
 
 /// Who goes where: flows share a tunnel exactly when these agree. The far side takes a tunnel's TCP peer for the source, so pods
@@ -48,16 +52,12 @@ pub struct TunnelKey {
     pub network: Arc<str>,
 }
 
-/// Any stream that TLS was done on.
-pub trait TlsStream: AsyncRead + AsyncWrite + Unpin {}
-
-impl<T: AsyncRead + AsyncWrite + Unpin> TlsStream for T {}
-
-pub type BoxedTlsStream = Box<dyn TlsStream>;
-
 /// Dials and does the TLS handshake, within deadlines of its own.
 pub trait Connector {
-    fn connect(&self, key: &TunnelKey) -> LocalBoxFuture<'_, Result<BoxedTlsStream, Error>>;
+    fn connect(&self, key: &TunnelKey) -> LocalBoxFuture<'_, Result<Secured, Error>>;
+
+    /// A tunnel ended otherwise than in order.
+    fn failed(&self, _key: &TunnelKey, _error: &Error) {}
 }
 
 #[derive(Clone, Debug)]
@@ -87,9 +87,11 @@ impl std::fmt::Debug for Pool {
 
 struct Inner {
     config: PoolConfig,
+    budget: Budget,
     connector: Rc<dyn Connector>,
     started: Instant,
     state: RefCell<State<TunnelKey, Error>>,
+    hasher: RandomState,
     tunnels: RefCell<HashMap<TunnelId, Tunnel>>,
     /// Flows waiting for a dial; bounded by the flows.
     waiters: RefCell<HashMap<TunnelKey, Vec<Waiter>>>,
@@ -110,13 +112,16 @@ struct Tunnel {
 }
 
 impl Pool {
-    pub fn new(config: PoolConfig, connector: Rc<dyn Connector>) -> Self {
+    /// `budget` is whom the tunnels' memory is charged to.
+    pub fn new(config: PoolConfig, budget: Budget, connector: Rc<dyn Connector>) -> Self {
         let state = RefCell::new(State::new(config.max_streams));
         Self(Rc::new(Inner {
             config,
+            budget,
             connector,
             started: Instant::now(),
             state,
+            hasher: RandomState::default(),
             tunnels: RefCell::default(),
             waiters: RefCell::default(),
             dials: RefCell::default(),
@@ -136,7 +141,7 @@ impl Pool {
     ) -> Result<(TunnelStream, ConnectResponse), Error> {
         let mut went_away = false;
         loop {
-            let lease = self.lease(key).await?;
+            let lease = self.lease(key, &request.authority).await?;
             let Some(sender) = self.0.tunnels.borrow().get(&lease.id).map(|tunnel| tunnel.sender.clone()) else {
                 continue;
             };
@@ -146,7 +151,7 @@ impl Pool {
                     return Ok((stream, response));
                 }
                 Err(error) => {
-                    if !matches!(error, Error::Status(_) | Error::Authority | Error::AnswerTimeout(_)) {
+                    if !matches!(error, Error::Status(_) | Error::AnswerTimeout(_)) {
                         self.0.state.borrow_mut().close(key, lease.id);
                     }
                     // RFC 9113 §6.8: the request was not processed; the tunnel was merely old.
@@ -193,21 +198,22 @@ impl Pool {
                 id: *id,
                 peer: tunnel.key.destination.to_string(),
                 settings: self.0.config.settings.clone(),
-                peer_max_streams: Some(tunnel.sender.max_streams()),
+                peer_max_streams: tunnel.sender.max_streams(),
                 closing: state.is_closing(&tunnel.key, *id),
-                streams: tunnel.sender.streams().snapshot(),
+                streams: tunnel.sender.streams(),
             })
             .collect();
         all.sort_by_key(|tunnel| tunnel.id);
         all
     }
 
-    async fn lease(&self, key: &TunnelKey) -> Result<Lease, Error> {
+    async fn lease(&self, key: &TunnelKey, authority: &Authority) -> Result<Lease, Error> {
+        let kind = self.0.kind(authority);
         loop {
-            self.0.refresh_limits(key);
-            let checkout = self.0.state.borrow_mut().checkout(key, self.0.now());
+            self.0.refresh(key);
+            let checkout = self.0.state.borrow_mut().checkout(key, kind, self.0.now());
             match checkout {
-                Checkout::Use(id) => return Ok(Lease { pool: Rc::downgrade(&self.0), key: key.clone(), id }),
+                Checkout::Use(id) => return Ok(Lease { pool: Rc::downgrade(&self.0), key: key.clone(), id, kind }),
                 Checkout::Failed(error) => return Err(error),
                 Checkout::Dial => self.0.dial(key),
                 Checkout::Wait => {}
@@ -224,12 +230,19 @@ impl Inner {
         self.started.elapsed()
     }
 
-    fn refresh_limits(&self, key: &TunnelKey) {
+    /// What kind of destination an authority is: flows to one are taken to resemble each other. Its hash will do.
+    fn kind(&self, authority: &Authority) -> u64 {
+        self.hasher.hash_one(authority.to_string())
+    }
+
+    fn refresh(&self, key: &TunnelKey) {
         let mut state = self.state.borrow_mut();
         let tunnels = self.tunnels.borrow();
         for id in state.ids(key) {
             match tunnels.get(&id) {
-                Some(tunnel) if !tunnel.driver.is_finished() => state.set_limit(key, id, tunnel.sender.max_streams()),
+                Some(Tunnel { sender, .. }) if sender.is_usable() => {
+                    state.set_limit(key, id, sender.max_streams().unwrap_or(usize::MAX), sender.is_busy());
+                }
                 _ => state.close(key, id),
             }
         }
@@ -237,11 +250,12 @@ impl Inner {
 
     fn dial(self: &Rc<Self>, key: &TunnelKey) {
         let (pool, connector, settings) = (Rc::downgrade(self), self.connector.clone(), self.config.settings.clone());
+        let budget = self.budget.clone();
         let wanted = key.clone();
         let dial = self.spawn(async move {
             let dialed = async {
                 let io = connector.connect(&wanted).await?;
-                client::handshake(io, &settings).await
+                client::handshake(io, &settings, budget).await
             }
             .await;
             let Some(pool) = pool.upgrade() else { return };
@@ -257,22 +271,30 @@ impl Inner {
         self.dials.borrow_mut().insert(key.clone(), dial);
     }
 
-    fn established(self: &Rc<Self>, key: &TunnelKey, sender: Sender, driver: impl Future<Output = ()> + 'static) {
+    fn established(self: &Rc<Self>, key: &TunnelKey, sender: Sender, mut driver: Driver) {
         let Some(id) = self.state.borrow_mut().dialed(key, self.now()) else { return };
         let released = Rc::new(Notify::new());
         let (pool, tunnel_key, idle) = (Rc::downgrade(self), key.clone(), released.clone());
         let driver = self.spawn(async move {
             let ended = tokio::select! {
-                () = driver => true,
-                () = unused(&pool, &tunnel_key, id, &idle) => false,
+                ended = &mut driver => Some(ended),
+                () = unused(&pool, &tunnel_key, id, &idle) => None,
             };
             if let Some(pool) = pool.upgrade() {
                 let mut state = pool.state.borrow_mut();
-                if ended {
+                if let Some(ended) = &ended {
                     state.ended(&tunnel_key, id, Error::GoAway, pool.now());
+                    if let Err(error) = ended {
+                        pool.connector.failed(&tunnel_key, error);
+                    }
                 }
                 state.remove(&tunnel_key, id, pool.now());
-                pool.tunnels.borrow_mut().remove(&id);
+                let tunnel = pool.tunnels.borrow_mut().remove(&id);
+                tunnel.iter().for_each(|tunnel| tunnel.sender.close());
+            }
+            if ended.is_none() {
+                // Says goodbye, within a second.
+                drop(driver.await);
             }
         });
         self.tunnels.borrow_mut().insert(id, Tunnel { key: key.clone(), sender, driver, released });
@@ -312,9 +334,16 @@ struct Lease {
     pool: Weak<Inner>,
     key: TunnelKey,
     id: TunnelId,
+    kind: u64,
 }
 
-impl Held for Lease {}
+impl Held for Lease {
+    fn elephant(&self) {
+        if let Some(pool) = self.pool.upgrade() {
+            pool.state.borrow_mut().elephant(&self.key, self.id, self.kind, pool.now());
+        }
+    }
+}
 
 impl Drop for Lease {
     fn drop(&mut self) {

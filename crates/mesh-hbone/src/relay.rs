@@ -1,56 +1,92 @@
 //! A TCP socket and a tunnel stream: every byte, half-close and reset from each to the other.
 //!
-//! A buffer is held only from a read to the write of what was read, and bytes are read only when the tunnel has room for them. Credit
-//! goes back to the peer once its bytes are in the socket. No idle timeout: only a half-closed flow has a limit.
+//! An application's bytes are read straight into the records that leave, and only when the tunnel has room for them; what the tunnel
+//! brings is written to the socket by the tunnel's own task, and comes here only when the socket does not take it. So a flow holds no
+//! buffer, and its task sleeps while payload comes in. No idle timeout: only a half-closed flow has a limit.
 
 use std::{
-    cell::{Cell, RefCell},
-    future::poll_fn,
+    future::Future,
     io,
     net::Shutdown,
-    pin::pin,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll},
     time::Duration,
 };
 
-use mesh_net::{
-    BufferPool, CopyOutcome, End, Progress, Side,
-    copy::{HALF_CLOSED_LIMIT, PooledBuffer},
-    sockets::reset_on_close,
-};
+use mesh_net::{CopyOutcome, End, Progress, Side, copy::HALF_CLOSED_LIMIT, sockets::reset_on_close};
 use socket2::SockRef;
 use tokio::{
     io::Interest,
     net::TcpStream,
-    task::coop::consume_budget,
-    time::{Instant, sleep},
+    time::{Sleep, sleep},
 };
 
 use crate::{
-    chunk::Chunk,
-    stream::{PeerReset, RecvHalf, ResetReason, SendHalf, TunnelStream},
+    driver::{Drained, Fill, PeerReset, Plug},
+    engine::out::MAX_READ,
+    stream::{ResetReason, TunnelStream},
 };
+
+/// Reads from the application in one turn of its task.
+const READS: usize = 4;
 
 /// Copies until both directions are closed or one side fails. `First` is the socket, `Second` the tunnel; `sent` counts from the
 /// socket into the tunnel. After a failure the socket is set to be reset when dropped. Cancelling resets the stream (CANCEL) and leaves
 /// the socket as it is.
-pub async fn relay(tcp: &TcpStream, tunnel: TunnelStream, pool: &BufferPool, progress: &Progress) -> CopyOutcome {
-    relay_within(tcp, tunnel, pool, progress, HALF_CLOSED_LIMIT).await
+pub fn relay(tcp: Rc<TcpStream>, tunnel: TunnelStream, progress: Rc<Progress>) -> Relay {
+    relay_within(tcp, tunnel, progress, HALF_CLOSED_LIMIT)
 }
 
 /// As [`relay`], with another limit for half-closed flows.
-pub async fn relay_within(
-    tcp: &TcpStream,
-    mut tunnel: TunnelStream,
-    pool: &BufferPool,
-    progress: &Progress,
+pub fn relay_within(tcp: Rc<TcpStream>, tunnel: TunnelStream, progress: Rc<Progress>, half_closed: Duration) -> Relay {
+    tunnel.link.plug(tunnel.id, Plug { tcp: tcp.clone(), progress: progress.clone() });
+    Relay {
+        tcp,
+        tunnel: Some(tunnel),
+        progress,
+        up: Up::Open,
+        down_ended: false,
+        large: false,
+        half_closed,
+        limit: None,
+        watch: None,
+    }
+}
+
+/// See [`relay`]. Small on purpose: there is one for every idle flow.
+#[must_use = "nothing moves unless it is polled"]
+pub struct Relay {
+    tcp: Rc<TcpStream>,
+    /// Until it has ended.
+    tunnel: Option<TunnelStream>,
+    progress: Rc<Progress>,
+    up: Up,
+    /// The peer's end has been passed on.
+    down_ended: bool,
+    large: bool,
     half_closed: Duration,
-) -> CopyOutcome {
-    let result = both_ways(tcp, &mut tunnel, pool, progress, half_closed).await;
-    let end = match result {
-        Ok(()) => End::Clean,
-        Err(failure) => conclude(failure, tcp, tunnel),
-    };
-    CopyOutcome { sent: progress.sent.get(), received: progress.received.get(), end }
+    limit: Option<Pin<Box<Sleep>>>,
+    /// Notices the socket's reset while nobody reads from it.
+    watch: Option<Watch>,
+}
+
+type Watch = Pin<Box<dyn Future<Output = io::Error>>>;
+
+/// The direction into the tunnel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Up {
+    Open,
+    /// The application ended it.
+    Ended,
+    /// The peer wants no more.
+    Stopped,
+}
+
+impl std::fmt::Debug for Relay {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Relay").field("up", &self.up).field("down_ended", &self.down_ended).finish_non_exhaustive()
+    }
 }
 
 /// A side and what happened to it.
@@ -67,132 +103,137 @@ fn of_tunnel(error: io::Error) -> Failure {
     Failure { side: Side::Second, error }
 }
 
-async fn both_ways(
-    tcp: &TcpStream,
-    tunnel: &mut TunnelStream,
-    pool: &BufferPool,
-    progress: &Progress,
-    half_closed: Duration,
-) -> Result<(), Failure> {
-    // Borrowed for the length of a poll only: the upload and the watch for the peer's reset take turns.
-    let send = RefCell::new(&mut tunnel.send);
-    let mut up = pin!(upload(tcp, &send, pool, &progress.sent));
-    let mut down = pin!(download(&mut tunnel.recv, tcp, &progress.received));
-    let mut limit = pin!(sleep(half_closed));
-    let (mut up_done, mut down_done, mut stopped) = (false, false, false);
-    while !(down_done && (up_done || stopped)) {
-        let was_half = up_done || down_done;
-        tokio::select! {
-            // First, so that a reset is not taken for the end of data.
-            biased;
-            reset = poll_fn(|cx| send.borrow_mut().poll_peer_reset(cx)), if !stopped => match reset {
-                // Nothing more can be sent; what was received decides how it ends.
-                PeerReset::Stopped => stopped = true,
-                PeerReset::Broken => return Err(of_tunnel(io::ErrorKind::ConnectionReset.into())),
-            },
-            done = &mut down, if !down_done => {
-                done?;
-                down_done = true;
-            }
-            done = &mut up, if !up_done && !stopped => {
-                done?;
-                up_done = true;
-            }
-            // Nobody reads the socket any more, so its reset has to be watched for.
-            error = broken(tcp), if up_done => return Err(of_tcp(error)),
-            () = &mut limit, if was_half => {
-                let error = io::Error::new(io::ErrorKind::TimedOut, format!("half closed for {half_closed:?}"));
-                return Err(if up_done { of_tunnel(error) } else { of_tcp(error) });
-            }
-        }
-        if !was_half && (up_done || down_done) {
-            limit.as_mut().reset(Instant::now() + half_closed);
-        }
-    }
-    Ok(())
-}
+impl Future for Relay {
+    type Output = CopyOutcome;
 
-async fn upload(
-    tcp: &TcpStream,
-    send: &RefCell<&mut SendHalf>,
-    pool: &BufferPool,
-    moved: &Cell<u64>,
-) -> Result<(), Failure> {
-    loop {
-        let ready = tcp.ready(Interest::READABLE).await.map_err(of_tcp)?;
-        let mut buffer = pool.take();
-        // Bytes stay in the socket until there is room. After the peer's FIN they are read first, or the FIN would wait too.
-        let room = if ready.is_read_closed() { buffer.len() } else { room(tcp, send, buffer.len()).await? };
-        let limit = room.min(buffer.len());
-        match tcp.try_read(&mut buffer[..limit]) {
-            Ok(0) => return send.borrow_mut().finish().map_err(of_tunnel),
-            Ok(length) => {
-                send_all(tcp, send, buffer, length).await?;
-                moved.set(moved.get() + length as u64);
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<CopyOutcome> {
+        let this = self.get_mut();
+        let Some(tunnel) = this.tunnel.take() else { return Poll::Pending };
+        let end = match this.both_ways(&tunnel, cx) {
+            Ok(false) => {
+                this.tunnel = Some(tunnel);
+                return Poll::Pending;
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(of_tcp(error)),
-        }
-        send.borrow_mut().relinquish();
-        // A flow that is always readable must not starve the others of its worker.
-        consume_budget().await;
+            Ok(true) => {
+                drop(tunnel);
+                End::Clean
+            }
+            Err(failure) => conclude(failure, &this.tcp, tunnel),
+        };
+        Poll::Ready(CopyOutcome { sent: this.progress.sent.get(), received: this.progress.received.get(), end })
     }
 }
 
-async fn send_all(
-    tcp: &TcpStream,
-    send: &RefCell<&mut SendHalf>,
-    buffer: PooledBuffer,
-    length: usize,
-) -> Result<(), Failure> {
-    let mut start = 0;
-    while start < length {
-        let room = room(tcp, send, length - start).await?;
-        if start == 0 && room >= length {
-            return send.borrow_mut().send(Chunk::pooled(buffer, length)).map_err(of_tunnel);
+impl Relay {
+    /// Moves what can be moved; true when both directions have ended.
+    fn both_ways(&mut self, tunnel: &TunnelStream, cx: &mut Context<'_>) -> Result<bool, Failure> {
+        // First, so that a reset is not taken for the end of data.
+        match tunnel.link.peer_reset(tunnel.id, cx) {
+            Some(PeerReset::Broken) => return Err(of_tunnel(io::ErrorKind::ConnectionReset.into())),
+            // Nothing more can be sent; what was received decides how it ends.
+            Some(PeerReset::Stopped) if self.up == Up::Open => self.up = Up::Stopped,
+            Some(PeerReset::Stopped) | None => {}
         }
-        let part = Chunk::copied(&buffer[start..(start + room).min(length)]);
-        start += room;
-        send.borrow_mut().send(part).map_err(of_tunnel)?;
+        if !self.down_ended {
+            self.download(tunnel, cx)?;
+        }
+        let blocked = self.up == Up::Open && self.upload(tunnel, cx)?;
+        if self.down_ended && self.up != Up::Open {
+            return Ok(true);
+        }
+        if !self.large && tunnel.link.is_large(tunnel.id) {
+            self.large = true;
+            tunnel.held.iter().for_each(|held| held.elephant());
+        }
+        // Nobody reads the socket now, so its reset has to be watched for.
+        if blocked || self.up != Up::Open {
+            let watch = self.watch.get_or_insert_with(|| Box::pin(broken(self.tcp.clone())));
+            if let Poll::Ready(error) = watch.as_mut().poll(cx) {
+                return Err(of_tcp(error));
+            }
+        }
+        if self.down_ended || self.up != Up::Open {
+            let limit = self.limit.get_or_insert_with(|| Box::pin(sleep(self.half_closed)));
+            if limit.as_mut().poll(cx).is_ready() {
+                let error = io::Error::new(io::ErrorKind::TimedOut, format!("half closed for {:?}", self.half_closed));
+                return Err(if self.down_ended { of_tcp(error) } else { of_tunnel(error) });
+            }
+        }
+        Ok(false)
     }
-    Ok(())
-}
 
-/// Waits for room in the tunnel, and for the sender's reset, which must get through all the same.
-async fn room(tcp: &TcpStream, send: &RefCell<&mut SendHalf>, wanted: usize) -> Result<usize, Failure> {
-    tokio::select! {
-        biased;
-        room = poll_fn(|cx| send.borrow_mut().poll_room(cx, wanted)) => room.map_err(of_tunnel),
-        error = broken(tcp) => Err(of_tcp(error)),
-    }
-}
-
-async fn download(recv: &mut RecvHalf, tcp: &TcpStream, moved: &Cell<u64>) -> Result<(), Failure> {
-    while let Some(chunk) = poll_fn(|cx| recv.poll_chunk(cx)).await.map_err(of_tunnel)? {
-        let mut rest = &chunk[..];
-        while !rest.is_empty() {
-            tcp.writable().await.map_err(of_tcp)?;
-            match tcp.try_write(rest) {
-                Ok(written) => {
-                    rest = &rest[written..];
-                    moved.set(moved.get() + written as u64);
+    /// What the socket did not take when it came, and the end.
+    fn download(&mut self, tunnel: &TunnelStream, cx: &mut Context<'_>) -> Result<(), Failure> {
+        let mut failed = false;
+        let (tcp, progress) = (&self.tcp, &self.progress);
+        let drained = tunnel.link.poll_drain(tunnel.id, cx, |cx, bytes| {
+            loop {
+                match tcp.poll_write_ready(cx) {
+                    Poll::Pending => return Poll::Pending,
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error)),
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(of_tcp(error)),
+                match tcp.try_write(bytes) {
+                    Ok(written) => {
+                        progress.received.set(progress.received.get() + written as u64);
+                        return Poll::Ready(Ok(written));
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+                    Err(error) => {
+                        failed = true;
+                        return Poll::Ready(Err(error));
+                    }
+                }
+            }
+        });
+        match drained {
+            Poll::Pending | Poll::Ready(Ok(Drained::Open)) => Ok(()),
+            Poll::Ready(Ok(Drained::Ended)) => {
+                self.down_ended = true;
+                match SockRef::from(&*self.tcp).shutdown(Shutdown::Write) {
+                    // Closed in both directions before our FIN: nothing is lost by not sending it.
+                    Err(error) if error.kind() != io::ErrorKind::NotConnected => Err(of_tcp(error)),
+                    _ => Ok(()),
+                }
+            }
+            Poll::Ready(Err(error)) if failed || tunnel.link.is_broken(tunnel.id) => Err(of_tcp(error)),
+            Poll::Ready(Err(error)) => Err(of_tunnel(error)),
+        }
+    }
+
+    /// Reads what the tunnel has room for; true when the tunnel is what holds it up.
+    fn upload(&mut self, tunnel: &TunnelStream, cx: &mut Context<'_>) -> Result<bool, Failure> {
+        for _ in 0..READS {
+            match self.tcp.poll_read_ready(cx) {
+                Poll::Pending => {
+                    // Idle: what was needed to be blocked is not needed any more.
+                    self.watch = None;
+                    return Ok(false);
+                }
+                Poll::Ready(ready) => ready.map_err(of_tcp)?,
+            }
+            let filled = tunnel.link.fill(tunnel.id, cx, MAX_READ, |slices| self.tcp.try_read_vectored(slices));
+            match filled {
+                Fill::Sent(length) => self.progress.sent.set(self.progress.sent.get() + length as u64),
+                Fill::Empty => {}
+                Fill::Eof => {
+                    tunnel.link.finish(tunnel.id);
+                    self.up = Up::Ended;
+                    return Ok(false);
+                }
+                Fill::Full => return Ok(true),
+                Fill::Source(error) => return Err(of_tcp(error)),
+                Fill::Gone => return Err(of_tunnel(io::ErrorKind::ConnectionReset.into())),
             }
         }
-        recv.release(chunk.len());
-        consume_budget().await;
-    }
-    match SockRef::from(tcp).shutdown(Shutdown::Write) {
-        // Closed in both directions before our FIN: nothing is lost by not sending it.
-        Err(error) if error.kind() != io::ErrorKind::NotConnected => Err(of_tcp(error)),
-        _ => Ok(()),
+        // A flow that is always readable must not starve the others of its worker.
+        cx.waker().wake_by_ref();
+        Ok(false)
     }
 }
 
 /// Resolves when the kernel has given up the connection: reset by the peer, or timed out.
-async fn broken(stream: &TcpStream) -> io::Error {
+async fn broken(stream: Rc<TcpStream>) -> io::Error {
     if let Err(error) = stream.ready(Interest::ERROR).await {
         return error;
     }

@@ -3,25 +3,21 @@
 use std::{
     future::{pending, poll_fn},
     rc::Rc,
-    sync::Arc,
 };
 
-use http::{HeaderMap, Response, StatusCode};
+use http::{HeaderMap, StatusCode};
 use mesh_runtime::drain::{DrainMode, DrainWatcher};
-use tokio::{
-    io::{AsyncRead, AsyncWrite},
-    task::JoinSet,
-    time::timeout,
-};
+use tokio::task::JoinSet;
 
 pub use crate::connect::{Malformed, Request};
 use crate::{
     LocalBoxFuture,
-    chunk::Chunk,
     config::Settings,
+    driver::{Driver, Incoming, Link},
+    engine::{conn::Role, flow::Budget, frame::ErrorCode, head::RequestHead},
     error::Error,
-    keepalive,
-    stream::{self, TunnelStream},
+    stream::TunnelStream,
+    tls::Secured,
 };
 
 /// What to do with CONNECTs. One per tunnel.
@@ -39,100 +35,88 @@ pub trait Handler {
 }
 
 /// The pending answer to a CONNECT. Dropping it unanswered resets the stream.
-pub struct Responder {
-    respond: h2::server::SendResponse<Chunk>,
-    recv: h2::RecvStream,
-    target: String,
-}
-
-impl std::fmt::Debug for Responder {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Responder").field("target", &self.target).finish_non_exhaustive()
-    }
-}
+#[derive(Debug)]
+pub struct Responder(TunnelStream);
 
 impl Responder {
     /// 200: the tunnel is open.
     ///
     /// # Errors
     /// When the peer has given up meanwhile.
-    pub fn accept(mut self, headers: HeaderMap) -> Result<TunnelStream, Error> {
-        let mut response = Response::new(());
-        *response.headers_mut() = headers;
-        let send = self.respond.send_response(response, false).map_err(Error::of_stream)?;
-        let record = stream::record(send.stream_id().as_u32(), self.target);
-        Ok(TunnelStream::new(send, self.recv, record, None))
+    pub fn accept(self, headers: &HeaderMap) -> Result<TunnelStream, Error> {
+        let stream = self.0;
+        if stream.link.respond(stream.id, StatusCode::OK, headers, false) { Ok(stream) } else { Err(Error::Abandoned) }
     }
 
     /// A refusal with an empty body.
-    pub fn reject(mut self, status: StatusCode) {
-        let mut response = Response::new(());
-        *response.status_mut() = status;
-        // Fails only when the peer has gone, who then needs no answer.
-        drop(self.respond.send_response(response, true));
+    pub fn reject(self, status: StatusCode) {
+        let stream = self.0;
+        // False when the peer has gone, who then needs no answer.
+        if stream.link.respond(stream.id, status, &HeaderMap::new(), true) {
+            // RFC 9113 §8.1: the answer is complete, and nothing the peer still sends is wanted.
+            stream.link.reset(stream.id, ErrorCode::NO_ERROR);
+        }
     }
 
     /// REFUSED_STREAM: not processed, and welcome elsewhere (RFC 9113 §8.7).
-    fn refuse(mut self) {
-        self.respond.send_reset(h2::Reason::REFUSED_STREAM);
+    fn refuse(self) {
+        self.0.link.reset(self.0.id, ErrorCode::REFUSED_STREAM);
     }
 
     /// Resolves when the peer gives up waiting.
     pub async fn abandoned(&mut self) {
-        // An error means that the tunnel is gone, which is giving up too.
-        drop(poll_fn(|cx| self.respond.poll_reset(cx)).await);
+        poll_fn(|cx| self.0.link.poll_abandoned(self.0.id, cx)).await;
     }
 }
 
 /// Serves one tunnel until it ends. On a graceful drain the peer is told to go elsewhere and open streams run on; on an immediate one
-/// everything is dropped.
+/// everything is dropped. `budget` is whom the tunnel's memory is charged to.
 ///
 /// # Errors
 /// When the handshake fails or the tunnel breaks.
-pub async fn serve<S, H>(io: S, settings: &Settings, drain: DrainWatcher, handler: Rc<H>) -> Result<(), Error>
-where
-    S: AsyncRead + AsyncWrite + Unpin,
-    H: Handler + 'static,
-{
-    let mut connection = timeout(settings.handshake_timeout, settings.server().handshake::<_, Chunk>(io))
-        .await
-        .map_err(|_| Error::HandshakeTimeout(settings.handshake_timeout))?
-        .map_err(|error| Error::Handshake { source: Arc::new(error) })?;
-    let keepalive = keepalive::watch(connection.ping_pong(), settings.keepalive);
-    tokio::pin!(keepalive);
+pub async fn serve<H: Handler + 'static>(
+    secured: Secured,
+    settings: &Settings,
+    budget: Budget,
+    drain: DrainWatcher,
+    handler: Rc<H>,
+) -> Result<(), Error> {
+    let (mut driver, link) = Driver::new(secured, Role::Server, settings, budget);
     let mut handlers = JoinSet::new();
     let max_handlers = usize::try_from(settings.max_streams).unwrap_or(usize::MAX);
     let mut draining = None;
     let (mut expired, mut going_away) = (handler.expired(), false);
     let result = loop {
-        let accepted = tokio::select! {
-            accepted = connection.accept() => accepted,
+        let incoming = tokio::select! {
+            incoming = poll_fn(|cx| driver.poll_incoming(cx)) => incoming,
             (mode, guard) = drain.signalled(), if draining.is_none() => {
                 if mode == DrainMode::Immediate {
                     return Ok(());
                 }
                 draining = Some(guard);
-                connection.graceful_shutdown();
+                link.drain();
                 continue;
             }
             () = drain.stopped() => return Ok(()),
             () = &mut expired, if !going_away => {
                 going_away = true;
-                connection.graceful_shutdown();
+                link.drain();
                 continue;
             }
-            () = &mut keepalive => break Err(Error::KeepAlive(settings.keepalive.timeout)),
             // Reap what has finished; an empty set is disabled by the guard.
             Some(_) = handlers.join_next(), if !handlers.is_empty() => continue,
         };
-        match accepted {
-            Some(Ok((request, respond))) => dispatch(request, respond, &handler, &mut handlers, max_handlers),
-            Some(Err(error)) => break Err(Error::Lost { source: Arc::new(error) }),
-            None => break Ok(()),
+        match incoming {
+            Ok(Some(Incoming::Request(id, head))) => dispatch(&link, id, head, &handler, &mut handlers, max_handlers),
+            Ok(Some(Incoming::Malformed(why))) => {
+                handler.malformed(&Malformed { status: StatusCode::BAD_REQUEST, detail: why.to_owned() })
+            }
+            Ok(None) => break Ok(()),
+            Err(error) => break Err(error),
         }
     };
     // The streams are over; their handlers notice by themselves and still have to account for them.
-    drop(connection);
+    drop(driver);
     tokio::select! {
         () = async { while handlers.join_next().await.is_some() {} } => {}
         () = drain.stopped() => {}
@@ -141,16 +125,15 @@ where
 }
 
 fn dispatch<H: Handler + 'static>(
-    request: http::Request<h2::RecvStream>,
-    respond: h2::server::SendResponse<Chunk>,
+    link: &Rc<Link>,
+    id: u32,
+    head: RequestHead,
     handler: &Rc<H>,
     handlers: &mut JoinSet<()>,
     max_handlers: usize,
 ) {
-    let parsed = Request::parse(&request);
-    let target = request.uri().authority().map(ToString::to_string).unwrap_or_default();
-    let responder = Responder { respond, recv: request.into_body(), target };
-    match parsed {
+    let responder = Responder(TunnelStream::new(link.clone(), id));
+    match Request::parse(head) {
         Ok(request) => {
             while handlers.try_join_next().is_some() {}
             // HTTP/2 counts open streams; what a peer reset may still be worked on.

@@ -1,11 +1,4 @@
-//! Tunnels and streams as plain data: what a dump shows, and the place where an exportable engine will put what a successor process
-//! needs.
-
-use std::{
-    cell::{Cell, RefCell},
-    collections::HashMap,
-    rc::{Rc, Weak},
-};
+//! Tunnels and streams as plain data: what a dump shows. What a successor process needs is [`crate::engine::state`]'s.
 
 use crate::config::Settings;
 
@@ -45,47 +38,9 @@ pub struct StreamSnapshot {
     pub recv_closed: bool,
 }
 
-/// A stream's live figures.
-#[derive(Debug)]
-pub(crate) struct StreamRecord {
-    pub(crate) id: u32,
-    pub(crate) target: String,
-    pub(crate) sent: Cell<u64>,
-    pub(crate) received: Cell<u64>,
-    pub(crate) unreleased: Cell<usize>,
-    pub(crate) send_closed: Cell<bool>,
-    pub(crate) recv_closed: Cell<bool>,
-}
-
-impl StreamRecord {
-    pub(crate) fn snapshot(&self) -> StreamSnapshot {
-        StreamSnapshot {
-            id: self.id,
-            target: self.target.clone(),
-            sent: self.sent.get(),
-            received: self.received.get(),
-            unreleased: self.unreleased.get(),
-            send_closed: self.send_closed.get(),
-            recv_closed: self.recv_closed.get(),
-        }
-    }
-}
-
-/// The open streams of one tunnel: stream id to figures, as many as the peer's stream limit plus what is being closed.
-#[derive(Debug, Default)]
-pub(crate) struct Streams(RefCell<HashMap<u32, Weak<StreamRecord>>>);
-
-impl Streams {
-    pub(crate) fn add(&self, record: &Rc<StreamRecord>) {
-        let mut streams = self.0.borrow_mut();
-        streams.retain(|_, known| known.strong_count() > 0);
-        streams.insert(record.id, Rc::downgrade(record));
-    }
-
-    pub(crate) fn snapshot(&self) -> Vec<StreamSnapshot> {
-        let mut all: Vec<_> =
-            self.0.borrow().values().filter_map(Weak::upgrade).map(|record| record.snapshot()).collect();
-        all.sort_by_key(|stream| stream.id);
-        all
+impl StreamSnapshot {
+    /// Of a stream nothing is known about any more.
+    pub(crate) fn over(id: u32) -> Self {
+        Self { id, target: String::new(), sent: 0, received: 0, unreleased: 0, send_closed: true, recv_closed: true }
     }
 }

@@ -108,6 +108,14 @@ pub fn configure_accepted(stream: &TcpStream, options: &SocketOptions) -> io::Re
     set_liveness(&socket, options)
 }
 
+/// Not yet sent bytes that the kernel queues for a tunnel; what waits longer waits where it can still be put in order.
+const UNSENT: u32 = 128 << 10;
+
+/// Bounds the kernel's queue of a tunnel's connection: it is writable while less than 128 KiB wait in it.
+pub fn limit_unsent(stream: &TcpStream) -> io::Result<()> {
+    SockRef::from(stream).set_tcp_notsent_lowat(UNSENT)
+}
+
 /// Makes the coming close of the socket a RST instead of a FIN.
 pub fn reset_on_close(stream: &TcpStream) -> io::Result<()> {
     SockRef::from(stream).set_linger(Some(Duration::ZERO))

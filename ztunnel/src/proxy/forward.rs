@@ -1,6 +1,6 @@
 //! Moving the bytes, and ending a connection the way it deserves.
 
-use std::{cell::Cell, ops::Deref, pin::pin, time::Duration};
+use std::{cell::Cell, ops::Deref, pin::pin, rc::Rc, time::Duration};
 
 use mesh_net::{BufferPool, CopyOutcome, Progress, copy_bidirectional, sockets::reset_on_close};
 use tokio::{net::TcpStream, time::sleep};
@@ -21,13 +21,14 @@ thread_local! {
 /// a complete one, whatever path the failure takes.
 #[derive(Debug)]
 pub(crate) struct FlowSocket {
-    stream: TcpStream,
+    /// Shared with the tunnel, which writes what comes straight to it.
+    stream: Rc<TcpStream>,
     ended: Cell<bool>,
 }
 
 impl FlowSocket {
     pub(crate) fn new(stream: TcpStream) -> Self {
-        Self { stream, ended: Cell::new(false) }
+        Self { stream: Rc::new(stream), ended: Cell::new(false) }
     }
 
     /// Both directions ended in order.
@@ -55,7 +56,7 @@ impl Drop for FlowSocket {
 
 /// Joins the local application's socket and the far side until both have ended, one failed, or `cut` says so; reports it.
 pub(crate) async fn relay(local: FlowSocket, far: Upstream, mut cut: Option<&mut Cut>, flow: OpenFlow) {
-    let progress = Progress::default();
+    let progress = Rc::new(Progress::default());
     let mut reported = Reported { flow: Some(flow), progress: &progress };
     let mut copying = pin!(copy(&local, far, &progress));
     let result = loop {
@@ -111,16 +112,16 @@ async fn denied(cut: Option<&mut Cut>) -> mesh_core::authorize::Decision {
     }
 }
 
-async fn copy(local: &FlowSocket, far: Upstream, progress: &Progress) -> CopyOutcome {
-    let buffers = BUFFERS.with(Clone::clone);
+async fn copy(local: &FlowSocket, far: Upstream, progress: &Rc<Progress>) -> CopyOutcome {
     match far {
         Upstream::Tcp(far) => {
+            let buffers = BUFFERS.with(Clone::clone);
             let outcome = copy_bidirectional(local, &far, &buffers, progress).await;
             if matches!(outcome.end, mesh_net::End::Clean) {
                 far.end();
             }
             outcome
         }
-        Upstream::Tunnel(tunnel) => mesh_hbone::relay(local, tunnel, &buffers, progress).await,
+        Upstream::Tunnel(tunnel) => mesh_hbone::relay(local.stream.clone(), tunnel, progress.clone()).await,
     }
 }

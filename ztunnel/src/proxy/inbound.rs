@@ -14,19 +14,19 @@ use foldhash::HashMap;
 use http::{HeaderMap, StatusCode};
 use mesh_core::{identity::Identity, workload::Workload};
 use mesh_hbone::{
-    LocalBoxFuture,
+    LocalBoxFuture, Secured,
     server::{self, Handler, Malformed, Request, Responder},
+    tls,
 };
 use mesh_identity::{Priority, peer_identity, server_config, svid::validity};
 use mesh_net::{
     Side, SocketOptions,
-    sockets::{canonical, configure_accepted},
+    sockets::{canonical, configure_accepted, limit_unsent},
 };
 use tokio::{
     net::TcpStream,
     time::{sleep, timeout},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use crate::{
     connections::{InboundConnection, Protocol},
@@ -52,35 +52,33 @@ pub(crate) async fn serve(pod: Rc<PodContext>, client: TcpStream, peer: SocketAd
         Err(_) => return,
     };
     let outcomes = &pod.shared.outcomes;
-    let stream = match authenticate(&pod, client, peer).await {
-        Ok(stream) => stream,
+    let secured = match authenticate(&pod, client, peer).await {
+        Ok(secured) => secured,
         Err(error) => return outcomes.early_deny(Direction::Inbound, peer, dialled, &error),
     };
-    let certificates = stream.get_ref().1.peer_certificates();
-    let identity = certificates.and_then(peer_identity);
-    let expires = certificates.and_then(|chain| validity(chain.first()?)).map(|(_, not_after)| not_after);
+    let certificates = secured.peer_certificates();
+    let identity = peer_identity(certificates);
+    let expires = certificates.first().and_then(validity).map(|(_, not_after)| not_after);
     let tunnel = Rc::new(Tunnel { pod: pod.clone(), peer, dialled, identity, expires });
     let settings = hbone_settings(&pod.shared.config);
-    if let Err(error) = server::serve(stream, &settings, pod.drain.clone(), tunnel).await {
+    if let Err(error) = server::serve(secured, &settings, pod.memory.clone(), pod.drain.clone(), tunnel).await {
         tracing::debug!(%peer, %error, "tunnel ended");
+        outcomes.tunnel_failed(Direction::Inbound, &error);
     }
 }
 
 /// Mutual TLS, with the pod's own certificate, within a deadline and a share of what one address may have pending.
-async fn authenticate(
-    pod: &PodContext,
-    client: TcpStream,
-    peer: SocketAddr,
-) -> Result<TlsStream<TcpStream>, ProxyError> {
+async fn authenticate(pod: &PodContext, client: TcpStream, peer: SocketAddr) -> Result<Secured, ProxyError> {
     let _slot = pod.handshakes.enter(peer.ip()).ok_or(ProxyError::TooManyHandshakes(MAX_HANDSHAKES))?;
     // No TCP keep-alive: the tunnel's PINGs find a dead peer sooner.
-    configure_accepted(&client, &SocketOptions::default()).map_err(ProxyError::Tls)?;
+    let configured = configure_accepted(&client, &SocketOptions::default()).and_then(|()| limit_unsent(&client));
+    configured.map_err(ProxyError::Tls)?;
     let local = resolve::local_workload(pod).await?;
     let started = Instant::now();
     let handshake = async {
         let certificate = pod.shared.identities.certificate(&local.identity(), Priority::RealTime).await;
-        let acceptor = TlsAcceptor::from(server_config(&certificate.map_err(ProxyError::Identity)?));
-        acceptor.accept(client).await.map_err(ProxyError::Tls)
+        let config = server_config(&certificate.map_err(ProxyError::Identity)?);
+        tls::accept(client, &config).await.map_err(ProxyError::Tls)
     };
     let done = timeout(HANDSHAKE_TIMEOUT, handshake).await;
     let done = done.unwrap_or(Err(ProxyError::HandshakeTimeout(HANDSHAKE_TIMEOUT)));
@@ -205,7 +203,7 @@ impl Tunnel {
         {
             headers.insert(BAGGAGE, baggage);
         }
-        match responder.accept(headers) {
+        match responder.accept(&headers) {
             Ok(stream) => match say(&application, preface).await {
                 Ok(()) => relay(application, Upstream::Tunnel(stream), Some(&mut admission.cut), flow).await,
                 Err(source) => flow.finish(0, 0, Err(&ProxyError::Copy { side: Side::First, source })),

@@ -8,14 +8,13 @@ use std::{
 };
 
 use mesh_core::{identity::Identity, reason::Reason};
-use mesh_hbone::{BoxedTlsStream, Connector, Error, LocalBoxFuture, TunnelKey, TunnelStream};
+use mesh_hbone::{Connector, Error, LocalBoxFuture, Secured, TunnelKey, TunnelStream, tls};
 use mesh_identity::{Manager, Priority, Svid, client_config, peer_name};
 use mesh_net::{
     NetNs, SocketOptions,
-    sockets::{connect, tcp_socket},
+    sockets::{connect, limit_unsent, tcp_socket},
 };
 use tokio::{net::TcpStream, time::timeout};
-use tokio_rustls::TlsConnector;
 
 use crate::{
     config::Config,
@@ -85,23 +84,28 @@ pub(crate) struct Dialer {
 }
 
 impl Connector for Dialer {
-    fn connect(&self, key: &TunnelKey) -> LocalBoxFuture<'_, Result<BoxedTlsStream, Error>> {
+    fn connect(&self, key: &TunnelKey) -> LocalBoxFuture<'_, Result<Secured, Error>> {
         let key = key.clone();
         Box::pin(async move {
             // The certificate first: without one there is no reason to knock.
             let certificate = certificate(&self.identities, &key.source_identity).await?;
             let tcp = self.dial(&key).await?;
-            let connector = TlsConnector::from(client_config(&certificate, &key.accepted));
+            let config = client_config(&certificate, &key.accepted);
             let started = Instant::now();
-            let handshake = timeout(HANDSHAKE_TIMEOUT, connector.connect(peer_name(), tcp)).await;
+            let handshake = timeout(HANDSHAKE_TIMEOUT, tls::connect(tcp, &config, peer_name())).await;
             let finished = matches!(handshake, Ok(Ok(_)));
             self.outcomes.handshake(Direction::Outbound, started.elapsed(), finished);
             match handshake {
-                Ok(Ok(stream)) => Ok(Box::new(stream) as BoxedTlsStream),
+                Ok(Ok(secured)) => Ok(secured),
                 Ok(Err(error)) => Err(tls_failed(&key, error)),
                 Err(_) => Err(Error::dial(Reason::Tls, format!("no TLS handshake within {HANDSHAKE_TIMEOUT:?}"), None)),
             }
         })
+    }
+
+    fn failed(&self, key: &TunnelKey, error: &Error) {
+        tracing::debug!(peer = %key.destination, %error, "tunnel ended");
+        self.outcomes.tunnel_failed(Direction::Outbound, error);
     }
 }
 
@@ -109,6 +113,7 @@ impl Dialer {
     async fn dial(&self, key: &TunnelKey) -> Result<TcpStream, Error> {
         let to = key.destination;
         let connected = open(self.netns.as_ref(), self.config.local_address, &self.sockets, to).await;
+        let connected = connected.and_then(|stream| limit_unsent(&stream).map(|()| stream));
         connected.map_err(|error| match connect_reason(&error) {
             Reason::ConnectTimeout => {
                 let message =

@@ -153,6 +153,7 @@ impl Mesh {
             state: self.state.clone(),
             identities: self.identities.clone(),
             outcomes: Outcomes::new(&registry),
+            memory: mesh_hbone::Process::default(),
             workers: workers.handles().to_vec(),
         };
         let info = WorkloadInfo {

@@ -5,6 +5,15 @@ use std::{collections::HashMap, hash::Hash, time::Duration};
 /// How long a failed dial answers for the next ones.
 pub(crate) const FAILURE_MEMORY: Duration = Duration::from_secs(1);
 
+/// Tunnels of one key that may exist because others are busy; more would only share the same wire.
+const MAX_BUSY: usize = 4;
+/// Tunnels of one key for elephants alone.
+const MAX_ELEPHANTS: usize = 4;
+/// How long a kind of destination is remembered to have elephants.
+const ELEPHANT_MEMORY: Duration = Duration::from_secs(600);
+/// Kinds remembered for one key.
+const MAX_KINDS: usize = 16;
+
 pub(crate) type TunnelId = u64;
 
 /// Per key: its tunnels, a dial in progress, a recent failure. `K` is as many as there are flows' distinct keys; entries go when
@@ -21,6 +30,8 @@ struct Entry<E> {
     tunnels: Vec<Slot>,
     dialing: bool,
     failure: Option<(Duration, E)>,
+    /// Kinds of destination that had elephants, and until when that counts.
+    kinds: Vec<(u64, Duration)>,
 }
 
 #[derive(Debug)]
@@ -31,6 +42,16 @@ struct Slot {
     closing: bool,
     used: bool,
     idle_since: Duration,
+    /// More waits in it than newcomers should wait for.
+    busy: bool,
+    /// Carries a flow, or is meant for one, that leaves no room for others.
+    exclusive: bool,
+}
+
+impl Slot {
+    fn has_room(&self) -> bool {
+        !self.closing && self.streams < self.limit
+    }
 }
 
 /// What a flow that wants a stream has to do.
@@ -51,22 +72,31 @@ impl<K: Eq + Hash + Clone, E: Clone> State<K, E> {
         Self { keys: HashMap::new(), max_streams: max_streams.max(1), next_id: 0 }
     }
 
-    pub(crate) fn checkout(&mut self, key: &K, now: Duration) -> Checkout<E> {
+    /// `kind` is that of the flow's destination.
+    pub(crate) fn checkout(&mut self, key: &K, kind: u64, now: Duration) -> Checkout<E> {
         let entry = self.keys.entry(key.clone()).or_insert_with(Entry::new);
-        // The fullest that has room: the others get the chance to become idle.
-        let usable = entry.tunnels.iter_mut().filter(|slot| !slot.closing && slot.streams < slot.limit);
-        if let Some(slot) = usable.max_by_key(|slot| (slot.streams, std::cmp::Reverse(slot.id))) {
+        let elephant = entry.expects_elephant(kind, now);
+        if let Some(slot) = entry.best(elephant) {
             slot.streams += 1;
             slot.used = true;
+            slot.exclusive |= elephant;
             return Checkout::Use(slot.id);
         }
         if entry.dialing {
             return Checkout::Wait;
         }
-        if let Some((at, error)) = &entry.failure
-            && now < *at + FAILURE_MEMORY
-        {
-            return Checkout::Failed(error.clone());
+        let failed = entry.failure.as_ref().filter(|(at, _)| now < *at + FAILURE_MEMORY);
+        if let Some((_, error)) = failed {
+            let error = error.clone();
+            // Better a tunnel with company than none.
+            return match entry.any() {
+                Some(slot) => {
+                    slot.streams += 1;
+                    slot.used = true;
+                    Checkout::Use(slot.id)
+                }
+                None => Checkout::Failed(error),
+            };
         }
         entry.dialing = true;
         entry.failure = None;
@@ -85,6 +115,8 @@ impl<K: Eq + Hash + Clone, E: Clone> State<K, E> {
             closing: false,
             used: false,
             idle_since: now,
+            busy: false,
+            exclusive: false,
         };
         entry.tunnels.push(slot);
         Some(self.next_id)
@@ -103,11 +135,27 @@ impl<K: Eq + Hash + Clone, E: Clone> State<K, E> {
         self.keys.get(key).map(|entry| entry.tunnels.iter().map(|slot| slot.id).collect()).unwrap_or_default()
     }
 
-    /// The peer's current limit of concurrent streams.
-    pub(crate) fn set_limit(&mut self, key: &K, id: TunnelId, limit: usize) {
+    /// The peer's current limit of concurrent streams, and whether much waits in the tunnel.
+    pub(crate) fn set_limit(&mut self, key: &K, id: TunnelId, limit: usize, busy: bool) {
         let max = self.max_streams;
         if let Some(slot) = self.slot(key, id) {
             slot.limit = limit.min(max);
+            slot.busy = busy;
+        }
+    }
+
+    /// A flow of this tunnel turned out to be an elephant: nobody else joins it, and the next flow to its kind of destination starts
+    /// with a tunnel to itself.
+    pub(crate) fn elephant(&mut self, key: &K, id: TunnelId, kind: u64, now: Duration) {
+        if let Some(slot) = self.slot(key, id) {
+            slot.exclusive = true;
+        }
+        if let Some(entry) = self.keys.get_mut(key) {
+            entry.kinds.retain(|(known, until)| *known != kind && *until > now);
+            if entry.kinds.len() == MAX_KINDS {
+                entry.kinds.remove(0);
+            }
+            entry.kinds.push((kind, now + ELEPHANT_MEMORY));
         }
     }
 
@@ -116,6 +164,7 @@ impl<K: Eq + Hash + Clone, E: Clone> State<K, E> {
         if let Some(slot) = self.slot(key, id) {
             slot.streams = slot.streams.saturating_sub(1);
             slot.idle_since = now;
+            slot.exclusive &= slot.streams > 0;
         }
     }
 
@@ -184,7 +233,42 @@ impl<K: Eq + Hash + Clone, E: Clone> State<K, E> {
 
 impl<E> Entry<E> {
     fn new() -> Self {
-        Self { tunnels: Vec::new(), dialing: false, failure: None }
+        Self { tunnels: Vec::new(), dialing: false, failure: None, kinds: Vec::new() }
+    }
+
+    fn expects_elephant(&self, kind: u64, now: Duration) -> bool {
+        self.kinds.iter().any(|(known, until)| *known == kind && now < *until)
+    }
+
+    /// The tunnel for the next flow; none when it should have a new one.
+    fn best(&mut self, elephant: bool) -> Option<&mut Slot> {
+        if elephant {
+            let alone = self.tunnels.iter().position(|slot| slot.has_room() && slot.streams == 0);
+            let elephants = self.tunnels.iter().filter(|slot| slot.exclusive && !slot.closing).count();
+            return match alone {
+                Some(index) => self.tunnels.get_mut(index),
+                None if elephants < MAX_ELEPHANTS => None,
+                None => self.any(),
+            };
+        }
+        // The fullest that has room: the others get the chance to become idle.
+        let open = |slot: &Slot| slot.has_room() && !slot.exclusive;
+        let quiet = self.tunnels.iter().enumerate().filter(|(_, slot)| open(slot) && !slot.busy);
+        let fullest = quiet.max_by_key(|(_, slot)| (slot.streams, std::cmp::Reverse(slot.id))).map(|(index, _)| index);
+        if fullest.is_some() {
+            return fullest.and_then(|index| self.tunnels.get_mut(index));
+        }
+        let shared = self.tunnels.iter().filter(|slot| open(slot)).count();
+        if shared >= MAX_BUSY {
+            self.tunnels.iter_mut().filter(|slot| open(slot)).min_by_key(|slot| slot.streams)
+        } else {
+            None
+        }
+    }
+
+    /// Any that takes another stream; the emptiest.
+    fn any(&mut self) -> Option<&mut Slot> {
+        self.tunnels.iter_mut().filter(|slot| slot.has_room()).min_by_key(|slot| slot.streams)
     }
 }
 
@@ -200,7 +284,7 @@ mod tests {
 
     fn with_tunnel(max: usize) -> (Pool, TunnelId) {
         let mut pool = Pool::new(max);
-        assert_eq!(pool.checkout(&"k", at(0)), Checkout::Dial);
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Dial);
         let id = pool.dialed(&"k", at(0)).unwrap();
         (pool, id)
     }
@@ -208,48 +292,48 @@ mod tests {
     #[test]
     fn one_dials_and_the_others_wait() {
         let mut pool = Pool::new(100);
-        assert_eq!(pool.checkout(&"k", at(0)), Checkout::Dial);
-        assert_eq!(pool.checkout(&"k", at(0)), Checkout::Wait);
-        assert_eq!(pool.checkout(&"other", at(0)), Checkout::Dial);
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Dial);
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Wait);
+        assert_eq!(pool.checkout(&"other", 0, at(0)), Checkout::Dial);
         let id = pool.dialed(&"k", at(1)).unwrap();
-        assert_eq!(pool.checkout(&"k", at(1)), Checkout::Use(id));
+        assert_eq!(pool.checkout(&"k", 0, at(1)), Checkout::Use(id));
     }
 
     #[test]
     fn a_failure_answers_for_a_second() {
         let mut pool = Pool::new(100);
-        assert_eq!(pool.checkout(&"k", at(0)), Checkout::Dial);
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Dial);
         pool.dial_failed(&"k", "refused", at(5));
-        assert_eq!(pool.checkout(&"k", at(5)), Checkout::Failed("refused"));
-        assert_eq!(pool.checkout(&"k", at(6)), Checkout::Dial);
+        assert_eq!(pool.checkout(&"k", 0, at(5)), Checkout::Failed("refused"));
+        assert_eq!(pool.checkout(&"k", 0, at(6)), Checkout::Dial);
     }
 
     #[test]
     fn a_full_tunnel_is_joined_by_another_and_reused_when_streams_end() {
         let (mut pool, first) = with_tunnel(2);
-        assert_eq!(pool.checkout(&"k", at(0)), Checkout::Use(first));
-        assert_eq!(pool.checkout(&"k", at(0)), Checkout::Use(first));
-        assert_eq!(pool.checkout(&"k", at(0)), Checkout::Dial);
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Use(first));
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Use(first));
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Dial);
         let second = pool.dialed(&"k", at(0)).unwrap();
-        assert_eq!(pool.checkout(&"k", at(0)), Checkout::Use(second));
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Use(second));
         pool.release(&"k", first, at(1));
-        assert_eq!(pool.checkout(&"k", at(1)), Checkout::Use(first));
+        assert_eq!(pool.checkout(&"k", 0, at(1)), Checkout::Use(first));
     }
 
     #[test]
     fn the_peers_limit_counts_when_it_is_lower() {
         let (mut pool, id) = with_tunnel(100);
-        pool.set_limit(&"k", id, 1);
-        assert_eq!(pool.checkout(&"k", at(0)), Checkout::Use(id));
-        assert_eq!(pool.checkout(&"k", at(0)), Checkout::Dial);
+        pool.set_limit(&"k", id, 1, false);
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Use(id));
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Dial);
     }
 
     #[test]
     fn a_closing_tunnel_is_not_reused_and_goes_with_its_last_stream() {
         let (mut pool, id) = with_tunnel(100);
-        assert_eq!(pool.checkout(&"k", at(0)), Checkout::Use(id));
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Use(id));
         pool.close(&"k", id);
-        assert_eq!(pool.checkout(&"k", at(0)), Checkout::Dial);
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Dial);
         assert!(pool.expire(&"k", id, at(300), at(1)).is_some());
         pool.release(&"k", id, at(2));
         assert_eq!(pool.expire(&"k", id, at(300), at(2)), None);
@@ -258,7 +342,7 @@ mod tests {
     #[test]
     fn an_unused_tunnel_and_its_entry_go_after_the_idle_time() {
         let (mut pool, id) = with_tunnel(100);
-        assert_eq!(pool.checkout(&"k", at(0)), Checkout::Use(id));
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Use(id));
         assert_eq!(pool.expire(&"k", id, at(300), at(1000)), Some(at(1300)));
         pool.release(&"k", id, at(1100));
         assert_eq!(pool.expire(&"k", id, at(300), at(1300)), Some(at(1400)));
@@ -269,8 +353,52 @@ mod tests {
     #[test]
     fn a_dial_for_a_retired_key_is_not_kept() {
         let mut pool = Pool::new(100);
-        assert_eq!(pool.checkout(&"k", at(0)), Checkout::Dial);
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Dial);
         pool.remove_where(|key| *key == "k");
         assert_eq!(pool.dialed(&"k", at(1)), None);
+    }
+
+    #[test]
+    fn a_busy_tunnel_is_joined_by_another_up_to_a_limit() {
+        let (mut pool, first) = with_tunnel(100);
+        let mut ids = vec![first];
+        for _ in 1..MAX_BUSY {
+            ids.iter().for_each(|id| pool.set_limit(&"k", *id, 100, true));
+            assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Dial);
+            ids.push(pool.dialed(&"k", at(0)).unwrap());
+        }
+        ids.iter().for_each(|id| pool.set_limit(&"k", *id, 100, true));
+        assert!(matches!(pool.checkout(&"k", 0, at(0)), Checkout::Use(_)));
+    }
+
+    #[test]
+    fn a_busy_tunnel_is_shared_when_another_cannot_be_had() {
+        let (mut pool, id) = with_tunnel(100);
+        pool.set_limit(&"k", id, 100, true);
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Dial);
+        pool.dial_failed(&"k", "refused", at(0));
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Use(id));
+    }
+
+    #[test]
+    fn nobody_joins_an_elephant_and_its_kind_gets_tunnels_of_its_own() {
+        let (mut pool, first) = with_tunnel(100);
+        assert_eq!(pool.checkout(&"k", 7, at(0)), Checkout::Use(first));
+        pool.elephant(&"k", first, 7, at(1));
+        // A mouse goes elsewhere.
+        assert_eq!(pool.checkout(&"k", 1, at(2)), Checkout::Dial);
+        let second = pool.dialed(&"k", at(2)).unwrap();
+        assert_eq!(pool.checkout(&"k", 1, at(2)), Checkout::Use(second));
+        // The next of the elephant's kind shares with neither.
+        assert_eq!(pool.checkout(&"k", 7, at(3)), Checkout::Dial);
+        let third = pool.dialed(&"k", at(3)).unwrap();
+        assert_eq!(pool.checkout(&"k", 7, at(3)), Checkout::Use(third));
+        assert_eq!(pool.checkout(&"k", 1, at(3)), Checkout::Use(second));
+        // When it is over its tunnel is anybody's, and after a while the kind is forgotten.
+        pool.release(&"k", first, at(4));
+        pool.set_limit(&"k", second, 0, false);
+        assert_eq!(pool.checkout(&"k", 1, at(4)), Checkout::Use(first));
+        pool.set_limit(&"k", second, 100, false);
+        assert!(matches!(pool.checkout(&"k", 7, at(1000)), Checkout::Use(id) if id != third));
     }
 }

@@ -1,0 +1,403 @@
+//! The task of one tunnel: reads, lets the engine work, writes.
+
+use std::{
+    cell::RefCell,
+    future::Future,
+    io::{self, IoSlice},
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use smallvec::SmallVec;
+use tokio::{
+    io::ReadBuf,
+    time::{Sleep, sleep_until},
+};
+
+use super::{
+    deliver::Gather,
+    link::{Core, Link, QUEUE_LIMIT, lost},
+};
+use crate::{
+    config::Settings,
+    engine::{
+        conn::{Conn, ConnError, Event, Role},
+        flow::Budget,
+        head::RequestHead,
+        out::Out,
+        tunnel::{Cursor, MAX_RECORD, Step, Tunnel, TunnelError},
+    },
+    error::Error,
+    tls::{BoxedTransport, Secured},
+};
+
+/// What one read may bring. More bought nothing.
+const INPUT: usize = 256 << 10;
+/// Reads in one turn, so that a busy tunnel does not starve its neighbours.
+const READS: usize = 2;
+/// What is sealed before it is offered to the kernel: a refusal leaves little that is sealed and waits.
+const WRITE: usize = 128 << 10;
+/// Records of one write.
+const SLICES: usize = 16;
+/// For the last words, and for the peer to read them.
+const LINGER: Duration = Duration::from_secs(1);
+
+thread_local! {
+    /// Of this worker: ciphertext is read and opened here, one tunnel at a time.
+    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; MAX_RECORD + INPUT].into_boxed_slice());
+}
+
+/// What a server's tunnel brought.
+#[derive(Debug)]
+pub(crate) enum Incoming {
+    Request(u32, RequestHead),
+    Malformed(&'static str),
+}
+
+/// Must be polled for the tunnel to live.
+pub(crate) struct Driver {
+    link: Rc<Link>,
+    io: BoxedTransport,
+    sleep: Pin<Box<Sleep>>,
+    /// Came with the handshake.
+    leftover: Vec<u8>,
+    phase: Phase,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Running,
+    /// The last words are on their way.
+    Closing,
+    /// They are out; the peer is given the time to read them before the kernel drops them with what it still sends.
+    Lingering,
+    Over,
+}
+
+impl Driver {
+    pub(crate) fn new(secured: Secured, role: Role, settings: &Settings, budget: Budget) -> (Self, Rc<Link>) {
+        let Secured { io, established, leftover } = secured;
+        let mut out = Out::default();
+        let conn = Conn::new(role, settings.local(), budget, &mut out);
+        let tunnel = Tunnel::new(established.seal, established.open, established.post_handshake, conn, out);
+        let link = Link::new(tunnel);
+        let deadline = link.core().deadline();
+        let driver =
+            Self { link: link.clone(), io, sleep: Box::pin(sleep_until(deadline)), leftover, phase: Phase::Running };
+        (driver, link)
+    }
+
+    /// Resolves once the peer's SETTINGS have come.
+    pub(crate) async fn established(&mut self) -> Result<(), Error> {
+        std::future::poll_fn(|cx| {
+            if let Poll::Ready(result) = self.poll(cx) {
+                return Poll::Ready(result.and(Err(Error::GoAway)));
+            }
+            if self.link.core().tunnel.conn.is_established() { Poll::Ready(Ok(())) } else { Poll::Pending }
+        })
+        .await
+    }
+
+    /// Moves everything that can be moved. Resolves when the tunnel is over: in order, or with the reason.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        loop {
+            match self.phase {
+                Phase::Running => ready!(self.poll_running(cx)),
+                Phase::Closing => {
+                    // Neither a peer that does not read nor a broken socket keeps us.
+                    if self.sleep.as_mut().poll(cx).is_pending() && self.poll_goodbye(cx).is_pending() {
+                        return Poll::Pending;
+                    }
+                    self.phase = Phase::Lingering;
+                }
+                Phase::Lingering => {
+                    if self.sleep.as_mut().poll(cx).is_pending() && self.poll_discard(cx).is_pending() {
+                        return Poll::Pending;
+                    }
+                    self.phase = Phase::Over;
+                }
+                Phase::Over => {
+                    return Poll::Ready(match &self.link.core().ended {
+                        Some(Error::GoAway) | None => Ok(()),
+                        Some(error) => Err(error.clone()),
+                    });
+                }
+            }
+        }
+    }
+
+    /// The next request; `None` when the tunnel has ended in order.
+    ///
+    /// # Errors
+    /// Why it ended otherwise.
+    pub(crate) fn poll_incoming(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Incoming>, Error>> {
+        let ended = self.poll(cx);
+        let core = &mut *self.link.core();
+        if let Some(why) = core.malformed.pop_front() {
+            return Poll::Ready(Ok(Some(Incoming::Malformed(why))));
+        }
+        if let Some((id, head)) = core.requests.pop_front() {
+            return Poll::Ready(Ok(Some(Incoming::Request(id, head))));
+        }
+        ended.map_ok(|()| None)
+    }
+
+    /// Ready when the phase has changed.
+    fn poll_running(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let link = self.link.clone();
+        let core = &mut *link.core();
+        core.driver = Some(cx.waker().clone());
+        let over = match self.turn(core, cx) {
+            Ok(over) => over,
+            Err(error) => {
+                if let Failure::Tunnel(error) = &error {
+                    core.tunnel.fail(error);
+                }
+                core.end(error.into());
+                true
+            }
+        };
+        if over {
+            self.phase = Phase::Closing;
+            self.sleep.as_mut().reset(core.set_now() + LINGER);
+            return Poll::Ready(());
+        }
+        Poll::Pending
+    }
+
+    /// One turn: time, input, output. True when the tunnel is over, in order.
+    fn turn(&mut self, core: &mut Core, cx: &mut Context<'_>) -> Result<bool, Failure> {
+        core.set_now();
+        core.tunnel.conn.on_time(&mut core.tunnel.out).map_err(TunnelError::from)?;
+        let mut eof = false;
+        if !self.leftover.is_empty() {
+            let mut input = std::mem::take(&mut self.leftover);
+            core.process(&mut input)?;
+            eof = core.tunnel.is_peer_closed();
+        }
+        for read in 0.. {
+            if eof {
+                break;
+            }
+            match self.poll_input(core, cx)? {
+                Poll::Ready(0) => eof = true,
+                Poll::Ready(_) if core.tunnel.is_peer_closed() => eof = true,
+                Poll::Ready(_) if read + 1 == READS => cx.waker().wake_by_ref(),
+                Poll::Ready(_) => continue,
+                Poll::Pending => {}
+            }
+            break;
+        }
+        core.pending_events();
+        // What the kernel does not take now has left a waker there.
+        let _pending = self.flush(core, cx)?;
+        if eof {
+            let whole = core.tunnel.conn.open_streams() == 0;
+            core.end(if whole { Error::GoAway } else { lost("the peer closed the connection") });
+            return Ok(true);
+        }
+        let unwanted = core.closing && core.slots.is_empty();
+        if unwanted || core.tunnel.conn.is_done() {
+            core.tunnel.close();
+            core.end(Error::GoAway);
+            return Ok(true);
+        }
+        let deadline = core.deadline();
+        if self.sleep.deadline() != deadline {
+            self.sleep.as_mut().reset(deadline);
+        }
+        if self.sleep.as_mut().poll(cx).is_ready() {
+            cx.waker().wake_by_ref();
+        }
+        Ok(false)
+    }
+
+    /// Reads once and lets the engine see it.
+    fn poll_input(&mut self, core: &mut Core, cx: &mut Context<'_>) -> Result<Poll<usize>, Failure> {
+        BUFFER.with_borrow_mut(|buffer| {
+            let carried = core.tunnel.carry.len();
+            let mut read = ReadBuf::new(&mut buffer[carried..carried + INPUT]);
+            match self.io.as_mut().poll_read(cx, &mut read) {
+                Poll::Pending => return Ok(Poll::Pending),
+                Poll::Ready(result) => result?,
+            }
+            let length = read.filled().len();
+            if length > 0 {
+                buffer[..carried].copy_from_slice(&core.tunnel.carry);
+                core.process(&mut buffer[..carried + length])?;
+            }
+            Ok(Poll::Ready(length))
+        })
+    }
+
+    /// Seals and writes until nothing is left or the kernel takes no more.
+    fn flush(&mut self, core: &mut Core, cx: &mut Context<'_>) -> Result<Poll<()>, Failure> {
+        let flushed = loop {
+            core.tunnel.seal(WRITE)?;
+            let slices: SmallVec<[IoSlice<'_>; SLICES]> =
+                core.tunnel.out.ready().take(SLICES).map(IoSlice::new).collect();
+            if slices.is_empty() {
+                // For transports that keep something back themselves.
+                break self.io.as_mut().poll_flush(cx)?;
+            }
+            match self.io.as_mut().poll_write_vectored(cx, &slices)? {
+                Poll::Ready(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
+                Poll::Ready(written) => {
+                    drop(slices);
+                    core.tunnel.out.advance(written);
+                }
+                Poll::Pending => break Poll::Pending,
+            }
+        };
+        if core.tunnel.out.queued() < QUEUE_LIMIT / 2 {
+            core.wake_waiting();
+        }
+        Ok(flushed)
+    }
+
+    fn poll_goodbye(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let link = self.link.clone();
+        match self.flush(&mut link.core(), cx) {
+            Ok(Poll::Pending) => Poll::Pending,
+            Ok(Poll::Ready(())) => self.io.as_mut().poll_shutdown(cx).map(drop),
+            Err(_) => Poll::Ready(()),
+        }
+    }
+
+    fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        BUFFER.with_borrow_mut(|buffer| {
+            loop {
+                let mut read = ReadBuf::new(buffer);
+                match ready!(self.io.as_mut().poll_read(cx, &mut read)) {
+                    Ok(()) if !read.filled().is_empty() => {}
+                    Ok(()) | Err(_) => return Poll::Ready(()),
+                }
+            }
+        })
+    }
+}
+
+impl Drop for Driver {
+    /// A driver that is dropped, rather than run to its end, takes the tunnel with it.
+    fn drop(&mut self) {
+        self.link.core().end(Error::GoAway);
+    }
+}
+
+impl Future for Driver {
+    type Output = Result<(), Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        Self::poll(self.get_mut(), cx)
+    }
+}
+
+impl Core {
+    /// Lets the engine read `input`, and keeps what is not a whole record.
+    fn process(&mut self, input: &mut [u8]) -> Result<(), Failure> {
+        let mut cursor = Cursor::default();
+        let mut gather = Gather::default();
+        let result = loop {
+            match self.tunnel.step(input, &mut cursor) {
+                Ok(Step::Event(Event::Data { stream, range })) => {
+                    if !gather.takes(stream) {
+                        self.deliver(input, &mut gather);
+                    }
+                    gather.push(stream, range);
+                }
+                Ok(Step::Event(event)) => {
+                    // What came before it is told before it.
+                    self.deliver(input, &mut gather);
+                    self.event(event);
+                }
+                Ok(Step::Starved | Step::Closed) => break Ok(()),
+                Err(error) => break Err(error),
+            }
+        };
+        self.deliver(input, &mut gather);
+        let rest = &input[cursor.at..];
+        if rest.is_empty() || self.tunnel.is_peer_closed() || result.is_err() {
+            self.tunnel.carry = Vec::new();
+        } else {
+            self.tunnel.carry.clear();
+            self.tunnel.carry.extend_from_slice(rest);
+        }
+        Ok(result?)
+    }
+
+    /// What happened without input.
+    fn pending_events(&mut self) {
+        while let Some(event) = self.tunnel.conn.pending_event() {
+            self.event(event);
+        }
+    }
+
+    fn event(&mut self, event: Event) {
+        match event {
+            Event::Request { stream, head } => {
+                self.insert(stream, head.authority.clone().unwrap_or_default().into());
+                self.requests.push_back((stream, head));
+            }
+            Event::Malformed { why } => self.malformed.push_back(why),
+            Event::Response { stream, head } => {
+                if let Some(slot) = self.slots.get_mut(&stream) {
+                    slot.response = Some(Box::new(head));
+                    slot.wake_reader();
+                }
+            }
+            Event::End { stream } => {
+                if let Some(slot) = self.slots.get_mut(&stream) {
+                    slot.ended = true;
+                    slot.wake_reader();
+                }
+            }
+            Event::Reset { stream, code } => {
+                if let Some(slot) = self.slots.get_mut(&stream) {
+                    slot.reset = Some(code);
+                    slot.wake();
+                }
+            }
+            Event::Writable { stream } => {
+                if let Some(slot) = self.slots.get_mut(&stream) {
+                    slot.wake_writer();
+                }
+            }
+            Event::AllWritable => self.wake_waiting(),
+            Event::Limits => self.wake_openers(),
+            // Gathered by the caller.
+            Event::Data { .. } => {}
+        }
+    }
+}
+
+/// Why a turn ended the tunnel.
+#[derive(Debug)]
+enum Failure {
+    Io(io::Error),
+    Tunnel(TunnelError),
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<TunnelError> for Failure {
+    fn from(error: TunnelError) -> Self {
+        Self::Tunnel(error)
+    }
+}
+
+impl From<Failure> for Error {
+    fn from(failure: Failure) -> Self {
+        match failure {
+            Failure::Io(error) => lost(error),
+            Failure::Tunnel(TunnelError::Connection(ConnError { abuse: Some(abuse), .. })) => Self::Abuse(abuse),
+            Failure::Tunnel(TunnelError::Connection(ConnError { silent: true, why, .. })) => Self::Silent(why),
+            Failure::Tunnel(error) => lost(error),
+        }
+    }
+}
