@@ -214,7 +214,15 @@ impl Relay {
             }
             let filled = tunnel.link.fill(tunnel.id, cx, MAX_READ, |slices| self.tcp.try_read_vectored(slices));
             match filled {
-                Fill::Sent(length) => self.progress.sent.set(self.progress.sent.get() + length as u64),
+                Fill::Sent { bytes, all } => {
+                    self.progress.sent.set(self.progress.sent.get() + bytes as u64);
+                    if all {
+                        // A read that leaves room has emptied the socket, and what comes later is announced anew: asking again
+                        // would be a system call for nothing. Saying so to the runtime fails with what we tell it.
+                        let empty = || Err::<(), _>(io::ErrorKind::WouldBlock.into());
+                        self.tcp.try_io(Interest::READABLE, empty).err();
+                    }
+                }
                 Fill::Empty => {}
                 Fill::Eof => {
                     tunnel.link.finish(tunnel.id);

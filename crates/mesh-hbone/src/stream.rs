@@ -104,7 +104,7 @@ impl AsyncWrite for TunnelStream {
             Ok(buf.len() - rest.len())
         });
         match filled {
-            Fill::Sent(length) => Poll::Ready(Ok(length)),
+            Fill::Sent { bytes, .. } => Poll::Ready(Ok(bytes)),
             Fill::Full => Poll::Pending,
             Fill::Eof | Fill::Empty | Fill::Source(_) | Fill::Gone => Poll::Ready(Err(gone())),
         }

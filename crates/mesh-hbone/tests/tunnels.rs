@@ -1,143 +1,35 @@
 //! Both ends of tunnels against each other, and against scripted HTTP/2 peers, over in-memory transports.
 
-use std::{
-    cell::{Cell, RefCell},
-    future::Future,
-    net::SocketAddr,
-    rc::Rc,
-    sync::Arc,
-    time::Duration,
-};
+mod support;
+
+use std::{cell::Cell, future::Future, rc::Rc, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use http::{HeaderMap, Response, StatusCode};
-use mesh_core::{headers::Authority, identity::Identity, reason::Reason};
+use mesh_core::reason::Reason;
 use mesh_hbone::{
-    BoxedTlsStream, ConnectRequest, Connector, Error, LocalBoxFuture, Pool, PoolConfig, ResetReason, Settings,
-    TunnelKey, TunnelStream, relay,
+    Budget, Error, LocalBoxFuture, PoolConfig, ResetReason, Settings, TunnelKey, TunnelStream, client, relay,
     server::{self, Handler, Malformed, Request, Responder},
+    tls,
 };
-use mesh_net::{BufferPool, End, Progress, Side, sockets::reset_on_close};
-use mesh_runtime::drain::{self, DrainTrigger, DrainWatcher, Drained};
+use mesh_net::{End, Side, sockets::reset_on_close};
+use mesh_runtime::drain::{self, Drained};
+use socket2::SockRef;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt, DuplexStream, duplex},
-    net::{TcpListener, TcpStream},
-    sync::{mpsc, oneshot},
-    task::{LocalSet, spawn_local},
+    net::{
+        TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::oneshot,
+    task::spawn_local,
+    time::timeout,
 };
 
-async fn local<T>(test: impl Future<Output = T>) -> T {
-    LocalSet::new().run_until(test).await
-}
-
-fn key(name: &str) -> TunnelKey {
-    TunnelKey {
-        source_uid: name.into(),
-        source_ip: [10, 0, 0, 1].into(),
-        source_identity: Identity::new("cluster.local", "demo", name),
-        generation: 1,
-        destination: "10.0.0.2:15008".parse().unwrap(),
-        accepted: vec![Identity::new("cluster.local", "demo", "server")].into(),
-        network: "".into(),
-    }
-}
-
-fn request() -> ConnectRequest {
-    let address: SocketAddr = "10.0.0.2:8080".parse().unwrap();
-    ConnectRequest { authority: Authority::Address(address), headers: Vec::new() }
-}
-
-/// Accepts everything (or answers `status`) and hands the streams to the test.
-struct Accepting {
-    status: Cell<StatusCode>,
-    streams: mpsc::Sender<TunnelStream>,
-    malformed: RefCell<Vec<Malformed>>,
-}
-
-impl Handler for Accepting {
-    fn connect(self: Rc<Self>, _request: Request, responder: Responder) -> LocalBoxFuture<'static, ()> {
-        Box::pin(async move {
-            match self.status.get() {
-                StatusCode::OK => {
-                    let stream = responder.accept(HeaderMap::new()).unwrap();
-                    self.streams.send(stream).await.unwrap();
-                }
-                status => responder.reject(status),
-            }
-        })
-    }
-
-    fn malformed(&self, malformed: &Malformed) {
-        self.malformed.borrow_mut().push(malformed.clone());
-    }
-}
-
-/// Dials in-memory pipes; the far ends go to the test, or to nobody.
-struct Pipes {
-    dialed: mpsc::Sender<DuplexStream>,
-    fail: Cell<bool>,
-    count: Cell<usize>,
-}
-
-impl Connector for Pipes {
-    fn connect(&self, _key: &TunnelKey) -> LocalBoxFuture<'_, Result<BoxedTlsStream, Error>> {
-        Box::pin(async move {
-            self.count.set(self.count.get() + 1);
-            tokio::task::yield_now().await;
-            if self.fail.get() {
-                return Err(Error::dial(Reason::Connect, "connection refused", None));
-            }
-            let (near, far) = duplex(1 << 20);
-            self.dialed.send(far).await.unwrap();
-            Ok(Box::new(near) as BoxedTlsStream)
-        })
-    }
-}
-
-struct Mesh {
-    pool: Pool,
-    pipes: Rc<Pipes>,
-    handler: Rc<Accepting>,
-    accepted: mpsc::Receiver<TunnelStream>,
-    drain: DrainTrigger,
-}
-
-/// A pool whose every tunnel ends in a server of ours.
-fn mesh(config: PoolConfig) -> Mesh {
-    let (mesh, dialed, watcher) = unserved(config);
-    spawn_local(serve_all(dialed, mesh.handler.clone(), watcher));
-    mesh
-}
-
-fn unserved(config: PoolConfig) -> (Mesh, mpsc::Receiver<DuplexStream>, DrainWatcher) {
-    let (dials, dialed) = mpsc::channel(64);
-    let (streams, accepted) = mpsc::channel(256);
-    let (drain, watcher) = drain::channel();
-    let pipes = Rc::new(Pipes { dialed: dials, fail: Cell::new(false), count: Cell::new(0) });
-    let handler = Rc::new(Accepting { status: Cell::new(StatusCode::OK), streams, malformed: RefCell::default() });
-    let pool = Pool::new(config, pipes.clone());
-    (Mesh { pool, pipes, handler, accepted, drain }, dialed, watcher)
-}
-
-async fn serve_all(mut dialed: mpsc::Receiver<DuplexStream>, handler: Rc<impl Handler + 'static>, drain: DrainWatcher) {
-    while let Some(pipe) = dialed.recv().await {
-        let (handler, drain) = (handler.clone(), drain.clone());
-        spawn_local(async move { server::serve(pipe, &Settings::default(), drain, handler).await });
-    }
-}
-
-impl Mesh {
-    async fn open(&mut self) -> (TunnelStream, TunnelStream) {
-        let (near, _) = self.pool.open(&key("client"), &request()).await.unwrap();
-        (near, self.accepted.recv().await.unwrap())
-    }
-}
-
-async fn socket_pair() -> (TcpStream, TcpStream) {
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let (a, b) = tokio::join!(TcpStream::connect(listener.local_addr().unwrap()), listener.accept());
-    (a.unwrap(), b.unwrap().0)
-}
+use self::support::{
+    Accepting, Mesh, Tls, accept, key, local, local_in_real_time, mesh, mesh_with, pattern, peer, request,
+    secured_pair, serve_all, socket_pair, unserved,
+};
 
 /// client app ↔ relay ↔ tunnel ↔ relay ↔ server app; runs `scenario` on the apps and returns both ends.
 async fn relayed<F: Future>(scenario: impl FnOnce(TcpStream, TcpStream) -> F) -> (End, End, F::Output) {
@@ -145,8 +37,7 @@ async fn relayed<F: Future>(scenario: impl FnOnce(TcpStream, TcpStream) -> F) ->
     let (near, far) = mesh.open().await;
     let ((client, inner_client), (server, inner_server)) = (socket_pair().await, socket_pair().await);
     let side = |tcp: TcpStream, stream| async move {
-        let outcome = relay(&tcp, stream, &BufferPool::new(64 << 10, 4), &Progress::default()).await;
-        drop(tcp);
+        let outcome = relay(Rc::new(tcp), stream, Rc::default()).await;
         outcome.end
     };
     tokio::join!(side(inner_client, near), side(inner_server, far), scenario(client, server))
@@ -227,10 +118,10 @@ async fn a_reader_that_never_reads_does_not_stop_its_neighbours() {
             let mut written = 0;
             let block = vec![0; 64 << 10];
             // Until the stream's own window is used up.
-            while let Ok(Ok(n)) = tokio::time::timeout(Duration::from_millis(100), near.write(&block)).await {
+            while let Ok(Ok(n)) = timeout(Duration::from_millis(100), near.write(&block)).await {
                 written += n;
             }
-            assert!(written >= 1 << 20, "{written}");
+            assert!(written >= 64 << 10, "{written}");
             stuck.push((near, far));
         }
         let (mut near, mut far) = mesh.open().await;
@@ -297,6 +188,52 @@ async fn pods_never_share_and_a_retired_pod_loses_its_streams() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn whoever_waits_for_an_answer_when_the_pod_goes_is_told_and_asks_nobody_else() {
+    local(async {
+        let (mesh, dialed, watcher) = unserved(PoolConfig::default());
+        let slow = Rc::new(Slow { delay: Cell::new(Duration::from_secs(15)), expires: None });
+        spawn_local(serve_all(dialed, Settings::default(), slow, watcher));
+        let pool = mesh.pool.clone();
+        let waiting = spawn_local(async move { pool.open(&key("client"), &request()).await });
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        mesh.pool.retire("client");
+        let error = waiting.await.unwrap().unwrap_err();
+        assert!(matches!(error, Error::Retired), "{error}");
+        assert_eq!(mesh.pipes.count.get(), 1, "the request may have been carried out");
+    })
+    .await;
+}
+
+/// Says SETTINGS, acknowledges ours, and falls silent.
+async fn taciturn(pipe: DuplexStream) {
+    let mut peer = peer::accept(pipe).await;
+    peer.write_all(b"\0\0\0\x04\0\0\0\0\0\0\0\0\x04\x01\0\0\0\0").await.unwrap();
+    let mut ignored = Vec::new();
+    drop(peer.read_to_end(&mut ignored).await);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_answer_that_never_comes_leaves_it_to_keep_alive_whether_the_peer_lives() {
+    local(async {
+        let (mesh, mut dialed, _watcher) = unserved(PoolConfig::default());
+        spawn_local(async move {
+            while let Some(pipe) = dialed.recv().await {
+                spawn_local(taciturn(pipe));
+            }
+        });
+        let error = mesh.pool.open(&key("client"), &request()).await.unwrap_err();
+        assert!(matches!(error, Error::AnswerTimeout(_)), "{error}");
+        let error = mesh.pool.open(&key("client"), &request()).await.unwrap_err();
+        assert!(matches!(error, Error::Silent(_)), "{error}");
+        assert_eq!(mesh.pipes.count.get(), 1, "keep-alive decides");
+        assert!(mesh.pool.open(&key("client"), &request()).await.is_err());
+        assert_eq!(mesh.pipes.count.get(), 2, "and finds it dead");
+        assert!(matches!(mesh.pipes.failed.borrow()[0], Error::Silent(_)));
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_renewed_certificate_gets_a_tunnel_of_its_own_and_open_streams_stay() {
     local(async {
         let mut mesh = mesh(PoolConfig::default());
@@ -319,7 +256,7 @@ async fn drain_sends_new_streams_elsewhere_and_lets_open_ones_finish() {
         let draining = spawn_local(drain.drain(Duration::from_secs(60)));
         tokio::time::sleep(Duration::from_millis(10)).await;
         // The old tunnel is going away; whoever asks now gets a new one.
-        drop(tokio::time::timeout(Duration::from_millis(10), pool.open(&key("client"), &request())).await);
+        drop(timeout(Duration::from_millis(10), pool.open(&key("client"), &request())).await);
         assert_eq!(pipes.count.get(), 2);
         near.write_all(b"still here").await.unwrap();
         let mut text = [0; 10];
@@ -355,21 +292,19 @@ async fn a_silent_peer_meets_deadlines() {
         spawn_local(async move {
             let mut silent = Vec::new();
             while let Some(pipe) = dialed.recv().await {
-                silent.push(pipe);
+                silent.push(accept(pipe).await);
             }
         });
         let error = mesh.pool.open(&key("client"), &request()).await.unwrap_err();
-        assert!(matches!(error, Error::AnswerTimeout(_)), "{error}");
+        assert!(matches!(error, Error::HandshakeTimeout(_)), "{error}");
         assert!(mesh.pool.open(&key("client"), &request()).await.is_err());
-        assert_eq!(mesh.pipes.count.get(), 1, "keep-alive decides");
-        assert!(mesh.pool.open(&key("client"), &request()).await.is_err());
-        assert_eq!(mesh.pipes.count.get(), 2, "and finds it dead");
+        assert_eq!(mesh.pipes.count.get(), 1, "the failure is remembered");
 
-        let (near, far) = duplex(1024);
+        let (near, far) = secured_pair().await;
         let (_drain, watcher) = drain::channel();
-        let result = server::serve(near, &Settings::default(), watcher, mesh.handler.clone()).await;
-        assert!(matches!(result, Err(Error::HandshakeTimeout(_))), "{result:?}");
-        drop(far);
+        let result = server::serve(far, &Settings::default(), Budget::default(), watcher, mesh.handler.clone()).await;
+        assert!(matches!(result, Err(Error::Silent(_))), "{result:?}");
+        drop(near);
     })
     .await;
 }
@@ -384,7 +319,7 @@ impl Handler for Slow {
     fn connect(self: Rc<Self>, _request: Request, responder: Responder) -> LocalBoxFuture<'static, ()> {
         Box::pin(async move {
             tokio::time::sleep(self.delay.get()).await;
-            if let Ok(stream) = responder.accept(HeaderMap::new()) {
+            if let Ok(stream) = responder.accept(&HeaderMap::new()) {
                 tokio::time::sleep(Duration::from_secs(3600)).await;
                 drop(stream);
             }
@@ -404,12 +339,12 @@ async fn an_expired_tunnel_keeps_its_streams_and_sends_new_ones_elsewhere() {
     local(async {
         let (mesh, dialed, watcher) = unserved(PoolConfig::default());
         let slow = Rc::new(Slow { delay: Cell::default(), expires: Some(Duration::from_secs(30)) });
-        spawn_local(serve_all(dialed, slow, watcher));
+        spawn_local(serve_all(dialed, Settings::default(), slow, watcher));
         let (mut open, _) = mesh.pool.open(&key("client"), &request()).await.unwrap();
         tokio::time::sleep(Duration::from_secs(31)).await;
         let _next = mesh.pool.open(&key("client"), &request()).await.unwrap();
         assert_eq!(mesh.pipes.count.get(), 2);
-        let quiet = tokio::time::timeout(Duration::from_secs(5), open.read(&mut [0])).await;
+        let quiet = timeout(Duration::from_secs(5), open.read(&mut [0])).await;
         assert!(quiet.is_err(), "{quiet:?}");
     })
     .await;
@@ -420,7 +355,7 @@ async fn a_slow_answer_is_waited_for_and_an_overdue_one_leaves_the_tunnel_to_the
     local(async {
         let (mesh, dialed, watcher) = unserved(PoolConfig::default());
         let slow = Rc::new(Slow { delay: Cell::new(Duration::from_secs(15)), expires: None });
-        spawn_local(serve_all(dialed, slow.clone(), watcher));
+        spawn_local(serve_all(dialed, Settings::default(), slow.clone(), watcher));
         let _patient = mesh.pool.open(&key("client"), &request()).await.unwrap();
         slow.delay.set(Duration::from_secs(60));
         let error = mesh.pool.open(&key("client"), &request()).await.unwrap_err();
@@ -439,8 +374,11 @@ async fn streams_that_were_reset_count_until_their_handlers_are_done() {
         let (_drain, watcher) = drain::channel();
         let slow = Rc::new(Slow { delay: Cell::new(Duration::from_secs(60)), expires: None });
         let settings = Settings { max_streams: 2, ..Settings::default() };
-        spawn_local(async move { server::serve(far, &settings, watcher, slow).await });
-        let (mut client, connection) = h2::client::handshake(near).await.unwrap();
+        spawn_local(async move {
+            let secured = accept(far).await;
+            server::serve(secured, &settings, Budget::default(), watcher, slow).await
+        });
+        let (mut client, connection) = h2::client::handshake(peer::connect(near).await).await.unwrap();
         spawn_local(connection);
         let connect = || http::Request::connect("10.0.0.2:8080").body(()).unwrap();
         for _ in 0..2 {
@@ -460,7 +398,7 @@ async fn streams_that_were_reset_count_until_their_handlers_are_done() {
 
 /// A scripted HTTP/2 server: answers 200, then does as told.
 async fn scripted(pipe: DuplexStream, script: impl AsyncFnOnce(h2::SendStream<Bytes>, h2::RecvStream)) {
-    let mut connection = h2::server::handshake(pipe).await.unwrap();
+    let mut connection = h2::server::handshake(peer::accept(pipe).await).await.unwrap();
     let (request, mut respond) = connection.accept().await.unwrap().unwrap();
     let send = respond.send_response(Response::new(()), false).unwrap();
     let driving = async { while let Some(Ok(_)) = connection.accept().await {} };
@@ -491,9 +429,7 @@ async fn the_kind_of_reset_decides_between_end_and_failure() {
             });
             let (stream, _) = mesh.pool.open(&key("client"), &request()).await.unwrap();
             let (mut app, inner) = socket_pair().await;
-            let relaying = spawn_local(async move {
-                relay(&inner, stream, &BufferPool::new(64 << 10, 4), &Progress::default()).await.end
-            });
+            let relaying = spawn_local(async move { relay(Rc::new(inner), stream, Rc::default()).await.end });
             let mut text = [0; 4];
             app.read_exact(&mut text).await.unwrap();
             assert_eq!(&text, b"data", "{reason}");
@@ -513,8 +449,11 @@ async fn what_is_not_a_connect_is_refused_and_the_tunnel_lives_on() {
         let (mut mesh, _dialed, watcher) = unserved(PoolConfig::default());
         let (near, far) = duplex(1 << 20);
         let handler = mesh.handler.clone();
-        spawn_local(async move { server::serve(far, &Settings::default(), watcher, handler).await });
-        let (mut client, connection) = h2::client::handshake(near).await.unwrap();
+        spawn_local(async move {
+            let secured = accept(far).await;
+            server::serve(secured, &Settings::default(), Budget::default(), watcher, handler).await
+        });
+        let (mut client, connection) = h2::client::handshake(peer::connect(near).await).await.unwrap();
         spawn_local(connection);
         let get = http::Request::get("https://10.0.0.2:8080/").body(()).unwrap();
         let (answer, _) = client.send_request(get, true).unwrap();
@@ -537,9 +476,10 @@ async fn what_is_not_a_connect_is_refused_and_the_tunnel_lives_on() {
 async fn garbage_instead_of_http2_ends_that_connection_only() {
     local(async {
         let (mesh, _dialed, watcher) = unserved(PoolConfig::default());
-        let (mut near, far) = duplex(1 << 20);
+        let (near, far) = duplex(1 << 20);
+        let (mut near, far) = tokio::join!(peer::connect(near), accept(far));
         near.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
-        let result = server::serve(far, &Settings::default(), watcher, mesh.handler.clone()).await;
+        let result = server::serve(far, &Settings::default(), Budget::default(), watcher, mesh.handler.clone()).await;
         assert!(result.is_err());
         let cause: Arc<dyn std::error::Error> = Arc::new(result.unwrap_err());
         assert!(cause.source().is_some());
@@ -557,4 +497,199 @@ async fn an_explicit_reset_reaches_the_peer_as_one() {
         assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
     })
     .await;
+}
+
+#[tokio::test]
+async fn garbage_instead_of_tls_is_told_apart_from_a_lost_transport() {
+    local(async {
+        let (mut near, far) = duplex(1 << 20);
+        near.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        let error = tls::accept(far, &Tls::get().server).await.unwrap_err();
+        assert_eq!(error.kind(), std::io::ErrorKind::InvalidData, "{error}");
+
+        let (near, far) = duplex(1 << 20);
+        drop(near);
+        let error = tls::accept(far, &Tls::get().server).await.unwrap_err();
+        assert_ne!(error.kind(), std::io::ErrorKind::InvalidData, "{error}");
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn forty_readers_that_never_read_hold_more_than_the_tunnels_window_and_stop_nobody() {
+    local(async {
+        // 40 MiB of promises on a tunnel whose window is 16 MiB.
+        let settings = Settings { stream_window: 1 << 20, ..Settings::default() };
+        let mut mesh = mesh_with(PoolConfig::default(), settings);
+        let mut stuck = Vec::new();
+        for _ in 0..40 {
+            let (mut near, far) = mesh.open().await;
+            near.write_all(&vec![0; 1 << 20]).await.unwrap();
+            stuck.push((near, far));
+        }
+        for _ in 0..10 {
+            let (mut near, mut far) = mesh.open().await;
+            ping(&mut near, &mut far).await;
+            ping(&mut far, &mut near).await;
+        }
+        assert_eq!(mesh.pipes.count.get(), 1, "all on one tunnel");
+        // And what was stuck is all there once somebody reads.
+        for (near, far) in &mut stuck {
+            let mut received = vec![1; 1 << 20];
+            far.read_exact(&mut received).await.unwrap();
+            assert!(received.iter().all(|byte| *byte == 0));
+            ping(near, far).await;
+        }
+    })
+    .await;
+}
+
+async fn ping(from: &mut TunnelStream, to: &mut TunnelStream) {
+    from.write_all(b"ping").await.unwrap();
+    let mut answer = [0; 4];
+    to.read_exact(&mut answer).await.unwrap();
+    assert_eq!(&answer, b"ping");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_nobody_wants_any_more_still_delivers_what_was_said() {
+    local(async {
+        // A peer that reads nothing for longer than anybody lingers, and less than keep-alive endures.
+        let (near, far) = duplex(1 << 10);
+        let (near, far) = tokio::join!(support::connect(near), peer::accept(far));
+        let ((answered, told_answered), (stopped, told_stopped)) = (oneshot::channel(), oneshot::channel());
+        let peer = spawn_local(async move {
+            let mut connection = h2::server::Builder::new()
+                .initial_window_size(1 << 20)
+                .initial_connection_window_size(1 << 20)
+                .handshake::<_, Bytes>(far)
+                .await
+                .unwrap();
+            let (request, mut respond) = connection.accept().await.unwrap().unwrap();
+            let mut send = respond.send_response(Response::new(()), false).unwrap();
+            send.send_data(Bytes::new(), true).unwrap();
+            tokio::select! {
+                _ = connection.accept() => panic!("no further stream"),
+                answered = told_answered => answered.unwrap(),
+            }
+            stopped.send(()).unwrap();
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            let driving = async { while let Some(Ok(_)) = connection.accept().await {} };
+            let reading = async {
+                let mut body = request.into_body();
+                let mut length = 0;
+                while let Some(chunk) = body.data().await {
+                    length += chunk.unwrap().len();
+                }
+                length
+            };
+            tokio::join!(driving, reading).1
+        });
+        let (mut stream, _) = client::connect_once(near, &Settings::default(), &request()).await.unwrap();
+        assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
+        answered.send(()).unwrap();
+        told_stopped.await.unwrap();
+        stream.write_all(&vec![7; 200_000]).await.unwrap();
+        stream.shutdown().await.unwrap();
+        drop(stream);
+        assert_eq!(peer.await.unwrap(), 200_000);
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_runs_inside_another_and_ends_with_its_stream() {
+    local(async {
+        let mut mesh = mesh(PoolConfig::default());
+        let (outer_near, outer_far) = mesh.open().await;
+        let (near, far) = support::secure(outer_near, outer_far).await;
+        let (handler, mut accepted) = Accepting::new();
+        let (_drain, watcher) = drain::channel();
+        let serving =
+            spawn_local(
+                async move { server::serve(far, &Settings::default(), Budget::default(), watcher, handler).await },
+            );
+        let (mut near, _) = client::connect_once(near, &Settings::default(), &request()).await.unwrap();
+        let mut far = accepted.recv().await.unwrap();
+        ping(&mut near, &mut far).await;
+        let sent = pattern(1, 3 << 20);
+        let sending = async {
+            near.write_all(&sent).await.unwrap();
+            near.shutdown().await.unwrap();
+        };
+        let mut received = Vec::new();
+        let ((), result) = tokio::join!(sending, far.read_to_end(&mut received));
+        result.unwrap();
+        assert!(received == sent);
+        far.shutdown().await.unwrap();
+        assert_eq!(near.read(&mut [0]).await.unwrap(), 0);
+        drop((near, far));
+        assert!(matches!(serving.await.unwrap(), Ok(())));
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        assert_eq!(mesh.pool.snapshot()[0].streams, [], "the outer stream is over too");
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn flows_of_odd_sizes_pass_between_sockets_whatever_their_readers_do() {
+    local_in_real_time(async {
+        const SIZES: [usize; 12] =
+            [0, 1, 9, 1_000, 16_375, 16_376, 65_535, 65_536, 200_000, 1_000_003, 2_500_000, (3 << 20) + 1];
+        let mut mesh = mesh(PoolConfig::default());
+        let mut flows = Vec::new();
+        for (index, size) in SIZES.into_iter().cycle().take(36).enumerate() {
+            let (near, far) = mesh.open().await;
+            let ((client, inner_client), (server, inner_server)) = (socket_pair().await, socket_pair().await);
+            // So that the sockets are what holds things up, now and then.
+            for socket in [&client, &server, &inner_client, &inner_server] {
+                SockRef::from(socket).set_recv_buffer_size(64 << 10).unwrap();
+                SockRef::from(socket).set_send_buffer_size(64 << 10).unwrap();
+            }
+            let (up, down) = (pattern(2 * index as u64, size), pattern(2 * index as u64 + 1, SIZES[(index * 5) % 12]));
+            let lazy = index % 3;
+            flows.push(spawn_local(async move {
+                let (client, server) = (client.into_split(), server.into_split());
+                let (a, b, ..) = tokio::join!(
+                    relay(Rc::new(inner_client), near, Rc::default()),
+                    relay(Rc::new(inner_server), far, Rc::default()),
+                    speak(client.1, &up),
+                    listen(server.0, &up, lazy),
+                    speak(server.1, &down),
+                    listen(client.0, &down, lazy),
+                );
+                for outcome in [&a, &b] {
+                    assert!(matches!(outcome.end, End::Clean), "{outcome:?}");
+                }
+                assert_eq!((a.sent, a.received), (up.len() as u64, down.len() as u64));
+                assert_eq!((b.sent, b.received), (down.len() as u64, up.len() as u64));
+            }));
+        }
+        for flow in flows {
+            flow.await.unwrap();
+        }
+        assert_eq!(mesh.pool.snapshot().iter().flat_map(|tunnel| &tunnel.streams).count(), 0);
+    })
+    .await;
+}
+
+async fn speak(mut to: OwnedWriteHalf, bytes: &[u8]) {
+    to.write_all(bytes).await.unwrap();
+    to.shutdown().await.unwrap();
+}
+
+/// Reads to the end: at once, or a little at a time with others' turns between.
+async fn listen(mut from: OwnedReadHalf, expected: &[u8], turns: usize) {
+    let mut received = Vec::new();
+    let mut buffer = [0; 5_000];
+    loop {
+        for _ in 0..turns {
+            tokio::task::yield_now().await;
+        }
+        match from.read(&mut buffer).await.unwrap() {
+            0 => break,
+            length => received.extend_from_slice(&buffer[..length]),
+        }
+    }
+    assert!(received == expected, "{} of {} bytes", received.len(), expected.len());
 }

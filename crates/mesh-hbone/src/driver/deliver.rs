@@ -2,7 +2,6 @@
 //! kept.
 
 use std::{
-    collections::VecDeque,
     io::{self, IoSlice},
     ops::Range,
     rc::Rc,
@@ -14,54 +13,13 @@ use smallvec::SmallVec;
 use tokio::net::TcpStream;
 
 use super::link::{Core, Link, Slot, register};
-use crate::engine::{flow::Budget, frame::ErrorCode};
+use crate::engine::frame::ErrorCode;
 
 /// The application's socket, and where its bytes are counted.
 #[derive(Clone)]
 pub(crate) struct Plug {
     pub(crate) tcp: Rc<TcpStream>,
     pub(crate) progress: Rc<Progress>,
-}
-
-/// Bytes of a stream that nobody has taken; at most its window. Holds no memory when empty.
-#[derive(Default)]
-pub(super) struct Stall(Option<Box<VecDeque<u8>>>);
-
-impl Stall {
-    pub(super) fn len(&self) -> usize {
-        self.0.as_ref().map_or(0, |bytes| bytes.len())
-    }
-
-    pub(super) fn is_empty(&self) -> bool {
-        self.0.is_none()
-    }
-
-    /// False when that is more than the pod or the process may hold.
-    fn push(&mut self, bytes: &[u8], budget: &Budget) -> bool {
-        if bytes.is_empty() {
-            return true;
-        }
-        self.0.get_or_insert_default().extend(bytes);
-        budget.charge(bytes.len())
-    }
-
-    fn front(&self) -> &[u8] {
-        self.0.as_ref().map_or(&[], |bytes| bytes.as_slices().0)
-    }
-
-    fn take(&mut self, count: usize, budget: &Budget) {
-        budget.credit(count);
-        if let Some(bytes) = &mut self.0 {
-            bytes.drain(..count);
-            if bytes.is_empty() {
-                self.0 = None;
-            }
-        }
-    }
-
-    pub(super) fn clear(&mut self, budget: &Budget) {
-        self.take(self.len(), budget);
-    }
 }
 
 /// DATA of one stream that lies in the input, not yet delivered.
@@ -100,7 +58,7 @@ impl Core {
             self.tunnel.conn.consumed(id, total, &mut self.tunnel.out);
             return;
         };
-        slot.received += total as u64;
+        slot.flow.received += total as u64;
         let written = slot.write_through(&slices);
         if written < total {
             let mut rest = &mut slices[..];
@@ -109,16 +67,16 @@ impl Core {
             let mut fits = true;
             if slot.broken.is_none() {
                 for slice in &*rest {
-                    fits &= slot.stall.push(slice, budget);
+                    fits &= slot.flow.stall.push(slice, budget);
                 }
             }
             if !fits {
-                slot.reset = Some(ErrorCode::ENHANCE_YOUR_CALM);
+                slot.flow.reset = Some(ErrorCode::ENHANCE_YOUR_CALM);
                 self.tunnel.conn.reset(id, ErrorCode::ENHANCE_YOUR_CALM, &mut self.tunnel.out);
             }
             slot.wake_reader();
         }
-        if slot.grew() {
+        if slot.flow.grew() {
             slot.wake_reader();
         }
         self.tunnel.conn.consumed(id, written, &mut self.tunnel.out);
@@ -128,7 +86,7 @@ impl Core {
 impl Slot {
     /// How many bytes the application's socket took at once.
     fn write_through(&mut self, slices: &[IoSlice<'_>]) -> usize {
-        let Some(plug) = self.plug.as_ref().filter(|_| self.stall.is_empty() && self.broken.is_none()) else {
+        let Some(plug) = self.plug.as_ref().filter(|_| self.flow.stall.is_empty() && self.broken.is_none()) else {
             return 0;
         };
         match plug.tcp.try_write_vectored(slices) {
@@ -179,8 +137,8 @@ impl Link {
             if let Some(kind) = slot.broken {
                 break Poll::Ready(Err(kind.into()));
             }
-            if slot.stall.is_empty() {
-                break match (slot.ended, slot.reset, &core.ended) {
+            if slot.flow.stall.is_empty() {
+                break match (slot.flow.ended, slot.flow.reset, &core.ended) {
                     // RFC 9113 §8.1: NO_ERROR says that the answer is complete, not that it failed.
                     (true, ..) | (false, Some(ErrorCode::NO_ERROR), _) => Poll::Ready(Ok(Drained::Ended)),
                     (false, Some(_), _) | (false, None, Some(_)) => {
@@ -192,13 +150,13 @@ impl Link {
                     }
                 };
             }
-            match write(cx, slot.stall.front()) {
+            match write(cx, slot.flow.stall.front()) {
                 Poll::Ready(Ok(0)) | Poll::Pending => {
                     register(&mut slot.reader, cx);
                     break Poll::Pending;
                 }
                 Poll::Ready(Ok(count)) => {
-                    slot.stall.take(count, core.tunnel.conn.budget());
+                    slot.flow.stall.take(count, core.tunnel.conn.budget());
                     taken += count;
                 }
                 Poll::Ready(Err(error)) => break Poll::Ready(Err(error)),

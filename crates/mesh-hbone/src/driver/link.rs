@@ -13,14 +13,15 @@ use foldhash::fast::RandomState;
 use http::{HeaderMap, StatusCode};
 use tokio::time::Instant;
 
-use super::deliver::{Plug, Stall};
+use super::deliver::Plug;
 use crate::{
     connect::ConnectRequest,
     engine::{
         conn::{CannotOpen, Room},
         frame::ErrorCode,
         head::{RequestHead, ResponseHead},
-        out::MAX_READ,
+        out::{Filled, MAX_READ},
+        stream::Flow,
         tunnel::Tunnel,
     },
     error::Error,
@@ -57,30 +58,20 @@ pub(super) struct Core {
 pub(crate) struct Slot {
     /// Where payload goes at once.
     pub(super) plug: Option<Plug>,
-    /// Payload nobody has taken yet.
-    pub(super) stall: Stall,
+    pub(super) flow: Flow,
     pub(super) reader: Option<Waker>,
     pub(super) writer: Option<Waker>,
     /// The answer, until its owner takes it.
     pub(super) response: Option<Box<ResponseHead>>,
-    pub(super) target: Box<str>,
-    pub(super) sent: u64,
-    pub(super) received: u64,
-    /// The peer's END_STREAM has come.
-    pub(super) ended: bool,
-    pub(super) reset: Option<ErrorCode>,
-    pub(super) send_closed: bool,
     /// Stands in `waiting`.
     waiting: bool,
     /// The application's socket refused what came for it.
     pub(super) broken: Option<io::ErrorKind>,
-    /// Past the size from which it counts as an elephant.
-    pub(super) large: bool,
 }
 
 impl Slot {
     fn new(target: Box<str>) -> Self {
-        Self { target, ..Self::default() }
+        Self { flow: Flow::new(target), ..Self::default() }
     }
 
     pub(super) fn wake(&mut self) {
@@ -95,12 +86,6 @@ impl Slot {
     pub(super) fn wake_writer(&mut self) {
         self.writer.take().into_iter().for_each(Waker::wake);
     }
-
-    /// Counts what was moved; true when that makes it an elephant just now.
-    pub(super) fn grew(&mut self) -> bool {
-        let large = self.sent.max(self.received) > crate::config::ELEPHANT;
-        large && !std::mem::replace(&mut self.large, true)
-    }
 }
 
 /// What a peer's RST_STREAM means for the bytes.
@@ -114,7 +99,11 @@ pub(crate) enum PeerReset {
 /// What became of an attempt to send.
 #[derive(Debug)]
 pub(crate) enum Fill {
-    Sent(usize),
+    Sent {
+        bytes: usize,
+        /// The source had no more at that moment.
+        all: bool,
+    },
     /// The source has ended.
     Eof,
     /// The source has nothing now.
@@ -186,7 +175,7 @@ impl Drop for Core {
     /// Requests that nobody took have bytes too.
     fn drop(&mut self) {
         let budget = self.tunnel.conn.budget();
-        self.slots.values_mut().for_each(|slot| slot.stall.clear(budget));
+        self.slots.values_mut().for_each(|slot| slot.flow.stall.clear(budget));
     }
 }
 
@@ -226,7 +215,9 @@ impl Link {
             }
             Err(CannotOpen::GoingAway) => Poll::Ready(Err(Error::GoAway)),
             Err(CannotOpen::Full) => {
-                core.openers.push(cx.waker().clone());
+                if !core.openers.iter().any(|waker| waker.will_wake(cx.waker())) {
+                    core.openers.push(cx.waker().clone());
+                }
                 Poll::Pending
             }
         }
@@ -239,7 +230,7 @@ impl Link {
         if let Some(response) = slot.response.take() {
             return Poll::Ready(Ok(*response));
         }
-        match (slot.reset, &core.ended) {
+        match (slot.flow.reset, &core.ended) {
             (Some(ErrorCode::REFUSED_STREAM), _) if core.tunnel.conn.is_going_away() => Poll::Ready(Err(Error::GoAway)),
             (Some(ErrorCode::REFUSED_STREAM), _) => Poll::Ready(Err(Error::Refused)),
             (Some(code), _) => Poll::Ready(Err(lost(format!("the peer reset the stream: {code}")))),
@@ -293,15 +284,15 @@ impl Link {
             }
         };
         match core.tunnel.out.fill(id, room, read) {
-            Ok((0, _)) => Fill::Eof,
-            Ok((bytes, frames)) => {
+            Ok(Filled { bytes: 0, .. }) => Fill::Eof,
+            Ok(Filled { bytes, frames, all }) => {
                 core.tunnel.conn.sent(id, bytes, frames);
                 if let Some(slot) = core.slots.get_mut(&id) {
-                    slot.sent += bytes as u64;
-                    slot.grew();
+                    slot.flow.sent += bytes as u64;
+                    slot.flow.grew();
                 }
                 core.wake_driver();
-                Fill::Sent(bytes)
+                Fill::Sent { bytes, all }
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Fill::Empty,
             Err(error) => Fill::Source(error),
@@ -312,10 +303,10 @@ impl Link {
     pub(crate) fn finish(&self, id: u32) -> bool {
         let core = &mut *self.core();
         let Some(slot) = core.slots.get_mut(&id) else { return false };
-        if core.ended.is_some() || slot.reset.is_some() {
+        if core.ended.is_some() || slot.flow.reset.is_some() {
             return false;
         }
-        slot.send_closed = true;
+        slot.flow.send_closed = true;
         core.tunnel.conn.finish(id, &mut core.tunnel.out);
         core.wake_driver();
         true
@@ -332,7 +323,7 @@ impl Link {
     pub(crate) fn release(&self, id: u32) {
         let core = &mut *self.core();
         if let Some(mut slot) = core.slots.remove(&id) {
-            slot.stall.clear(core.tunnel.conn.budget());
+            slot.flow.stall.clear(core.tunnel.conn.budget());
         }
         if core.slots.is_empty() {
             core.slots = HashMap::default();
@@ -347,11 +338,11 @@ impl Link {
         let core = &mut *self.core();
         let slot = core.slots.get_mut(&id)?;
         register(&mut slot.reader, cx);
-        match slot.reset {
+        match slot.flow.reset {
             Some(ErrorCode::NO_ERROR | ErrorCode::CANCEL) => Some(PeerReset::Stopped),
             Some(_) => Some(PeerReset::Broken),
             // What came in full is in full, whatever happened to the tunnel afterwards.
-            None if core.ended.is_some() && !(slot.ended && slot.send_closed) => Some(PeerReset::Broken),
+            None if core.ended.is_some() && !(slot.flow.ended && slot.flow.send_closed) => Some(PeerReset::Broken),
             None => None,
         }
     }
@@ -360,7 +351,7 @@ impl Link {
     pub(crate) fn poll_abandoned(&self, id: u32, cx: &Context<'_>) -> Poll<()> {
         let core = &mut *self.core();
         match core.slots.get_mut(&id) {
-            Some(slot) if slot.reset.is_none() && core.ended.is_none() => {
+            Some(slot) if slot.flow.reset.is_none() && core.ended.is_none() => {
                 register(&mut slot.reader, cx);
                 Poll::Pending
             }
@@ -375,7 +366,7 @@ impl Link {
 
     /// Whether the stream has become an elephant.
     pub(crate) fn is_large(&self, id: u32) -> bool {
-        self.core().slots.get(&id).is_some_and(|slot| slot.large)
+        self.core().slots.get(&id).is_some_and(|slot| slot.flow.large)
     }
 
     pub(crate) fn stream(&self, id: u32) -> Option<StreamSnapshot> {
@@ -425,12 +416,12 @@ impl Link {
 fn describe(id: u32, slot: &Slot) -> StreamSnapshot {
     StreamSnapshot {
         id,
-        target: slot.target.to_string(),
-        sent: slot.sent,
-        received: slot.received,
-        unreleased: slot.stall.len(),
-        send_closed: slot.send_closed,
-        recv_closed: slot.ended,
+        target: slot.flow.target.to_string(),
+        sent: slot.flow.sent,
+        received: slot.flow.received,
+        unreleased: slot.flow.stall.len(),
+        send_closed: slot.flow.send_closed,
+        recv_closed: slot.flow.ended,
     }
 }
 

@@ -63,6 +63,8 @@ pub(crate) struct Driver {
     sleep: Pin<Box<Sleep>>,
     /// Came with the handshake.
     leftover: Vec<u8>,
+    /// Why the transport takes no more. What the peer has sent before it left is still read.
+    unheard: Option<io::Error>,
     phase: Phase,
 }
 
@@ -84,8 +86,14 @@ impl Driver {
         let tunnel = Tunnel::new(established.seal, established.open, established.post_handshake, conn, out);
         let link = Link::new(tunnel);
         let deadline = link.core().deadline();
-        let driver =
-            Self { link: link.clone(), io, sleep: Box::pin(sleep_until(deadline)), leftover, phase: Phase::Running };
+        let driver = Self {
+            link: link.clone(),
+            io,
+            sleep: Box::pin(sleep_until(deadline)),
+            leftover,
+            unheard: None,
+            phase: Phase::Running,
+        };
         (driver, link)
     }
 
@@ -170,7 +178,6 @@ impl Driver {
     /// One turn: time, input, output. True when the tunnel is over, in order.
     fn turn(&mut self, core: &mut Core, cx: &mut Context<'_>) -> Result<bool, Failure> {
         core.set_now();
-        core.tunnel.conn.on_time(&mut core.tunnel.out).map_err(TunnelError::from)?;
         let mut eof = false;
         if !self.leftover.is_empty() {
             let mut input = std::mem::take(&mut self.leftover);
@@ -181,25 +188,47 @@ impl Driver {
             if eof {
                 break;
             }
-            match self.poll_input(core, cx)? {
-                Poll::Ready(0) => eof = true,
-                Poll::Ready(_) if core.tunnel.is_peer_closed() => eof = true,
-                Poll::Ready(_) if read + 1 == READS => cx.waker().wake_by_ref(),
-                Poll::Ready(_) => continue,
-                Poll::Pending => {}
+            match self.poll_input(core, cx) {
+                Ok(Poll::Ready(0)) => eof = true,
+                Ok(Poll::Ready(_)) if core.tunnel.is_peer_closed() => eof = true,
+                Ok(Poll::Ready(_)) if read + 1 == READS => cx.waker().wake_by_ref(),
+                Ok(Poll::Ready(_)) => continue,
+                Ok(Poll::Pending) => {}
+                Err(Failure::Io(error)) => {
+                    self.unheard = Some(error);
+                    eof = true;
+                }
+                Err(failure) => return Err(failure),
             }
             break;
         }
+        // After the input: an answer that lies there is not late because we were.
+        core.tunnel.conn.on_time(&mut core.tunnel.out).map_err(TunnelError::from)?;
         core.pending_events();
         // What the kernel does not take now has left a waker there.
-        let _pending = self.flush(core, cx)?;
+        let flushed = match self.flush(core, cx) {
+            Ok(flushed) => flushed,
+            Err(Failure::Io(error)) => {
+                self.unheard = Some(error);
+                // There may be no other reason to look what the peer has said.
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }
+            Err(failure) => return Err(failure),
+        };
         if eof {
             let whole = core.tunnel.conn.open_streams() == 0;
-            core.end(if whole { Error::GoAway } else { lost("the peer closed the connection") });
+            core.end(match self.unheard.take() {
+                // However a peer leaves: between streams nothing is lost.
+                _ if whole => Error::GoAway,
+                Some(error) => lost(error),
+                None => lost("the peer closed the connection"),
+            });
             return Ok(true);
         }
         let unwanted = core.closing && core.slots.is_empty();
-        if unwanted || core.tunnel.conn.is_done() {
+        // What streams have said before they ended is theirs to take the time it takes; keep-alive watches over it.
+        if (unwanted || core.tunnel.conn.is_done()) && flushed.is_ready() {
             core.tunnel.close();
             core.end(Error::GoAway);
             return Ok(true);
@@ -234,6 +263,9 @@ impl Driver {
 
     /// Seals and writes until nothing is left or the kernel takes no more.
     fn flush(&mut self, core: &mut Core, cx: &mut Context<'_>) -> Result<Poll<()>, Failure> {
+        if self.unheard.is_some() {
+            return Ok(Poll::Pending);
+        }
         let flushed = loop {
             core.tunnel.seal(WRITE)?;
             let slices: SmallVec<[IoSlice<'_>; SLICES]> =
@@ -258,6 +290,9 @@ impl Driver {
     }
 
     fn poll_goodbye(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.unheard.is_some() {
+            return Poll::Ready(());
+        }
         let link = self.link.clone();
         match self.flush(&mut link.core(), cx) {
             Ok(Poll::Pending) => Poll::Pending,
@@ -282,7 +317,7 @@ impl Driver {
 impl Drop for Driver {
     /// A driver that is dropped, rather than run to its end, takes the tunnel with it.
     fn drop(&mut self) {
-        self.link.core().end(Error::GoAway);
+        self.link.core().end(Error::Retired);
     }
 }
 
@@ -349,13 +384,13 @@ impl Core {
             }
             Event::End { stream } => {
                 if let Some(slot) = self.slots.get_mut(&stream) {
-                    slot.ended = true;
+                    slot.flow.ended = true;
                     slot.wake_reader();
                 }
             }
             Event::Reset { stream, code } => {
                 if let Some(slot) = self.slots.get_mut(&stream) {
-                    slot.reset = Some(code);
+                    slot.flow.reset = Some(code);
                     slot.wake();
                 }
             }

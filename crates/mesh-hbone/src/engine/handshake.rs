@@ -193,7 +193,10 @@ impl fmt::Debug for Handshake {
     }
 }
 
-/// HKDF-Expand (RFC 5869 §2.3) as the handshake's provider does it, `secret` being as long as the suite's hash.
+/// HKDF-Expand (RFC 5869 §2.3), `secret` being as long as the suite's hash.
+///
+/// Always AWS-LC's, whichever provider does the handshakes: a restored tunnel goes on deriving keys without any configuration to take
+/// a provider from, and each handshake compares the outcome with what its provider derived.
 ///
 /// # Panics
 /// When `out` is longer than 255 hashes.

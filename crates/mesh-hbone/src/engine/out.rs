@@ -79,6 +79,16 @@ impl Record {
     }
 }
 
+/// What one read brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Filled {
+    pub bytes: usize,
+    /// DATA frames made of them.
+    pub frames: u32,
+    /// There was room for more.
+    pub all: bool,
+}
+
 /// The queue of one tunnel.
 #[derive(Debug, Default)]
 pub struct Out {
@@ -133,8 +143,8 @@ impl Out {
         }
     }
 
-    /// Lets `read` put at most `max` bytes of a stream (and at most [`MAX_READ`]) behind frame headers. How many it brought, in how
-    /// many DATA frames; nothing is queued when it brought none.
+    /// Lets `read` put at most `max` bytes of a stream (and at most [`MAX_READ`]) behind frame headers. Nothing is queued when it
+    /// brought none.
     ///
     /// # Errors
     /// Those of `read`.
@@ -143,8 +153,8 @@ impl Out {
         stream: u32,
         max: usize,
         read: impl FnOnce(&mut [IoSliceMut<'_>]) -> io::Result<usize>,
-    ) -> io::Result<(usize, u32)> {
-        let first = self.plan(max);
+    ) -> io::Result<Filled> {
+        let (first, room) = self.plan(max);
         let result = {
             let mut left = max;
             let mut slices = SmallVec::<[IoSliceMut<'_>; SEGMENTS]>::new();
@@ -173,11 +183,11 @@ impl Out {
         while self.records.len() > self.sealed && self.records.back().is_some_and(|record| record.end == START) {
             self.records.pop_back().into_iter().for_each(|record| give_back(record.slab));
         }
-        result.map(|_| (brought, frames))
+        result.map(|_| Filled { bytes: brought, frames, all: brought < room })
     }
 
-    /// Makes room for up to `max` bytes in at most [`SEGMENTS`] records; the index of the first.
-    fn plan(&mut self, max: usize) -> usize {
+    /// Makes room for up to `max` bytes in at most [`SEGMENTS`] records; the index of the first, and how much room it is.
+    fn plan(&mut self, max: usize) -> (usize, usize) {
         let tail = self.tail_space();
         let joins = tail >= frame::HEADER + max.min(WORTHWHILE);
         let first = self.records.len() - usize::from(joins);
@@ -186,7 +196,7 @@ impl Out {
             self.records.push_back(Record::new(ContentType::ApplicationData));
             room += MAX_PAYLOAD;
         }
-        first
+        (first, room.min(max))
     }
 
     /// Seals records until `bytes` are ready to be written or nothing is left to seal.

@@ -185,8 +185,14 @@ impl Conn {
             Role::Client => id < self.next_id,
             Role::Server => id <= self.highest,
         };
-        let known = self.streams.keys().all(|id| !id.is_multiple_of(2) && was_opened(*id));
-        if known { Ok(()) } else { invalid(tag::STREAM, "a stream was never opened") }
+        if !self.streams.keys().all(|id| !id.is_multiple_of(2) && was_opened(*id)) {
+            return invalid(tag::STREAM, "a stream was never opened");
+        }
+        // What a window costs is what it has grown by.
+        if self.streams.values().any(|stream| stream.recv.target() < self.local.stream_window) {
+            return invalid(tag::STREAM, "a window has shrunk");
+        }
+        Ok(())
     }
 
     fn check_parse(&self) -> Result<(), RestoreError> {
