@@ -1,4 +1,4 @@
-//! What idle connections cost the ztunnels, and whether they give it back.
+//! What idle connections cost the proxies, and whether they give it back.
 
 use std::{
     thread,
@@ -15,7 +15,7 @@ const HELD: Duration = Duration::from_secs(5);
 /// After the last connection, before the memory is looked at again.
 const SETTLE: Duration = Duration::from_secs(5);
 
-/// Memory of the ztunnel of the clients' node and of the servers' node.
+/// Memory of the proxy of the clients' node and of the servers' node.
 #[derive(Clone, Debug)]
 pub(crate) struct Idle {
     pub(crate) arm: &'static str,
@@ -34,7 +34,7 @@ impl Idle {
     }
 }
 
-/// Holds `connections`, and looks at the ztunnels before, meanwhile and afterwards.
+/// Holds `connections`, and looks at the proxies before, meanwhile and afterwards.
 pub(crate) fn measure(arm: &Arm<'_>, connections: usize) -> anyhow::Result<Idle> {
     eprintln!("{connections} idle connections: {}", arm.name);
     let before = resident(arm)?;

@@ -46,7 +46,7 @@ pub(crate) struct Sample {
     pub(crate) p50_us: f64,
     pub(crate) p99_us: f64,
     pub(crate) errors: u64,
-    /// Of both ztunnels together.
+    /// Of both proxies together.
     pub(crate) cpu_us_per_unit: f64,
 }
 

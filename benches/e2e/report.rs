@@ -6,60 +6,72 @@ use crate::{
     idle::Idle,
     loads::{Load, Sample},
     mesh::Arm,
+    stalled::Stalled,
 };
 
-/// One row per load; `samples` by load, arm and round. The first arm is plain TCP, the second ours.
+/// What is compared with what, where both were measured.
+const RATIOS: [(&str, &str); 4] = [("engine", "h2"), ("mesh", "plain"), ("mesh", "peer"), ("mesh", "engine")];
+
+/// Figures, and then ratios; one row per load. `samples` by load, arm and round.
 pub(crate) fn loads(loads: &[Load], arms: &[Arm<'_>], samples: &[Vec<Vec<Sample>>]) -> String {
-    let mut out = String::from("| load |");
-    for arm in arms {
-        _ = write!(out, " {} /s |", arm.name);
-    }
-    out += " mesh/plain |";
-    for arm in arms {
-        _ = write!(out, " {} p50 (p99) µs |", arm.name);
-    }
-    out += " mesh/plain |";
-    for arm in arms.iter().filter(|arm| arm.meshed) {
-        _ = write!(out, " {} CPU µs/unit |", arm.name);
-    }
-    if arms.len() > 2 {
-        out += " ours/peer: /s | p50 | CPU |";
-    }
-    let columns = out.matches('|').count() - 1;
-    _ = write!(out, "\n|{}", "---|".repeat(columns));
-    for (load, samples) in loads.iter().zip(samples) {
-        out += "\n";
-        out += &row(load, arms, samples);
-    }
-    out + "\n\nUnits are requests, for bulk MiB. Ratios: median of the rounds' (lowest–highest).\n"
+    let figures = figures(loads, arms, samples);
+    let ratios = ratios(loads, arms, samples);
+    format!("{figures}\n\nUnits are requests, for bulk MiB.\n{ratios}")
 }
 
-fn row(load: &Load, arms: &[Arm<'_>], samples: &[Vec<Sample>]) -> String {
-    let mut out = format!("| {}{} |", load.name, errors(samples));
-    for samples in samples {
-        _ = write!(out, " {:.0} |", median(samples.iter().map(|s| s.per_second)));
+fn figures(loads: &[Load], arms: &[Arm<'_>], samples: &[Vec<Vec<Sample>>]) -> String {
+    let mut columns = vec!["load".to_owned()];
+    columns.extend(arms.iter().map(|arm| format!("{} /s", arm.name)));
+    columns.extend(arms.iter().map(|arm| format!("{} p50 (p99) µs", arm.name)));
+    columns.extend(proxied(arms).map(|(_, arm)| format!("{} CPU µs/unit", arm.name)));
+    let rows = loads.iter().zip(samples).map(|(load, samples)| {
+        let mut row = vec![format!("{}{}", load.name, errors(samples))];
+        row.extend(samples.iter().map(|samples| format!("{:.0}", median_of(samples, |s| s.per_second))));
+        row.extend(samples.iter().map(|samples| latency(load, samples)));
+        row.extend(proxied(arms).map(|(arm, _)| format!("{:.1}", median_of(&samples[arm], |s| s.cpu_us_per_unit))));
+        row
+    });
+    table(&columns, rows)
+}
+
+/// One table per comparison.
+fn ratios(loads: &[Load], arms: &[Arm<'_>], samples: &[Vec<Vec<Sample>>]) -> String {
+    let place = |name: &str| arms.iter().position(|arm| arm.name == name);
+    let mut out = String::new();
+    for (a, b) in RATIOS {
+        let (Some(first), Some(second)) = (place(a), place(b)) else { continue };
+        let columns = [format!("{a}/{b}"), "/s".into(), "p50".into(), "p99".into(), "CPU".into()];
+        let rows = loads.iter().zip(samples).map(|(load, samples)| {
+            let figures: [fn(&Sample) -> f64; 4] =
+                [|s| s.per_second, |s| s.p50_us, |s| s.p99_us, |s| s.cpu_us_per_unit];
+            let ratios = figures.map(|figure| ratio(&samples[first], &samples[second], figure));
+            [&[load.name.to_owned()][..], &ratios].concat()
+        });
+        _ = write!(out, "\n{}\n", table(&columns, rows));
     }
-    _ = write!(out, " {} |", ratio(&samples[1], &samples[0], |s| s.per_second));
-    let latency = |samples: &[Sample]| match load.is_bulk() {
-        true => "–".to_owned(),
-        false => {
-            let (p50, p99) = (median(samples.iter().map(|s| s.p50_us)), median(samples.iter().map(|s| s.p99_us)));
-            format!("{p50:.0} ({p99:.0})")
-        }
-    };
-    for samples in samples {
-        _ = write!(out, " {} |", latency(samples));
-    }
-    _ = write!(out, " {} |", ratio(&samples[1], &samples[0], |s| s.p50_us));
-    for (_, samples) in arms.iter().zip(samples).filter(|(arm, _)| arm.meshed) {
-        _ = write!(out, " {:.1} |", median(samples.iter().map(|s| s.cpu_us_per_unit)));
-    }
-    if let [_, ours, peer] = samples {
-        for figure in [|s: &Sample| s.per_second, |s: &Sample| s.p50_us, |s: &Sample| s.cpu_us_per_unit] {
-            _ = write!(out, " {} |", ratio(ours, peer, figure));
-        }
+    if !out.is_empty() {
+        out += "\nRatios: median of the rounds' (lowest–highest). Better is more than 1 for /s, less for the others.\n";
     }
     out
+}
+
+fn proxied<'a>(arms: &'a [Arm<'_>]) -> impl Iterator<Item = (usize, &'a Arm<'a>)> {
+    arms.iter().enumerate().filter(|(_, arm)| arm.is_proxied())
+}
+
+fn table(columns: &[String], rows: impl Iterator<Item = Vec<String>>) -> String {
+    let mut out = format!("| {} |\n|{}", columns.join(" | "), "---|".repeat(columns.len()));
+    for row in rows {
+        _ = write!(out, "\n| {} |", row.join(" | "));
+    }
+    out
+}
+
+fn latency(load: &Load, samples: &[Sample]) -> String {
+    if load.is_bulk() {
+        return "–".to_owned();
+    }
+    format!("{:.0} ({:.0})", median_of(samples, |s| s.p50_us), median_of(samples, |s| s.p99_us))
 }
 
 fn errors(samples: &[Vec<Sample>]) -> String {
@@ -77,33 +89,49 @@ fn ratio(a: &[Sample], b: &[Sample], figure: impl Fn(&Sample) -> f64) -> String 
         return "–".to_owned();
     }
     let (low, high) = ratios.iter().fold((f64::MAX, f64::MIN), |(low, high), r| (low.min(*r), high.max(*r)));
-    format!("{:.2} ({low:.2}–{high:.2})", median(ratios.iter().copied()))
+    format!("{:.2} ({low:.2}–{high:.2})", median(ratios))
+}
+
+fn median_of(samples: &[Sample], figure: impl Fn(&Sample) -> f64) -> f64 {
+    median(samples.iter().map(figure).collect())
 }
 
 /// 0 of nothing.
-fn median(values: impl Iterator<Item = f64>) -> f64 {
-    let mut values: Vec<f64> = values.collect();
+fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values.get(values.len() / 2).copied().unwrap_or(0.0)
 }
 
-/// One row per ztunnel and node.
+/// One row per arm.
+pub(crate) fn stalled(results: &[Stalled]) -> String {
+    let columns = ["proxies", "stalled readers", "tunnels", "others answered", "ms until the last knew"];
+    let rows = results.iter().map(|Stalled { arm, outcome, tunnels }| {
+        let answered = format!("{} of {}", outcome.answered, outcome.asked);
+        let figures = [outcome.stalled.to_string(), tunnels.to_string(), answered, outcome.milliseconds.to_string()];
+        [&[(*arm).to_owned()][..], &figures].concat()
+    });
+    table(&columns.map(str::to_owned), rows) + "\n"
+}
+
+/// One row per proxy and node.
 pub(crate) fn idle(results: &[Idle]) -> String {
-    let mut out = String::from(
-        "| ztunnel | node | idle connections | KiB per connection | MiB before | MiB during | MiB 5 s after |\n|---|---|---|---|---|---|---|",
-    );
-    let mib = |bytes: f64| bytes / f64::from(1 << 20);
+    let columns =
+        ["proxy", "node", "idle connections", "KiB per connection", "MiB before", "MiB during", "MiB 5 s after"];
+    let mib = |bytes: f64| format!("{:.1}", bytes / f64::from(1 << 20));
+    let mut refusals = String::new();
+    let mut rows = Vec::new();
     for result in results {
         let Idle { arm, wanted, held, before, during, after } = result;
+        let open = held.open;
+        let count = if open == *wanted { open.to_string() } else { format!("{open} of {wanted}") };
         for (node, role) in ["client's", "server's"].into_iter().enumerate() {
-            let (kib, open) = (result.per_connection()[node] / 1024.0, held.open);
-            let count = if open == *wanted { open.to_string() } else { format!("{open} of {wanted}") };
-            let (before, during, after) = (mib(before[node]), mib(during[node]), mib(after[node]));
-            _ = write!(out, "\n| {arm} | {role} | {count} | {kib:.1} | {before:.1} | {during:.1} | {after:.1} |");
+            let kib = format!("{:.2}", result.per_connection()[node] / 1024.0);
+            let sizes = [before[node], during[node], after[node]].map(mib);
+            rows.push([&[(*arm).to_owned(), role.to_owned(), count.clone(), kib][..], &sizes].concat());
         }
         if let Some(error) = &held.first_error {
-            _ = write!(out, "\n\n{arm}: not all connections could be opened; the first refused said: {error}\n");
+            _ = write!(refusals, "\n{arm}: not all connections could be opened; the first refused said: {error}\n");
         }
     }
-    out
+    table(&columns.map(str::to_owned), rows.into_iter()) + "\n" + &refusals
 }

@@ -1,6 +1,8 @@
-//! Decisions and codecs on their own, in a mesh of 100,000 workloads.
+//! Decisions and codecs on their own, in a mesh of 100,000 workloads; and the tunnel engine's parts.
 
 #![forbid(unsafe_code)]
+
+mod tunnel;
 
 use std::{
     hint::black_box,
@@ -177,5 +179,6 @@ fn codecs(c: &mut Criterion) {
     }
 }
 
-criterion_group!(benches, apply, decide, codecs);
-criterion_main!(benches);
+criterion_group!(mesh, apply, decide, codecs);
+criterion_group!(tunnels, tunnel::aead, tunnel::hpack, tunnel::chunks);
+criterion_main!(mesh, tunnels);

@@ -63,3 +63,15 @@ fn only_mesh_net_may_be_unsafe() {
         }
     }
 }
+
+/// `docs/tunnel-engine.md`: tunnels are our own. ztunnel still has `h2` below gRPC, which is no data path.
+#[test]
+fn no_crate_that_carries_payload_depends_on_another_http2_or_tls_stack() {
+    let carriers = ["mesh-hbone", "mesh-net", "ztunnel"];
+    let foreign = ["h2", "hyper", "tokio-rustls"];
+    for package in workspace().iter().filter(|package| carriers.contains(&package.name.as_str())) {
+        let normal = package.dependencies.iter().filter(|d| d.kind == cargo_metadata::DependencyKind::Normal);
+        let found: Vec<&str> = normal.map(|d| d.name.as_str()).filter(|name| foreign.contains(name)).collect();
+        assert!(found.is_empty(), "{} depends on {}", package.name, found.join(", "));
+    }
+}

@@ -1,17 +1,18 @@
 //! What is open in one pod on one worker, and the inbound part of it asked again whenever the pod's policies change.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker},
 };
 
-use foldhash::{HashMap, HashMapExt};
-use mesh_core::{
-    authorize::{Connection, Decision, PolicySet, authorize},
-    identity::Identity,
-};
+use mesh_core::authorize::{Connection, Decision, PolicySet, authorize};
 use serde::Serialize;
-use tokio::sync::oneshot;
+
+use crate::{
+    dense::{Dense, Place, Placed},
+    flow::{Direction, Flow},
+};
 
 /// Flows asked again before other tasks get their turn.
 const BATCH: usize = 128;
@@ -53,129 +54,154 @@ pub struct ConnectionsDump {
     pub outbound: Vec<OutboundConnection>,
 }
 
+impl ConnectionsDump {
+    fn add(&mut self, flow: &Flow) {
+        let protocol = if flow.mutual_tls { Protocol::Hbone } else { Protocol::Tcp };
+        let src = flow.peer;
+        match flow.direction {
+            Direction::Inbound => {
+                let original_dst = flow.host.as_deref().map(str::to_owned);
+                self.inbound.push(InboundConnection { src, original_dst, actual_dst: flow.target, protocol });
+            }
+            Direction::Outbound => {
+                let (original_dst, actual_dst) = (flow.target, flow.destination);
+                self.outbound.push(OutboundConnection { src, original_dst, actual_dst, protocol });
+            }
+        }
+    }
+}
+
 /// The live table. Locked for moments only, by its worker, and by whoever dumps it.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Connections(Arc<Mutex<Table>>);
+pub(crate) struct Connections(Arc<Mutex<Dense<Arc<Entry>>>>);
+
+/// A connection, and what policy has come to think of it. One per connection, shared by everyone who speaks of it.
+#[derive(Debug)]
+pub(crate) struct Entry {
+    pub(crate) flow: Flow,
+    verdict: Mutex<Verdict>,
+    place: Place,
+}
 
 #[derive(Debug)]
-struct Table {
-    next: u64,
-    inbound: HashMap<u64, Inbound>,
-    outbound: HashMap<u64, OutboundConnection>,
+enum Verdict {
+    /// Nothing new. Whom to wake otherwise.
+    Stands(Option<Waker>),
+    /// Not told yet.
+    Overturned(Box<Decision>),
+    /// Nobody listens any more.
+    Over,
 }
 
-impl Default for Table {
-    fn default() -> Self {
-        Self { next: 0, inbound: HashMap::new(), outbound: HashMap::new() }
+impl Entry {
+    pub(crate) fn new(flow: Flow) -> Arc<Self> {
+        Arc::new(Self { flow, verdict: Mutex::new(Verdict::Stands(None)), place: Place::default() })
     }
-}
 
-/// What the decision about an inbound connection depends on, besides policies.
-#[derive(Clone, Debug)]
-pub(crate) struct Facts {
-    pub(crate) source_ip: IpAddr,
-    pub(crate) source_identity: Option<Identity>,
-    pub(crate) destination: SocketAddr,
-}
-
-impl Facts {
     pub(crate) fn ask(&self, policies: &PolicySet) -> Decision {
-        let source_identity = self.source_identity.as_ref();
-        authorize(policies, &Connection { source_ip: self.source_ip, source_identity, destination: self.destination })
+        let connection = Connection {
+            source_ip: self.flow.peer.ip(),
+            source_identity: self.flow.peer_identity.as_deref(),
+            destination: self.flow.target,
+        };
+        authorize(policies, &connection)
+    }
+
+    /// Whether the connection has to end now.
+    fn cut_if_denied(&self, policies: &PolicySet) -> bool {
+        let decision = self.ask(policies);
+        if decision.is_allowed() {
+            return false;
+        }
+        let mut verdict = self.verdict();
+        match &mut *verdict {
+            Verdict::Stands(waker) => {
+                let waker = waker.take();
+                *verdict = Verdict::Overturned(Box::new(decision));
+                drop(verdict);
+                waker.into_iter().for_each(Waker::wake);
+                true
+            }
+            Verdict::Overturned(_) | Verdict::Over => false,
+        }
+    }
+
+    fn verdict(&self) -> MutexGuard<'_, Verdict> {
+        self.verdict.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-#[derive(Debug)]
-struct Inbound {
-    shown: InboundConnection,
-    facts: Facts,
-    /// Taken when the connection is cut.
-    cut: Option<oneshot::Sender<Decision>>,
+impl Placed for Entry {
+    fn place(&self) -> &Place {
+        &self.place
+    }
 }
 
 /// Keeps a connection in its table.
 #[derive(Debug)]
 pub(crate) struct Live {
     connections: Connections,
-    id: u64,
+    entry: Arc<Entry>,
 }
 
-/// Resolves, if ever, with the decision that ended the connection.
-#[derive(Debug)]
-pub(crate) struct Cut(oneshot::Receiver<Decision>);
-
-impl Cut {
-    pub(crate) async fn denied(&mut self) -> Decision {
-        match (&mut self.0).await {
-            Ok(decision) => decision,
-            // The entry is gone without a verdict: nobody can cut this connection any more.
-            Err(_) => std::future::pending().await,
+impl Live {
+    /// Ready, once, with the decision that ended the connection.
+    pub(crate) fn poll_denied(&self, cx: &Context<'_>) -> Poll<Box<Decision>> {
+        // Nobody decides about what the pod's own applications do.
+        if self.entry.flow.direction == Direction::Outbound {
+            return Poll::Pending;
+        }
+        let mut verdict = self.entry.verdict();
+        match std::mem::replace(&mut *verdict, Verdict::Over) {
+            Verdict::Overturned(decision) => Poll::Ready(decision),
+            Verdict::Over => Poll::Pending,
+            Verdict::Stands(waker) => {
+                let current = waker.filter(|waker| waker.will_wake(cx.waker()));
+                *verdict = Verdict::Stands(Some(current.unwrap_or_else(|| cx.waker().clone())));
+                Poll::Pending
+            }
         }
     }
-}
 
-impl Connections {
-    /// Registers before the first decision, so that no policy change falls between the two.
-    pub(crate) fn inbound(&self, shown: InboundConnection, facts: Facts) -> (Live, Cut) {
-        let (cut, told) = oneshot::channel();
-        let live = self.insert(|table, id| {
-            table.inbound.insert(id, Inbound { shown, facts, cut: Some(cut) });
-        });
-        (live, Cut(told))
-    }
-
-    pub(crate) fn outbound(&self, shown: OutboundConnection) -> Live {
-        self.insert(|table, id| {
-            table.outbound.insert(id, shown);
-        })
-    }
-
-    pub(crate) fn dump_into(&self, dump: &mut ConnectionsDump) {
-        let table = self.table();
-        dump.inbound.extend(table.inbound.values().map(|inbound| inbound.shown.clone()));
-        dump.outbound.extend(table.outbound.values().cloned());
-    }
-
-    /// Cuts every inbound connection that `policies` deny; the others do not notice. Answers how many were cut.
-    pub(crate) async fn reevaluate(&self, policies: &PolicySet) -> usize {
-        let ids: Vec<u64> = self.table().inbound.keys().copied().collect();
-        let mut cut = 0;
-        for batch in ids.chunks(BATCH) {
-            cut += batch.iter().filter(|id| self.cut_if_denied(**id, policies)).count();
-            tokio::task::yield_now().await;
-        }
-        cut
-    }
-
-    fn cut_if_denied(&self, id: u64, policies: &PolicySet) -> bool {
-        let mut table = self.table();
-        let Some(inbound) = table.inbound.get_mut(&id) else { return false };
-        let decision = inbound.facts.ask(policies);
-        if decision.is_allowed() {
-            return false;
-        }
-        // A connection that ended by itself meanwhile does not listen any more.
-        inbound.cut.take().is_some_and(|cut| cut.send(decision).is_ok())
-    }
-
-    fn insert(&self, put: impl FnOnce(&mut Table, u64)) -> Live {
-        let mut table = self.table();
-        let id = table.next;
-        table.next += 1;
-        put(&mut table, id);
-        Live { connections: self.clone(), id }
-    }
-
-    fn table(&self) -> MutexGuard<'_, Table> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The connection goes elsewhere.
+    pub(crate) fn retarget(&mut self, entry: Arc<Entry>) {
+        self.connections.table().replace(&self.entry, entry.clone());
+        self.entry = entry;
     }
 }
 
 impl Drop for Live {
     fn drop(&mut self) {
-        let mut table = self.connections.table();
-        table.inbound.remove(&self.id);
-        table.outbound.remove(&self.id);
+        self.connections.table().remove(&self.entry);
+        *self.entry.verdict() = Verdict::Over;
+    }
+}
+
+impl Connections {
+    /// Register before the first decision, so that no policy change falls between the two.
+    pub(crate) fn add(&self, entry: Arc<Entry>) -> Live {
+        self.table().add(entry.clone());
+        Live { connections: self.clone(), entry }
+    }
+
+    pub(crate) fn dump_into(&self, dump: &mut ConnectionsDump) {
+        self.table().iter().for_each(|entry| dump.add(&entry.flow));
+    }
+
+    /// Cuts every inbound connection that `policies` deny; the others do not notice. Answers how many were cut.
+    pub(crate) async fn reevaluate(&self, policies: &PolicySet) -> usize {
+        let inbound = |entry: &&Arc<Entry>| entry.flow.direction == Direction::Inbound;
+        let open: Vec<Arc<Entry>> = self.table().iter().filter(inbound).cloned().collect();
+        let mut cut = 0;
+        for batch in open.chunks(BATCH) {
+            cut += batch.iter().filter(|entry| entry.cut_if_denied(policies)).count();
+            tokio::task::yield_now().await;
+        }
+        cut
+    }
+
+    fn table(&self) -> MutexGuard<'_, Dense<Arc<Entry>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -188,28 +214,20 @@ pub(crate) fn same_policies(a: &PolicySet, b: &PolicySet) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::future::poll_fn;
+
     use mesh_core::{
+        identity::Identity,
         origin::Origin,
         policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch},
     };
 
     use super::*;
 
-    fn facts(account: Option<&str>) -> Facts {
-        Facts {
-            source_ip: [10, 0, 0, 1].into(),
-            source_identity: account.map(|sa| Identity::new("cluster.local", "demo", sa)),
-            destination: ([10, 0, 0, 2], 80).into(),
-        }
-    }
-
-    fn shown(facts: &Facts) -> InboundConnection {
-        InboundConnection {
-            src: SocketAddr::new(facts.source_ip, 4000),
-            original_dst: None,
-            actual_dst: facts.destination,
-            protocol: Protocol::Hbone,
-        }
+    fn from(account: Option<&str>) -> Arc<Entry> {
+        let flow = Flow::new(Direction::Inbound, ([10, 0, 0, 1], 4000).into(), ([10, 0, 0, 2], 80).into());
+        let peer_identity = account.map(|sa| Identity::new("cluster.local", "demo", sa).into());
+        Entry::new(Flow { peer_identity, ..flow })
     }
 
     /// Denies `account`; nobody when `None`.
@@ -233,27 +251,54 @@ mod tests {
     #[tokio::test]
     async fn only_connections_whose_verdict_changed_are_cut_and_only_once() {
         let connections = Connections::default();
-        let (web, other) = (facts(Some("web")), facts(Some("other")));
-        let (_web, mut web_cut) = connections.inbound(shown(&web), web);
-        let (_other, mut other_cut) = connections.inbound(shown(&other), other);
+        let (web, other) = (connections.add(from(Some("web"))), connections.add(from(Some("other"))));
         assert_eq!(connections.reevaluate(&policies(None)).await, 0);
         assert_eq!(connections.reevaluate(&policies(Some("web"))).await, 1);
-        assert_eq!(web_cut.denied().await.explanation, "explicitly denied by: demo/deny");
+        let decision = poll_fn(|cx| web.poll_denied(cx)).await;
+        assert_eq!(decision.explanation, "explicitly denied by: demo/deny");
         assert_eq!(connections.reevaluate(&policies(Some("web"))).await, 0);
-        tokio::select! {
-            biased;
-            decision = other_cut.denied() => panic!("cut without cause: {decision:?}"),
-            () = std::future::ready(()) => {}
+        for live in [&web, &other] {
+            let mut cx = Context::from_waker(Waker::noop());
+            assert!(live.poll_denied(&cx).is_pending(), "cut without cause, or twice");
         }
     }
 
     #[tokio::test]
-    async fn a_closed_connection_leaves_the_table() {
+    async fn whoever_waits_is_woken_by_a_cut() {
         let connections = Connections::default();
-        let (live, _cut) = connections.inbound(shown(&facts(None)), facts(None));
+        let live = connections.add(from(Some("web")));
+        let (decision, cut) = tokio::join!(poll_fn(|cx| live.poll_denied(cx)), async {
+            connections.reevaluate(&policies(Some("web"))).await
+        });
+        assert_eq!((decision.is_allowed(), cut), (false, 1));
+    }
+
+    #[tokio::test]
+    async fn one_that_ended_meanwhile_is_not_cut() {
+        let connections = Connections::default();
+        let (ended, entry) = (connections.add(from(Some("web"))), from(Some("web")));
+        let gone = connections.add(entry.clone());
+        drop(gone);
+        assert!(!entry.cut_if_denied(&policies(Some("web"))));
+        assert_eq!(connections.reevaluate(&policies(Some("web"))).await, 1);
+        drop(ended);
+    }
+
+    #[test]
+    fn a_connection_is_shown_where_it_goes_now_until_it_is_closed() {
+        let (peer, dialled) = (([10, 0, 0, 1], 4000).into(), ([10, 96, 0, 1], 80).into());
+        let to = |last| {
+            let flow = Flow::new(Direction::Outbound, peer, ([10, 0, 0, last], 15008).into());
+            Entry::new(Flow { target: dialled, mutual_tls: true, ..flow })
+        };
+        let connections = Connections::default();
+        let mut live = connections.add(to(2));
+        live.retarget(to(3));
         let mut dump = ConnectionsDump::default();
         connections.dump_into(&mut dump);
-        assert_eq!(dump.inbound.len(), 1);
+        let actual_dst = ([10, 0, 0, 3], 15008).into();
+        let shown = OutboundConnection { src: peer, original_dst: dialled, actual_dst, protocol: Protocol::Hbone };
+        assert_eq!(dump, ConnectionsDump { outbound: vec![shown], inbound: Vec::new() });
         drop(live);
         let mut dump = ConnectionsDump::default();
         connections.dump_into(&mut dump);

@@ -1,7 +1,8 @@
 //! The node proxy: captured pod traffic in and out of mutual-TLS tunnels.
 //!
 //! In reading order: pods arrive ([`inpod`]), the mesh is known ([`state`], fed by [`discovery`]), each pod's sockets are opened
-//! ([`pods`]), a connection is carried ([`proxy`]), watched while open ([`connections`]) and reported once ([`outcome`]). Data-plane
+//! ([`pods`]), a connection is carried ([`proxy`]), described once ([`flow`]), watched while open ([`connections`]) and reported once
+//! ([`outcome`]). Data-plane
 //! workers own every flow and tunnel; the control runtime does discovery, certificates, the agent's socket and admin, and never
 //! touches payload.
 
@@ -20,7 +21,10 @@ pub mod state;
 pub mod pods;
 pub mod proxy;
 
+pub mod flow;
+
 pub mod connections;
+mod dense;
 
 pub mod outcome;
 

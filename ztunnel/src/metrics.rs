@@ -20,7 +20,7 @@ use prometheus::{
     proto::{Counter, LabelPair, Metric, MetricFamily, MetricType},
 };
 
-use crate::outcome::Direction;
+use crate::flow::Direction;
 
 pub mod labels;
 
@@ -31,8 +31,8 @@ const IDLE: Duration = Duration::from_secs(3600);
 /// Label sets at once; connections beyond share one series whose labels say so.
 const MAX_SERIES: usize = 20_000;
 
-/// What the data path counts. Cheap to clone.
-#[derive(Clone, Debug)]
+/// What the data path counts.
+#[derive(Debug)]
 pub struct Metrics {
     pub traffic: Traffic,
     sockets: [IntGauge; 2],
@@ -144,8 +144,9 @@ impl ControlMetrics {
 }
 
 /// One set of labels, five counters. A connection holds it, which also keeps it from leaving.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Series {
+    labels: Arc<TrafficLabels>,
     pub opened: AtomicU64,
     pub closed: AtomicU64,
     pub failed: AtomicU64,
@@ -156,6 +157,21 @@ pub struct Series {
 }
 
 impl Series {
+    fn new(labels: Arc<TrafficLabels>) -> Self {
+        Self {
+            labels,
+            opened: AtomicU64::default(),
+            closed: AtomicU64::default(),
+            failed: AtomicU64::default(),
+            received: AtomicU64::default(),
+            sent: AtomicU64::default(),
+        }
+    }
+
+    pub fn labels(&self) -> &TrafficLabels {
+        &self.labels
+    }
+
     fn values(&self) -> [u64; FAMILIES.len()] {
         [&self.opened, &self.closed, &self.failed, &self.received, &self.sent].map(|counter| counter.load(Relaxed))
     }
@@ -172,7 +188,7 @@ const FAMILIES: [(&str, &str); 5] = [
 
 /// All traffic series. Cheap to clone; looked up once per connection.
 #[derive(Clone, Default)]
-pub struct Traffic(Arc<Mutex<HashMap<TrafficLabels, Held>>>);
+pub struct Traffic(Arc<Mutex<HashMap<Arc<TrafficLabels>, Held>>>);
 
 struct Held {
     series: Arc<Series>,
@@ -193,9 +209,9 @@ impl Traffic {
         if let Some(held) = map.get(&labels) {
             return held.series.clone();
         }
-        let labels = if map.len() < MAX_SERIES { labels } else { labels.overflow() };
-        let held = map.entry(labels).or_insert_with(|| Held {
-            series: Arc::default(),
+        let labels = Arc::new(if map.len() < MAX_SERIES { labels } else { labels.overflow() });
+        let held = map.entry(labels.clone()).or_insert_with(|| Held {
+            series: Arc::new(Series::new(labels)),
             seen: [0; FAMILIES.len()],
             changed: Instant::now(),
         });
@@ -203,7 +219,7 @@ impl Traffic {
     }
 
     /// Drops what has been idle until `now`, and returns the rest.
-    fn sweep(&self, now: Instant) -> Vec<(TrafficLabels, [u64; FAMILIES.len()])> {
+    fn sweep(&self, now: Instant) -> Vec<(Arc<TrafficLabels>, [u64; FAMILIES.len()])> {
         let mut map = self.lock();
         map.retain(|_, held| {
             let values = held.series.values();
@@ -215,7 +231,7 @@ impl Traffic {
         map.iter().map(|(labels, held)| (labels.clone(), held.seen)).collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<TrafficLabels, Held>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<Arc<TrafficLabels>, Held>> {
         // Counters cannot be left torn by a panic elsewhere.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

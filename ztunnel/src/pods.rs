@@ -248,7 +248,7 @@ impl PodContext {
                 Ok(()) = versions.changed() => self.reevaluate(&mut policies).await,
                 Some(done) = flows.join_next(), if !flows.is_empty() => report_panic(done),
                 accepted = arrivals.recv(), if listening => match accepted {
-                    Some(accepted) => drop(flows.spawn_local(proxy::serve(self.clone(), accepted))),
+                    Some(accepted) => proxy::serve(self.clone(), accepted, &mut flows),
                     None => listening = false,
                 },
             }

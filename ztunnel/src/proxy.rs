@@ -1,13 +1,26 @@
 //! The path of one connection: accepted (`listeners`), understood (`resolve`), admitted (`authorize`), carried on (`outbound`,
 //! `inbound`, `passthrough`) over what `upstream` opens, and its bytes moved (`forward`).
 
-use std::rc::Rc;
+use std::{
+    future::Future,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, ready},
+};
+
+use mesh_hbone::LocalBoxFuture;
+use mesh_runtime::workers::Occupied;
+use tokio::task::JoinSet;
 
 use crate::{
     error::ProxyError,
-    outcome::Direction,
+    flow::Direction,
+    outcome::SocketGuard,
     pods::PodContext,
-    proxy::listeners::{Accepted, Kind},
+    proxy::{
+        forward::Carried,
+        listeners::{Accepted, Kind},
+    },
 };
 
 pub(crate) mod listeners;
@@ -25,24 +38,78 @@ pub(crate) mod resolve;
 pub(crate) mod forward;
 pub(crate) mod upstream;
 
-/// Carries one accepted connection to its end.
-pub(crate) async fn serve(pod: Rc<PodContext>, accepted: Accepted) {
-    let _load = pod.worker.occupy();
+/// Carries one accepted connection to its end, in a task of its own.
+pub(crate) fn serve(pod: Rc<PodContext>, accepted: Accepted, tasks: &mut JoinSet<()>) {
+    let load = pod.worker.occupy();
+    let socket = pod.shared.outcomes.socket(accepted.kind.direction());
+    match accepted.kind {
+        Kind::Inbound => tasks.spawn_local(async move {
+            let _open = (load, socket);
+            inbound::serve(pod, accepted).await;
+        }),
+        Kind::Outbound | Kind::Passthrough | Kind::Socks5 => {
+            tasks.spawn_local(Serving::new(load, Some(socket), open(pod, accepted)))
+        }
+    };
+}
+
+/// Opens the way of a connection that will be one flow; none when that failed, and was reported.
+async fn open(pod: Rc<PodContext>, accepted: Accepted) -> Option<Carried> {
     let Accepted { socket, peer, kind } = accepted;
-    let direction = kind.direction();
-    let _open = pod.shared.outcomes.socket(direction);
     let client = match socket.register() {
         Ok(client) => client,
         Err(source) => {
             let error = ProxyError::Connect { to: peer, source };
-            return pod.shared.outcomes.early_deny(direction, peer, peer, &error);
+            pod.shared.outcomes.early_deny(kind.direction(), peer, peer, &error);
+            return None;
         }
     };
     match kind {
-        Kind::Inbound => inbound::serve(pod, client, peer).await,
-        Kind::Outbound => outbound::serve(pod, client, peer).await,
-        Kind::Passthrough => passthrough::serve(pod, client, peer).await,
-        Kind::Socks5 => socks5::serve(pod, client, peer).await,
+        Kind::Outbound => outbound::open(&pod, client, peer).await,
+        Kind::Passthrough => passthrough::open(&pod, client, peer).await,
+        Kind::Socks5 => socks5::open(&pod, client, peer).await,
+        // Many flows, in a task of their own kind.
+        Kind::Inbound => None,
+    }
+}
+
+/// One flow: its way is opened, then its bytes are moved. What the first takes, which is much, is given back before the second begins:
+/// most flows are idle most of the time.
+pub(crate) struct Serving {
+    phase: Phase,
+    _load: Occupied,
+    _socket: Option<SocketGuard>,
+}
+
+enum Phase {
+    Opening(LocalBoxFuture<'static, Option<Carried>>),
+    Carrying(Carried),
+}
+
+impl Serving {
+    /// `open` has reported what it does not return.
+    pub(crate) fn new(
+        load: Occupied,
+        socket: Option<SocketGuard>,
+        open: impl Future<Output = Option<Carried>> + 'static,
+    ) -> Self {
+        Self { phase: Phase::Opening(Box::pin(open)), _load: load, _socket: socket }
+    }
+}
+
+impl Future for Serving {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            match &mut self.phase {
+                Phase::Opening(open) => match ready!(open.as_mut().poll(cx)) {
+                    Some(carried) => self.phase = Phase::Carrying(carried),
+                    None => return Poll::Ready(()),
+                },
+                Phase::Carrying(carried) => return Pin::new(carried).poll(cx),
+            }
+        }
     }
 }
 
@@ -52,5 +119,16 @@ impl Kind {
             Self::Inbound | Self::Passthrough => Direction::Inbound,
             Self::Outbound | Self::Socks5 => Direction::Outbound,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What an idle flow costs, apart from its socket, its entry in the log and its place in the tunnel.
+    #[test]
+    fn the_task_of_an_open_flow_is_small() {
+        assert!(size_of::<Serving>() <= 256, "{}", size_of::<Serving>());
     }
 }

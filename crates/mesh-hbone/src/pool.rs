@@ -275,6 +275,7 @@ impl Inner {
         let Some(id) = self.state.borrow_mut().dialed(key, self.now()) else { return };
         let released = Rc::new(Notify::new());
         let (pool, tunnel_key, idle) = (Rc::downgrade(self), key.clone(), released.clone());
+        let connector = self.connector.clone();
         let driver = self.spawn(async move {
             let ended = tokio::select! {
                 ended = &mut driver => Some(ended),
@@ -282,19 +283,20 @@ impl Inner {
             };
             if let Some(pool) = pool.upgrade() {
                 let mut state = pool.state.borrow_mut();
-                if let Some(ended) = &ended {
+                if ended.is_some() {
                     state.ended(&tunnel_key, id, Error::GoAway, pool.now());
-                    if let Err(error) = ended {
-                        pool.connector.failed(&tunnel_key, error);
-                    }
                 }
                 state.remove(&tunnel_key, id, pool.now());
                 let tunnel = pool.tunnels.borrow_mut().remove(&id);
                 tunnel.iter().for_each(|tunnel| tunnel.sender.close());
             }
-            if ended.is_none() {
-                // Says goodbye, within a second.
-                drop(driver.await);
+            // Unused: it says goodbye, within a second. A tunnel that fails while its last stream leaves comes this way, too.
+            let ended = match ended {
+                Some(ended) => ended,
+                None => driver.await,
+            };
+            if let Err(error) = ended {
+                connector.failed(&tunnel_key, &error);
             }
         });
         self.tunnels.borrow_mut().insert(id, Tunnel { key: key.clone(), sender, driver, released });

@@ -32,7 +32,7 @@ use tokio::{
 use self::support::{
     Accepting, Tls, key, local, local_in_real_time, pattern,
     peer::{self, Rekey},
-    request, server_name, socket_pair,
+    quiet, request, server_name, socket_pair,
 };
 
 /// Who dials.
@@ -82,7 +82,7 @@ struct Config {
 impl Default for Config {
     fn default() -> Self {
         Self {
-            settings: Settings::default(),
+            settings: quiet(),
             stream_window: 65_535,
             connection_window: 65_535,
             frame_size: 16_384,
@@ -94,7 +94,7 @@ impl Default for Config {
 
 impl Config {
     fn large() -> Self {
-        let settings = Settings { stream_window: 1 << 20, frame_size: 1 << 20, ..Settings::default() };
+        let settings = Settings { stream_window: 1 << 20, frame_size: 1 << 20, ..quiet() };
         Self { settings, stream_window: 1 << 20, connection_window: 16 << 20, frame_size: 1 << 20, ..Self::default() }
     }
 
@@ -161,8 +161,6 @@ impl PeerStream {
 /// Both ends in one place.
 struct Session {
     end: End,
-    /// Set before a stream is opened.
-    headers: Vec<(HeaderName, HeaderValue)>,
     rekey: Rekey,
     drain: DrainTrigger,
     engine_task: Option<JoinHandle<Result<(), Error>>>,
@@ -272,7 +270,7 @@ impl Session {
                 (End::Accepting { client, handler, accepted }, Some(task))
             }
         };
-        Self { end, headers: Vec::new(), rekey, drain, engine_task, peer_task, peer_leaves }
+        Self { end, rekey, drain, engine_task, peer_task, peer_leaves }
     }
 
     /// The peer dials the engine.
@@ -305,20 +303,16 @@ impl Session {
 
     /// A stream: our end, and the peer's.
     async fn open(&mut self) -> (TunnelStream, PeerStream) {
-        let headers = std::mem::take(&mut self.headers);
         match &mut self.end {
             End::Dialing { pool, accepted, .. } => {
-                let wanted = ConnectRequest { headers, ..request() };
-                let key = key("client");
+                let (key, wanted) = (key("client"), request());
                 let far = async { accepted.recv().await.unwrap().accept(HeaderMap::new()) };
                 let (near, far) = tokio::join!(pool.open(&key, &wanted), far);
                 (near.unwrap().0, far)
             }
             End::Accepting { client, accepted, .. } => {
-                let mut wanted = connect_request();
-                wanted.headers_mut().extend(headers);
                 *client = client.clone().ready().await.unwrap();
-                let (answer, send) = client.send_request(wanted, false).unwrap();
+                let (answer, send) = client.send_request(connect_request(), false).unwrap();
                 let answer = answer.await.unwrap();
                 assert_eq!(answer.status(), 200);
                 (accepted.recv().await.unwrap(), PeerStream { send, recv: answer.into_body() })
@@ -440,7 +434,6 @@ async fn exchange(near: TunnelStream, far: PeerStream, seed: u64, up: usize, dow
     let (upward, downward) = (pattern(2 * seed, up), pattern(2 * seed + 1, down));
     let (mut near_read, mut near_write) = tokio::io::split(near);
     let PeerStream { send, recv } = far;
-    // h2's halves are independent; each helper uses its own.
     let near_sends = async {
         near_write.write_all(&upward).await.unwrap();
         near_write.shutdown().await.unwrap();
@@ -585,7 +578,7 @@ async fn session_tickets_are_read_past(role: Role, wire: Wire) {
 
 async fn stalled_readers_of_ours_stop_nobody(role: Role, wire: Wire) {
     // 40 MiB of promises, on a tunnel whose window is 16 MiB.
-    let settings = Settings { stream_window: 1 << 20, ..Settings::default() };
+    let settings = Settings { stream_window: 1 << 20, ..quiet() };
     let mut session = Session::new(role, wire, Config { settings, ..Config::default() }).await;
     let mut stalled = Vec::new();
     for _ in 0..40 {
@@ -722,11 +715,10 @@ fn headers(round: usize) -> Vec<(HeaderName, HeaderValue)> {
 async fn repeated_headers_arrive_as_they_were_sent(role: Role, wire: Wire) {
     let mut session = Session::new(role, wire, Config::default()).await;
     for round in 0..60 {
-        let expected: HeaderMap = headers(round).into_iter().collect();
-        let expected = headers(round).into_iter().fold(HeaderMap::with_capacity(expected.len()), |mut map, (n, v)| {
-            map.append(n, v);
-            map
-        });
+        let mut expected = HeaderMap::new();
+        for (name, value) in headers(round) {
+            expected.append(name, value);
+        }
         match &mut session.end {
             End::Dialing { pool, accepted, .. } => {
                 let (key, wanted) = (key("client"), ConnectRequest { headers: headers(round), ..request() });
@@ -840,7 +832,7 @@ async fn a_peer_that_gives_up_the_connection_breaks_its_streams() {
             while let Some(Ok(_)) = connection.accept().await {}
         });
         let secured = support::connect(near).await;
-        let (mut stream, _) = client::connect_once(secured, &Settings::default(), &request()).await.unwrap();
+        let (mut stream, _) = client::connect_once(secured, &quiet(), &request()).await.unwrap();
         let mut data = [0; 4];
         stream.read_exact(&mut data).await.unwrap();
         assert_eq!(stream.read(&mut data).await.unwrap_err().kind(), ErrorKind::ConnectionReset);
@@ -921,7 +913,7 @@ async fn the_peers_limit_is_kept_and_further_streams_go_elsewhere() {
 async fn our_limit_makes_the_peer_wait() {
     for limit in 1..=3 {
         local(async {
-            let settings = Settings { max_streams: limit, ..Settings::default() };
+            let settings = Settings { max_streams: limit, ..quiet() };
             let session = Session::new(Role::Peer, Wire::Memory, Config { settings, ..Config::default() }).await;
             let End::Accepting { client, mut accepted, .. } = session.end else { panic!("the peer dials") };
             let client = client.ready().await.unwrap();
@@ -978,7 +970,7 @@ async fn close_notify_and_a_plain_end_of_the_transport_both_end_the_tunnel_in_or
             let (handler, _accepted) = Accepting::new();
             let serving = spawn_local(async move {
                 let secured = support::accept(far).await;
-                server::serve(secured, &Settings::default(), Budget::default(), watcher, handler).await
+                server::serve(secured, &quiet(), Budget::default(), watcher, handler).await
             });
             let mut peer = peer::connect(near).await;
             peer.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();

@@ -27,13 +27,13 @@ use tokio::{
 };
 
 use self::support::{
-    Accepting, Mesh, Tls, accept, key, local, local_in_real_time, mesh, mesh_with, pattern, peer, request,
-    secured_pair, serve_all, socket_pair, unserved,
+    Accepting, Mesh, Tls, accept, key, local, local_in_real_time, mesh, mesh_with, pattern, peer, quiet, quiet_pool,
+    request, secured_pair, serve_all, socket_pair, unserved,
 };
 
 /// client app ↔ relay ↔ tunnel ↔ relay ↔ server app; runs `scenario` on the apps and returns both ends.
 async fn relayed<F: Future>(scenario: impl FnOnce(TcpStream, TcpStream) -> F) -> (End, End, F::Output) {
-    let mut mesh = mesh(PoolConfig::default());
+    let mut mesh = mesh(quiet_pool());
     let (near, far) = mesh.open().await;
     let ((client, inner_client), (server, inner_server)) = (socket_pair().await, socket_pair().await);
     let side = |tcp: TcpStream, stream| async move {
@@ -111,7 +111,7 @@ async fn megabytes_pass_unchanged_and_leave_no_credit_behind() {
 #[tokio::test(start_paused = true)]
 async fn a_reader_that_never_reads_does_not_stop_its_neighbours() {
     local(async {
-        let mut mesh = mesh(PoolConfig::default());
+        let mut mesh = mesh(quiet_pool());
         let mut stuck = Vec::new();
         for _ in 0..10 {
             let (mut near, far) = mesh.open().await;
@@ -138,7 +138,7 @@ async fn a_reader_that_never_reads_does_not_stop_its_neighbours() {
 #[tokio::test(start_paused = true)]
 async fn one_dial_serves_all_waiters_in_success_and_failure() {
     local(async {
-        let mesh = mesh(PoolConfig::default());
+        let mesh = mesh(quiet_pool());
         let (key, request) = (key("client"), request());
         mesh.pipes.fail.set(true);
         let all = futures_util::future::join_all((0..20).map(|_| mesh.pool.open(&key, &request))).await;
@@ -157,7 +157,7 @@ async fn one_dial_serves_all_waiters_in_success_and_failure() {
 #[tokio::test(start_paused = true)]
 async fn full_tunnels_get_company_and_idle_ones_close() {
     local(async {
-        let config = PoolConfig { max_streams: 2, idle: Duration::from_secs(300), ..PoolConfig::default() };
+        let config = PoolConfig { max_streams: 2, idle: Duration::from_secs(300), ..quiet_pool() };
         let mut mesh = mesh(config);
         let streams = [mesh.open().await, mesh.open().await, mesh.open().await];
         assert_eq!(mesh.pool.snapshot().len(), 2);
@@ -173,7 +173,7 @@ async fn full_tunnels_get_company_and_idle_ones_close() {
 #[tokio::test(start_paused = true)]
 async fn pods_never_share_and_a_retired_pod_loses_its_streams() {
     local(async {
-        let mut mesh = mesh(PoolConfig::default());
+        let mut mesh = mesh(quiet_pool());
         let (mut gone, _) = mesh.pool.open(&key("a"), &request()).await.unwrap();
         let (mut stays, _) = mesh.pool.open(&key("b"), &request()).await.unwrap();
         let (_gone_far, mut stays_far) = (mesh.accepted.recv().await.unwrap(), mesh.accepted.recv().await.unwrap());
@@ -190,9 +190,9 @@ async fn pods_never_share_and_a_retired_pod_loses_its_streams() {
 #[tokio::test(start_paused = true)]
 async fn whoever_waits_for_an_answer_when_the_pod_goes_is_told_and_asks_nobody_else() {
     local(async {
-        let (mesh, dialed, watcher) = unserved(PoolConfig::default());
+        let (mesh, dialed, watcher) = unserved(quiet_pool());
         let slow = Rc::new(Slow { delay: Cell::new(Duration::from_secs(15)), expires: None });
-        spawn_local(serve_all(dialed, Settings::default(), slow, watcher));
+        spawn_local(serve_all(dialed, quiet(), slow, watcher));
         let pool = mesh.pool.clone();
         let waiting = spawn_local(async move { pool.open(&key("client"), &request()).await });
         tokio::time::sleep(Duration::from_secs(1)).await;
@@ -234,9 +234,43 @@ async fn an_answer_that_never_comes_leaves_it_to_keep_alive_whether_the_peer_liv
 }
 
 #[tokio::test(start_paused = true)]
+async fn an_answer_that_has_come_counts_though_nobody_looked_in_time() {
+    local(async {
+        let (near, far) = duplex(1 << 20);
+        let (_drain, watcher) = drain::channel();
+        let (handler, _accepted) = Accepting::new();
+        let serving = spawn_local(async move {
+            let secured = accept(far).await;
+            server::serve(secured, &Settings::default(), Budget::default(), watcher, handler).await
+        });
+        let mut peer = peer::connect(near).await;
+        let settings = b"\0\0\0\x04\0\0\0\0\0\0\0\0\x04\x01\0\0\0\0";
+        peer.write_all(&[b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &settings[..]].concat()).await.unwrap();
+        for _ in 0..3 {
+            let number = loop {
+                let mut header = [0; 9];
+                peer.read_exact(&mut header).await.unwrap();
+                let mut payload = vec![0; usize::from(header[2])];
+                peer.read_exact(&mut payload).await.unwrap();
+                if header[3] == 6 {
+                    break payload;
+                }
+            };
+            peer.write_all(&[b"\0\0\x08\x06\x01\0\0\0\0", &number[..]].concat()).await.unwrap();
+            // As if the process had been stopped for longer than a PING may take.
+            tokio::time::advance(Duration::from_secs(60)).await;
+        }
+        peer.shutdown().await.unwrap();
+        let result = serving.await.unwrap();
+        assert!(matches!(result, Ok(())), "{result:?}");
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_renewed_certificate_gets_a_tunnel_of_its_own_and_open_streams_stay() {
     local(async {
-        let mut mesh = mesh(PoolConfig::default());
+        let mut mesh = mesh(quiet_pool());
         let (mut near, mut far) = mesh.open().await;
         let renewed = TunnelKey { generation: 2, ..key("client") };
         let _new = mesh.pool.open(&renewed, &request()).await.unwrap();
@@ -250,7 +284,7 @@ async fn a_renewed_certificate_gets_a_tunnel_of_its_own_and_open_streams_stay() 
 #[tokio::test(start_paused = true)]
 async fn drain_sends_new_streams_elsewhere_and_lets_open_ones_finish() {
     local(async {
-        let mut mesh = mesh(PoolConfig::default());
+        let mut mesh = mesh(quiet_pool());
         let (mut near, mut far) = mesh.open().await;
         let Mesh { pool, pipes, drain, .. } = mesh;
         let draining = spawn_local(drain.drain(Duration::from_secs(60)));
@@ -273,7 +307,7 @@ async fn drain_sends_new_streams_elsewhere_and_lets_open_ones_finish() {
 #[tokio::test]
 async fn refusals_carry_their_status_and_only_503_may_be_retried() {
     local(async {
-        let mesh = mesh(PoolConfig::default());
+        let mesh = mesh(quiet_pool());
         for (status, retryable) in [(400, false), (401, false), (503, true)] {
             mesh.handler.status.set(StatusCode::from_u16(status).unwrap());
             let error = mesh.pool.open(&key("client"), &request()).await.unwrap_err();
@@ -337,9 +371,9 @@ impl Handler for Slow {
 #[tokio::test(start_paused = true)]
 async fn an_expired_tunnel_keeps_its_streams_and_sends_new_ones_elsewhere() {
     local(async {
-        let (mesh, dialed, watcher) = unserved(PoolConfig::default());
+        let (mesh, dialed, watcher) = unserved(quiet_pool());
         let slow = Rc::new(Slow { delay: Cell::default(), expires: Some(Duration::from_secs(30)) });
-        spawn_local(serve_all(dialed, Settings::default(), slow, watcher));
+        spawn_local(serve_all(dialed, quiet(), slow, watcher));
         let (mut open, _) = mesh.pool.open(&key("client"), &request()).await.unwrap();
         tokio::time::sleep(Duration::from_secs(31)).await;
         let _next = mesh.pool.open(&key("client"), &request()).await.unwrap();
@@ -353,9 +387,9 @@ async fn an_expired_tunnel_keeps_its_streams_and_sends_new_ones_elsewhere() {
 #[tokio::test(start_paused = true)]
 async fn a_slow_answer_is_waited_for_and_an_overdue_one_leaves_the_tunnel_to_the_others() {
     local(async {
-        let (mesh, dialed, watcher) = unserved(PoolConfig::default());
+        let (mesh, dialed, watcher) = unserved(quiet_pool());
         let slow = Rc::new(Slow { delay: Cell::new(Duration::from_secs(15)), expires: None });
-        spawn_local(serve_all(dialed, Settings::default(), slow.clone(), watcher));
+        spawn_local(serve_all(dialed, quiet(), slow.clone(), watcher));
         let _patient = mesh.pool.open(&key("client"), &request()).await.unwrap();
         slow.delay.set(Duration::from_secs(60));
         let error = mesh.pool.open(&key("client"), &request()).await.unwrap_err();
@@ -373,7 +407,7 @@ async fn streams_that_were_reset_count_until_their_handlers_are_done() {
         let (near, far) = duplex(1 << 20);
         let (_drain, watcher) = drain::channel();
         let slow = Rc::new(Slow { delay: Cell::new(Duration::from_secs(60)), expires: None });
-        let settings = Settings { max_streams: 2, ..Settings::default() };
+        let settings = Settings { max_streams: 2, ..quiet() };
         spawn_local(async move {
             let secured = accept(far).await;
             server::serve(secured, &settings, Budget::default(), watcher, slow).await
@@ -415,7 +449,7 @@ async fn the_kind_of_reset_decides_between_end_and_failure() {
             (h2::Reason::INTERNAL_ERROR, false),
         ];
         for (reason, clean) in cases {
-            let (mesh, mut dialed, _watcher) = unserved(PoolConfig::default());
+            let (mesh, mut dialed, _watcher) = unserved(quiet_pool());
             let (arrived, data_arrived) = oneshot::channel();
             let peer = spawn_local(async move {
                 let pipe = dialed.recv().await.unwrap();
@@ -446,12 +480,12 @@ async fn the_kind_of_reset_decides_between_end_and_failure() {
 #[tokio::test]
 async fn what_is_not_a_connect_is_refused_and_the_tunnel_lives_on() {
     local(async {
-        let (mut mesh, _dialed, watcher) = unserved(PoolConfig::default());
+        let (mut mesh, _dialed, watcher) = unserved(quiet_pool());
         let (near, far) = duplex(1 << 20);
         let handler = mesh.handler.clone();
         spawn_local(async move {
             let secured = accept(far).await;
-            server::serve(secured, &Settings::default(), Budget::default(), watcher, handler).await
+            server::serve(secured, &quiet(), Budget::default(), watcher, handler).await
         });
         let (mut client, connection) = h2::client::handshake(peer::connect(near).await).await.unwrap();
         spawn_local(connection);
@@ -475,11 +509,11 @@ async fn what_is_not_a_connect_is_refused_and_the_tunnel_lives_on() {
 #[tokio::test]
 async fn garbage_instead_of_http2_ends_that_connection_only() {
     local(async {
-        let (mesh, _dialed, watcher) = unserved(PoolConfig::default());
+        let (mesh, _dialed, watcher) = unserved(quiet_pool());
         let (near, far) = duplex(1 << 20);
         let (mut near, far) = tokio::join!(peer::connect(near), accept(far));
         near.write_all(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
-        let result = server::serve(far, &Settings::default(), Budget::default(), watcher, mesh.handler.clone()).await;
+        let result = server::serve(far, &quiet(), Budget::default(), watcher, mesh.handler.clone()).await;
         assert!(result.is_err());
         let cause: Arc<dyn std::error::Error> = Arc::new(result.unwrap_err());
         assert!(cause.source().is_some());
@@ -490,7 +524,7 @@ async fn garbage_instead_of_http2_ends_that_connection_only() {
 #[tokio::test]
 async fn an_explicit_reset_reaches_the_peer_as_one() {
     local(async {
-        let mut mesh = mesh(PoolConfig::default());
+        let mut mesh = mesh(quiet_pool());
         let (near, mut far) = mesh.open().await;
         near.reset(ResetReason::ConnectError);
         let error = far.read(&mut [0]).await.unwrap_err();
@@ -519,8 +553,8 @@ async fn garbage_instead_of_tls_is_told_apart_from_a_lost_transport() {
 async fn forty_readers_that_never_read_hold_more_than_the_tunnels_window_and_stop_nobody() {
     local(async {
         // 40 MiB of promises on a tunnel whose window is 16 MiB.
-        let settings = Settings { stream_window: 1 << 20, ..Settings::default() };
-        let mut mesh = mesh_with(PoolConfig::default(), settings);
+        let settings = Settings { stream_window: 1 << 20, ..quiet() };
+        let mut mesh = mesh_with(quiet_pool(), settings);
         let mut stuck = Vec::new();
         for _ in 0..40 {
             let (mut near, far) = mesh.open().await;
@@ -585,7 +619,7 @@ async fn a_tunnel_nobody_wants_any_more_still_delivers_what_was_said() {
             };
             tokio::join!(driving, reading).1
         });
-        let (mut stream, _) = client::connect_once(near, &Settings::default(), &request()).await.unwrap();
+        let (mut stream, _) = client::connect_once(near, &quiet(), &request()).await.unwrap();
         assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
         answered.send(()).unwrap();
         told_stopped.await.unwrap();
@@ -600,16 +634,14 @@ async fn a_tunnel_nobody_wants_any_more_still_delivers_what_was_said() {
 #[tokio::test(start_paused = true)]
 async fn a_tunnel_runs_inside_another_and_ends_with_its_stream() {
     local(async {
-        let mut mesh = mesh(PoolConfig::default());
+        let mut mesh = mesh(quiet_pool());
         let (outer_near, outer_far) = mesh.open().await;
         let (near, far) = support::secure(outer_near, outer_far).await;
         let (handler, mut accepted) = Accepting::new();
         let (_drain, watcher) = drain::channel();
         let serving =
-            spawn_local(
-                async move { server::serve(far, &Settings::default(), Budget::default(), watcher, handler).await },
-            );
-        let (mut near, _) = client::connect_once(near, &Settings::default(), &request()).await.unwrap();
+            spawn_local(async move { server::serve(far, &quiet(), Budget::default(), watcher, handler).await });
+        let (mut near, _) = client::connect_once(near, &quiet(), &request()).await.unwrap();
         let mut far = accepted.recv().await.unwrap();
         ping(&mut near, &mut far).await;
         let sent = pattern(1, 3 << 20);
@@ -636,7 +668,7 @@ async fn flows_of_odd_sizes_pass_between_sockets_whatever_their_readers_do() {
     local_in_real_time(async {
         const SIZES: [usize; 12] =
             [0, 1, 9, 1_000, 16_375, 16_376, 65_535, 65_536, 200_000, 1_000_003, 2_500_000, (3 << 20) + 1];
-        let mut mesh = mesh(PoolConfig::default());
+        let mut mesh = mesh(quiet_pool());
         let mut flows = Vec::new();
         for (index, size) in SIZES.into_iter().cycle().take(36).enumerate() {
             let (near, far) = mesh.open().await;

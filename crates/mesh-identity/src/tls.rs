@@ -11,7 +11,7 @@ use mesh_core::identity::Identity;
 use rustls::{
     ClientConfig, RootCertStore, ServerConfig, SignatureScheme,
     client::{ResolvesClientCert, Resumption},
-    crypto::{CryptoProvider, aws_lc_rs},
+    crypto::CryptoProvider,
     server::{ClientHello, NoServerSessionStorage, ResolvesServerCert},
     sign::CertifiedKey,
 };
@@ -25,15 +25,24 @@ use crate::{
 /// Sets of accepted identities remembered per certificate; beyond it the cache starts over.
 const MAX_CLIENT_CONFIGS: usize = 1024;
 
-static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
-    Arc::new(CryptoProvider {
-        cipher_suites: vec![
-            aws_lc_rs::cipher_suite::TLS13_AES_256_GCM_SHA384,
-            aws_lc_rs::cipher_suite::TLS13_AES_128_GCM_SHA256,
-        ],
-        ..aws_lc_rs::default_provider()
-    })
-});
+static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| Arc::new(build_provider()));
+
+#[cfg(not(feature = "boring"))]
+fn build_provider() -> CryptoProvider {
+    use rustls::crypto::aws_lc_rs::{self, cipher_suite};
+    let cipher_suites = vec![cipher_suite::TLS13_AES_256_GCM_SHA384, cipher_suite::TLS13_AES_128_GCM_SHA256];
+    CryptoProvider { cipher_suites, ..aws_lc_rs::default_provider() }
+}
+
+#[cfg(feature = "boring")]
+fn build_provider() -> CryptoProvider {
+    use boring_rustls_provider::tls13;
+    use rustls::SupportedCipherSuite::Tls13;
+    boring_rustls_provider::provider_with_ciphers(vec![
+        Tls13(&tls13::AES_256_GCM_SHA384),
+        Tls13(&tls13::AES_128_GCM_SHA256),
+    ])
+}
 
 /// The cryptography every configuration here uses.
 pub fn provider() -> Arc<CryptoProvider> {

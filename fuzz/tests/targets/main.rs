@@ -7,11 +7,13 @@
 //! | `control` | the control plane towards its clients, and its clients towards it |
 //! | `node` | container runtime, plugin, agent and ztunnel of one node |
 //! | `people` | manifests, environment variables, URLs |
+//! | `tunnel` | the far end of a tunnel: TLS records, HTTP/2, header blocks; a predecessor that hands one over |
 
 mod control;
 mod node;
 mod peers;
 mod people;
+mod tunnel;
 
 /// The text that a parser of text is given for any bytes.
 fn text(bytes: &[u8]) -> String {

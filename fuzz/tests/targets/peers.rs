@@ -1,26 +1,15 @@
 //! Bytes of other proxies.
 
-use std::{net::SocketAddr, rc::Rc, time::Duration};
+use std::net::SocketAddr;
 
 use fuzz::target;
-use http::HeaderMap;
 use mesh_core::{
     headers::{Authority, Baggage, TraceParent, encode_baggage, encode_forwarded, parse_baggage, parse_forwarded_host},
     identity::Identity,
     workload::{Workload, WorkloadType},
 };
-use mesh_hbone::{
-    LocalBoxFuture, Settings,
-    server::{self, Handler, Malformed, Request, Responder},
-};
 use mesh_net::capture;
-use mesh_runtime::drain;
 use rustls_pki_types::CertificateDer;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    task::LocalSet,
-    time::timeout,
-};
 
 use crate::text;
 
@@ -84,51 +73,3 @@ target!(frame, |bytes: &[u8]| {
         assert_eq!(packet.endpoints().is_some(), packet.tcp.is_some());
     }
 });
-
-target!(
-    /// A tunnel whose peer opens HTTP/2 and then sends anything at all: it ends, by itself or at a deadline, without a panic.
-    hbone_server,
-    |bytes: &[u8]| {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().start_paused(true).build();
-        let runtime = runtime.expect("a runtime");
-        LocalSet::new().block_on(&runtime, serve(bytes));
-    }
-);
-
-/// RFC 9113 §3.4: the preface, and empty SETTINGS.
-const OPENING: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
-
-async fn serve(bytes: &[u8]) {
-    let (mut peer, io) = tokio::io::duplex(1 << 20);
-    let (_trigger, watcher) = drain::channel();
-    let settings = Settings::default();
-    let serving = server::serve(io, &settings, watcher, Rc::new(Refusing));
-    let talking = async {
-        // The tunnel may be gone before everything is said.
-        drop(peer.write_all(&[OPENING, bytes].concat()).await);
-        // An end too early would hide the requests behind it.
-        drop(timeout(Duration::from_secs(1), peer.read_to_end(&mut Vec::new())).await);
-        drop(peer);
-    };
-    // Virtual time: only a tunnel that waits for ever would reach it.
-    let both = async { tokio::join!(serving, talking) };
-    drop(timeout(Duration::from_secs(120), both).await.expect("the tunnel ends"));
-}
-
-/// Accepts what is for port 80 and refuses the rest.
-struct Refusing;
-
-impl Handler for Refusing {
-    fn connect(self: Rc<Self>, request: Request, responder: Responder) -> LocalBoxFuture<'static, ()> {
-        Box::pin(async move {
-            match request.authority.port() {
-                80 => drop(responder.accept(HeaderMap::new())),
-                _ => responder.reject(http::StatusCode::FORBIDDEN),
-            }
-        })
-    }
-
-    fn malformed(&self, malformed: &Malformed) {
-        assert!(malformed.status.is_client_error());
-    }
-}

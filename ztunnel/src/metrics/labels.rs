@@ -5,7 +5,7 @@ use std::sync::Arc;
 use mesh_core::{headers::Baggage, identity::Identity, service::Service, workload::Workload};
 use prometheus::proto::LabelPair;
 
-use crate::outcome::{Direction, Flow};
+use crate::flow::{Direction, Flow};
 
 const UNKNOWN: &str = "unknown";
 
@@ -91,11 +91,9 @@ impl TrafficLabels {
             (None, Some(baggage)) => Party::from_baggage(baggage),
             (None, None) => Party::default(),
         };
-        labels.source.principal = flow.source_identity.clone().filter(|_| flow.mutual_tls);
+        labels.source.principal = flow.source_identity();
         labels.destination = flow.destination_workload.as_deref().map(Party::of).unwrap_or_default();
-        // The destination's is known even where it was reached in plain text.
-        labels.destination.principal =
-            flow.destination_workload.as_deref().map(Workload::identity).or_else(|| flow.destination_identity.clone());
+        labels.destination.principal = flow.destination_identity();
         if let Some(Service { hostname, namespace, name, .. }) = flow.service.as_deref() {
             labels.service = [hostname.clone(), namespace.clone(), name.clone()];
         }

@@ -3,7 +3,7 @@ use std::{
     sync::{Mutex, MutexGuard},
 };
 
-use mesh_core::{authorize::Decision, workload::TunnelProtocol};
+use mesh_core::{authorize::Decision, service::Service, workload::TunnelProtocol};
 use tracing::{Event, Level, Metadata, Subscriber, field::Field, field::Visit, span};
 
 use super::*;
@@ -63,19 +63,29 @@ fn workload(name: &str) -> Arc<Workload> {
     Arc::new(w)
 }
 
-fn tunnel_flow(direction: Direction) -> Flow {
-    let (client, server) = (workload("client"), workload("web"));
+fn tunnel_flow(direction: Direction) -> Arc<Entry> {
+    tunnel_flow_to(direction, workload("web"))
+}
+
+fn tunnel_flow_to(direction: Direction, server: Arc<Workload>) -> Arc<Entry> {
+    let client = workload("client");
     let service = Service::new("demo", "web", "web.demo.svc.cluster.local");
-    Flow {
-        authority: Some("10.0.0.2:80".to_owned()),
+    Entry::new(Flow {
+        authority: "10.0.0.2:80".parse().ok(),
         mutual_tls: true,
-        source_identity: Some(client.identity()),
-        destination_identity: Some(server.identity()),
+        peer_identity: (direction == Direction::Inbound).then(|| client.identity().into()),
         source: Some(client),
         destination_workload: Some(server),
         service: Some(Arc::new(service)),
         ..Flow::new(direction, "10.0.0.1:4000".parse().unwrap(), "10.0.0.2:15008".parse().unwrap())
-    }
+    })
+}
+
+/// Moves these bytes, and ends.
+fn finish(flow: OpenFlow, sent: u64, received: u64, result: Result<(), &ProxyError>) {
+    flow.progress().sent.set(sent);
+    flow.progress().received.set(received);
+    flow.finish(result);
 }
 
 /// What was logged, with the duration masked, and the metrics afterwards.
@@ -100,7 +110,7 @@ fn denied() -> ProxyError {
 #[test]
 fn a_finished_connection_is_one_line_with_every_field_in_order() {
     let (lines, _) = report(|outcomes| {
-        outcomes.opened(tunnel_flow(Direction::Outbound)).finish(84, 175, Ok(()));
+        finish(outcomes.opened(tunnel_flow(Direction::Outbound)), 84, 175, Ok(()));
     });
     assert_eq!(
         lines,
@@ -118,7 +128,7 @@ fn a_finished_connection_is_one_line_with_every_field_in_order() {
 fn what_is_not_known_is_left_out() {
     let (lines, _) = report(|outcomes| {
         let flow = Flow::new(Direction::Inbound, "10.0.0.1:4000".parse().unwrap(), "10.0.0.2:80".parse().unwrap());
-        outcomes.opened(flow).finish(0, 0, Err(&denied()));
+        outcomes.opened(Entry::new(flow)).finish(Err(&denied()));
     });
     assert_eq!(
         lines,
@@ -153,9 +163,11 @@ fn a_dropped_connection_is_reported_as_drained_and_an_early_one_briefly() {
 fn bytes_are_counted_towards_client_and_server_from_either_side() {
     for (direction, to_server, to_client) in [(Direction::Outbound, 10, 20), (Direction::Inbound, 20, 10)] {
         let (_, metrics) = report(|outcomes| {
-            let mut flow = outcomes.opened(tunnel_flow(direction));
-            flow.progress(4, 5);
-            flow.finish(10, 20, Ok(()));
+            let flow = outcomes.opened(tunnel_flow(direction));
+            flow.progress().sent.set(4);
+            flow.progress().received.set(5);
+            flow.meter.count();
+            finish(flow, 10, 20, Ok(()));
         });
         let value = |name: &str| {
             let line = metrics.lines().find(|line| line.starts_with(&format!("{name}{{"))).unwrap();
@@ -169,7 +181,7 @@ fn bytes_are_counted_towards_client_and_server_from_either_side() {
 #[test]
 fn a_failure_closes_under_its_flag_and_a_tunnel_names_both_principals() {
     let (_, metrics) = report(|outcomes| {
-        outcomes.opened(tunnel_flow(Direction::Inbound)).finish(0, 0, Err(&denied()));
+        outcomes.opened(tunnel_flow(Direction::Inbound)).finish(Err(&denied()));
     });
     let closed =
         metrics.lines().find(|l| l.starts_with("istio_tcp_connections_closed_total") && l.ends_with(" 1")).unwrap();
@@ -190,9 +202,8 @@ fn a_failure_closes_under_its_flag_and_a_tunnel_names_both_principals() {
 fn a_retried_connection_keeps_opens_and_closes_paired() {
     let (lines, metrics) = report(|outcomes| {
         let mut flow = outcomes.opened(tunnel_flow(Direction::Outbound));
-        let other = Flow { destination_workload: Some(workload("other")), ..tunnel_flow(Direction::Outbound) };
-        flow.retarget(other);
-        flow.finish(1, 1, Ok(()));
+        flow.retarget(tunnel_flow_to(Direction::Outbound, workload("other")));
+        finish(flow, 1, 1, Ok(()));
     });
     assert_eq!(lines.len(), 1);
     for family in ["istio_tcp_connections_opened_total{", "istio_tcp_connections_closed_total{"] {

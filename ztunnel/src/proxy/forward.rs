@@ -1,17 +1,28 @@
 //! Moving the bytes, and ending a connection the way it deserves.
 
-use std::{cell::Cell, ops::Deref, pin::pin, rc::Rc, time::Duration};
+use std::{
+    cell::Cell,
+    future::Future,
+    ops::Deref,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, ready},
+};
 
-use mesh_net::{BufferPool, CopyOutcome, Progress, copy_bidirectional, sockets::reset_on_close};
-use tokio::{net::TcpStream, time::sleep};
+use mesh_hbone::{LocalBoxFuture, Relay};
+use mesh_net::{BufferPool, CopyOutcome, End, Progress, copy_bidirectional, sockets::reset_on_close};
+use tokio::net::TcpStream;
 
-use crate::{connections::Cut, error::ProxyError, error::flow_result, outcome::OpenFlow, proxy::upstream::Upstream};
+use crate::{
+    connections::Live,
+    error::{ProxyError, flow_result},
+    outcome::{Metered, OpenFlow},
+    proxy::upstream::Upstream,
+};
 
 const BUFFER_LENGTH: usize = 64 << 10;
 /// Unused buffers a worker keeps.
 const BUFFERS_RETAINED: usize = 64;
-/// Between two counts of a long flow's bytes.
-const REPORT_INTERVAL: Duration = Duration::from_secs(30);
 
 thread_local! {
     static BUFFERS: BufferPool = BufferPool::new(BUFFER_LENGTH, BUFFERS_RETAINED);
@@ -54,74 +65,70 @@ impl Drop for FlowSocket {
     }
 }
 
-/// Joins the local application's socket and the far side until both have ended, one failed, or `cut` says so; reports it.
-pub(crate) async fn relay(local: FlowSocket, far: Upstream, mut cut: Option<&mut Cut>, flow: OpenFlow) {
-    let progress = Rc::new(Progress::default());
-    let mut reported = Reported { flow: Some(flow), progress: &progress };
-    let mut copying = pin!(copy(&local, far, &progress));
-    let result = loop {
-        tokio::select! {
-            biased;
-            decision = denied(cut.as_deref_mut()) => break Err(ProxyError::PolicyChange(Box::new(decision))),
-            outcome = &mut copying => break flow_result(outcome),
-            () = sleep(REPORT_INTERVAL) => reported.note(),
-        }
-    };
-    if result.is_ok() {
-        local.end();
-    }
-    reported.finish(result.as_ref().copied());
-}
-
-/// Counts what a flow has moved, even if it is dropped where it stands.
-struct Reported<'a> {
+/// Joins the local application's socket and the far side until both have ended, one failed, or policy says so; reports it. Dropping it
+/// ends the flow where it stands.
+///
+/// All that stays of a flow once its way is open, in fields that are dropped in this order.
+#[must_use = "nothing moves unless it is polled"]
+pub(crate) struct Carried {
+    copying: Copying,
+    /// Until it is reported.
     flow: Option<OpenFlow>,
-    progress: &'a Progress,
+    _metered: Metered,
+    local: FlowSocket,
+    live: Live,
 }
 
-impl Reported<'_> {
-    fn moved(&self) -> (u64, u64) {
-        (self.progress.sent.get(), self.progress.received.get())
+enum Copying {
+    ToTunnel(Relay),
+    /// Boxed, so that tunnels' flows do not pay for its size.
+    ToTcp(LocalBoxFuture<'static, CopyOutcome>),
+}
+
+impl Carried {
+    pub(crate) fn new(local: FlowSocket, far: Upstream, flow: OpenFlow, live: Live) -> Self {
+        let progress = flow.progress().clone();
+        let copying = match far {
+            Upstream::Tunnel(tunnel) => Copying::ToTunnel(mesh_hbone::relay(local.stream.clone(), tunnel, progress)),
+            Upstream::Tcp(far) => Copying::ToTcp(Box::pin(copy(local.stream.clone(), far, progress))),
+        };
+        Self { copying, _metered: flow.metered(), flow: Some(flow), local, live }
     }
 
-    fn note(&mut self) {
-        let (sent, received) = self.moved();
-        if let Some(flow) = &mut self.flow {
-            flow.progress(sent, received);
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ProxyError>> {
+        // First, so that nothing more is moved for a connection that may not be.
+        if let Poll::Ready(decision) = self.live.poll_denied(cx) {
+            return Poll::Ready(Err(ProxyError::PolicyChange(decision)));
         }
+        let outcome = match &mut self.copying {
+            Copying::ToTunnel(relay) => Pin::new(relay).poll(cx),
+            Copying::ToTcp(copy) => copy.as_mut().poll(cx),
+        };
+        outcome.map(flow_result)
     }
+}
 
-    fn finish(mut self, result: Result<(), &ProxyError>) {
-        let (sent, received) = self.moved();
-        if let Some(flow) = self.flow.take() {
-            flow.finish(sent, received, result);
+impl Future for Carried {
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = self.get_mut();
+        let result = ready!(this.poll_end(cx));
+        if result.is_ok() {
+            this.local.end();
         }
-    }
-}
-
-impl Drop for Reported<'_> {
-    fn drop(&mut self) {
-        self.note();
-    }
-}
-
-async fn denied(cut: Option<&mut Cut>) -> mesh_core::authorize::Decision {
-    match cut {
-        Some(cut) => cut.denied().await,
-        None => std::future::pending().await,
-    }
-}
-
-async fn copy(local: &FlowSocket, far: Upstream, progress: &Rc<Progress>) -> CopyOutcome {
-    match far {
-        Upstream::Tcp(far) => {
-            let buffers = BUFFERS.with(Clone::clone);
-            let outcome = copy_bidirectional(local, &far, &buffers, progress).await;
-            if matches!(outcome.end, mesh_net::End::Clean) {
-                far.end();
-            }
-            outcome
+        if let Some(flow) = this.flow.take() {
+            flow.finish(result.as_ref().copied());
         }
-        Upstream::Tunnel(tunnel) => mesh_hbone::relay(local.stream.clone(), tunnel, progress.clone()).await,
+        Poll::Ready(())
     }
+}
+
+async fn copy(local: Rc<TcpStream>, far: FlowSocket, progress: Rc<Progress>) -> CopyOutcome {
+    let buffers = BUFFERS.with(Clone::clone);
+    let outcome = copy_bidirectional(&local, &far, &buffers, &progress).await;
+    if matches!(outcome.end, End::Clean) {
+        far.end();
+    }
+    outcome
 }

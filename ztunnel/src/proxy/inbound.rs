@@ -14,7 +14,7 @@ use foldhash::HashMap;
 use http::{HeaderMap, StatusCode};
 use mesh_core::{identity::Identity, workload::Workload};
 use mesh_hbone::{
-    LocalBoxFuture, Secured,
+    LocalBoxFuture, Secured, TunnelStream,
     server::{self, Handler, Malformed, Request, Responder},
     tls,
 };
@@ -29,13 +29,15 @@ use tokio::{
 };
 
 use crate::{
-    connections::{InboundConnection, Protocol},
+    connections::{Entry, Live},
     error::ProxyError,
-    outcome::{Direction, Flow, OpenFlow},
+    flow::{Direction, Flow},
     pods::{PodContext, hbone_settings},
     proxy::{
-        authorize::{Admission, admit},
-        forward::{FlowSocket, relay},
+        Serving,
+        authorize::admit,
+        forward::{Carried, FlowSocket},
+        listeners::Accepted,
         proxy_protocol,
         resolve::{self, BAGGAGE, Told},
         upstream::{CONNECT_TIMEOUT, HANDSHAKE_TIMEOUT, Upstream},
@@ -46,25 +48,42 @@ use crate::{
 const MAX_HANDSHAKES: usize = 128;
 
 /// One tunnel, from its handshake to its end.
-pub(crate) async fn serve(pod: Rc<PodContext>, client: TcpStream, peer: SocketAddr) {
-    let dialled = match client.local_addr() {
-        Ok(address) => canonical(address),
-        Err(_) => return,
-    };
-    let outcomes = &pod.shared.outcomes;
-    let secured = match authenticate(&pod, client, peer).await {
-        Ok(secured) => secured,
-        Err(error) => return outcomes.early_deny(Direction::Inbound, peer, dialled, &error),
-    };
-    let certificates = secured.peer_certificates();
-    let identity = peer_identity(certificates);
-    let expires = certificates.first().and_then(validity).map(|(_, not_after)| not_after);
-    let tunnel = Rc::new(Tunnel { pod: pod.clone(), peer, dialled, identity, expires });
+pub(crate) async fn serve(pod: Rc<PodContext>, accepted: Accepted) {
+    // Boxed: a handshake takes much, and what follows lasts.
+    let Some((secured, tunnel)) = Box::pin(open(pod, accepted)).await else { return };
+    let pod = tunnel.pod.clone();
     let settings = hbone_settings(&pod.shared.config);
+    let peer = tunnel.peer;
     if let Err(error) = server::serve(secured, &settings, pod.memory.clone(), pod.drain.clone(), tunnel).await {
         tracing::debug!(%peer, %error, "tunnel ended");
-        outcomes.tunnel_failed(Direction::Inbound, &error);
+        pod.shared.outcomes.tunnel_failed(Direction::Inbound, &error);
     }
+}
+
+async fn open(pod: Rc<PodContext>, accepted: Accepted) -> Option<(Secured, Rc<Tunnel>)> {
+    let Accepted { socket, peer, .. } = accepted;
+    let deny = |dialled, error: &ProxyError| {
+        pod.shared.outcomes.early_deny(Direction::Inbound, peer, dialled, error);
+    };
+    let registered = socket.register().and_then(|client| Ok((canonical(client.local_addr()?), client)));
+    let (dialled, client) = match registered {
+        Ok(registered) => registered,
+        Err(source) => {
+            deny(peer, &ProxyError::Connect { to: peer, source });
+            return None;
+        }
+    };
+    let secured = match authenticate(&pod, client, peer).await {
+        Ok(secured) => secured,
+        Err(error) => {
+            deny(dialled, &error);
+            return None;
+        }
+    };
+    let certificates = secured.peer_certificates();
+    let identity = peer_identity(certificates).map(Arc::new);
+    let expires = certificates.first().and_then(validity).map(|(_, not_after)| not_after);
+    Some((secured, Rc::new(Tunnel { pod, peer, dialled, identity, expires })))
 }
 
 /// Mutual TLS, with the pod's own certificate, within a deadline and a share of what one address may have pending.
@@ -92,27 +111,15 @@ struct Tunnel {
     peer: SocketAddr,
     /// The address of the pod that the peer chose to dial: what its CONNECTs may name.
     dialled: SocketAddr,
-    identity: Option<Identity>,
+    identity: Option<Arc<Identity>>,
     /// The end of the certificate that proved it.
     expires: Option<SystemTime>,
 }
 
 impl Handler for Tunnel {
-    fn connect(self: Rc<Self>, request: Request, mut responder: Responder) -> LocalBoxFuture<'static, ()> {
-        Box::pin(async move {
-            let _load = self.pod.worker.occupy();
-            let local = tokio::select! {
-                biased;
-                local = resolve::settled_workload(&self.pod) => local,
-                () = responder.abandoned() => Err(ProxyError::Reset(Side::Second)),
-            };
-            match local.and_then(|local| Ok((self.target(&local, &request)?, local))) {
-                // Also what was sent before the peer knew that it should go elsewhere.
-                Ok(_) if self.left() == Some(Duration::ZERO) => self.refuse(&ProxyError::PeerExpired, responder),
-                Ok((target, local)) => self.carry(&local, target, &request, responder).await,
-                Err(error) => self.refuse(&error, responder),
-            }
-        })
+    fn connect(self: Rc<Self>, request: Request, responder: Responder) -> LocalBoxFuture<'static, ()> {
+        let load = self.pod.worker.occupy();
+        Box::pin(Serving::new(load, None, async move { self.open(&request, responder).await }))
     }
 
     fn malformed(&self, malformed: &Malformed) {
@@ -131,6 +138,23 @@ impl Handler for Tunnel {
 }
 
 impl Tunnel {
+    /// Opens the way of one CONNECT; none when that failed, and was answered and reported.
+    async fn open(&self, request: &Request, mut responder: Responder) -> Option<Carried> {
+        let local = tokio::select! {
+            biased;
+            local = resolve::settled_workload(&self.pod) => local,
+            () = responder.abandoned() => Err(ProxyError::Reset(Side::Second)),
+        };
+        let error = match local.and_then(|local| Ok((self.target(&local, request)?, local))) {
+            // Also what was sent before the peer knew that it should go elsewhere.
+            Ok(_) if self.left() == Some(Duration::ZERO) => ProxyError::PeerExpired,
+            Ok((target, local)) => return self.carry(&local, &target, request, responder).await,
+            Err(error) => error,
+        };
+        self.refuse(&error, responder);
+        None
+    }
+
     /// For how long the identity is proven; nothing where there is none.
     fn left(&self) -> Option<Duration> {
         self.expires.map(|at| at.duration_since(SystemTime::now()).unwrap_or_default())
@@ -145,87 +169,96 @@ impl Tunnel {
         }
         let named = resolve::named_address(&index, local, &request.authority)
             .ok_or_else(|| ProxyError::UnknownTarget(request.authority.to_string()))?;
-        let preface = proxy_protocol::encode(self.peer, named, self.identity.as_ref());
+        let preface = proxy_protocol::encode(self.peer, named, self.identity.as_deref());
         // Told the client's address in words, the application need not see it; over loopback no capture rule is in the way.
         let on_loopback = self.pod.shared.config.localhost_app_tunnel;
         let connect = if on_loopback { loopback_of(address) } else { address };
         Ok(Target { address, connect, preface })
     }
 
-    async fn carry(&self, local: &Arc<Workload>, target: Target, request: &Request, mut responder: Responder) {
-        let told = resolve::told(&self.pod.shared.config, &request.headers);
-        let host = told.host.clone();
-        let flow = self.pod.shared.outcomes.opened(self.describe(local, target.address, request, told));
-        let opened = tokio::select! {
+    async fn carry(
+        &self,
+        local: &Arc<Workload>,
+        target: &Target,
+        request: &Request,
+        mut responder: Responder,
+    ) -> Option<Carried> {
+        let flow = self.pod.shared.outcomes.opened(self.describe(local, target.address, request));
+        let reached = tokio::select! {
             biased;
-            opened = self.open(local, &target, host) => opened,
+            reached = self.reach(local, target, flow.entry()) => reached,
             // The client has gone: nobody waits for the application any more.
             () = responder.abandoned() => Err(ProxyError::Reset(Side::Second)),
         };
-        match opened {
-            Ok(opened) => self.join(local, opened, &target.preface, responder, flow).await,
+        let joined = match reached {
+            Ok((application, live)) => self
+                .answer(local, responder, &application, &target.preface)
+                .await
+                .map(|stream| (application, live, stream)),
             Err(error) => {
                 responder.reject(status(&error));
-                flow.finish(0, 0, Err(&error));
+                Err(error)
+            }
+        };
+        match joined {
+            Ok((application, live, stream)) => Some(Carried::new(application, Upstream::Tunnel(stream), flow, live)),
+            Err(error) => {
+                flow.finish(Err(&error));
+                None
             }
         }
     }
 
-    async fn open(
+    async fn reach(
         &self,
         local: &Workload,
         target: &Target,
-        original_dst: Option<String>,
-    ) -> Result<(FlowSocket, Admission), ProxyError> {
-        let protocol = if self.identity.is_some() { Protocol::Hbone } else { Protocol::Tcp };
-        let shown = InboundConnection { src: self.peer, original_dst, actual_dst: target.address, protocol };
-        let admission = admit(&self.pod, local, shown, self.identity.clone())?;
+        entry: &Arc<Entry>,
+    ) -> Result<(FlowSocket, Live), ProxyError> {
+        let live = admit(&self.pod, local, entry)?;
         let application = if target.connect == target.address {
             self.pod.connect_as(self.peer.ip(), target.connect).await?
         } else {
             self.pod.connect(target.connect).await?
         };
-        Ok((application, admission))
+        Ok((application, live))
     }
 
-    /// The answer is sent only now that the application is known to be there.
-    async fn join(
+    /// Says yes, only now that the application is known to be there.
+    async fn answer(
         &self,
         local: &Workload,
-        (application, mut admission): (FlowSocket, Admission),
-        preface: &[u8],
         responder: Responder,
-        flow: OpenFlow,
-    ) {
+        application: &TcpStream,
+        preface: &[u8],
+    ) -> Result<TunnelStream, ProxyError> {
         let mut headers = HeaderMap::new();
         if self.pod.shared.config.response_baggage
             && let Some(baggage) = resolve::baggage_header(local)
         {
             headers.insert(BAGGAGE, baggage);
         }
-        match responder.accept(&headers) {
-            Ok(stream) => match say(&application, preface).await {
-                Ok(()) => relay(application, Upstream::Tunnel(stream), Some(&mut admission.cut), flow).await,
-                Err(source) => flow.finish(0, 0, Err(&ProxyError::Copy { side: Side::First, source })),
-            },
-            Err(error) => flow.finish(0, 0, Err(&error.into())),
-        }
+        let stream = responder.accept(&headers)?;
+        let said = say(application, preface).await;
+        said.map(|()| stream).map_err(|source| ProxyError::Copy { side: Side::First, source })
     }
 
-    fn describe(&self, local: &Arc<Workload>, target: SocketAddr, request: &Request, told: Told) -> Flow {
+    fn describe(&self, local: &Arc<Workload>, target: SocketAddr, request: &Request) -> Arc<Entry> {
+        let Told { baggage, host, remote } = resolve::told(&self.pod.shared.config, &request.headers);
         let index = self.pod.shared.state.snapshot();
         let mut flow = Flow::new(Direction::Inbound, self.peer, self.dialled);
-        flow.authority = Some(request.authority.to_string());
+        flow.target = target;
+        flow.authority = Some(request.authority.clone());
         flow.mutual_tls = self.identity.is_some();
-        if !told.remote {
+        if !remote {
             flow.source = resolve::source_by_address(&index, local, self.peer.ip());
         }
-        flow.source_baggage = told.baggage;
-        flow.source_identity = self.identity.clone();
-        flow.service = resolve::inbound_service(&index, local, told.host.as_deref(), target.port());
-        flow.destination_identity = Some(local.identity());
+        flow.source_baggage = baggage.filter(|_| flow.source.is_none()).map(Box::new);
+        flow.peer_identity = self.identity.clone();
+        flow.service = resolve::inbound_service(&index, local, host.as_deref(), target.port());
+        flow.host = host.map(Into::into);
         flow.destination_workload = Some(local.clone());
-        flow
+        Entry::new(flow)
     }
 
     fn refuse(&self, error: &ProxyError, responder: Responder) {

@@ -1,6 +1,6 @@
 //! From an application of the pod to wherever it dialled.
 
-use std::{cell::Cell, net::SocketAddr, rc::Rc};
+use std::{cell::Cell, net::SocketAddr, sync::Arc};
 
 use http::{HeaderName, HeaderValue};
 use mesh_core::{
@@ -12,32 +12,29 @@ use mesh_net::sockets::{canonical, configure_accepted, original_dst};
 use tokio::net::TcpStream;
 
 use crate::{
-    connections::{OutboundConnection, Protocol},
+    connections::Entry,
     error::ProxyError,
-    outcome::{Direction, Flow},
+    flow::{Direction, Flow},
     pods::PodContext,
     proxy::{
-        forward::{FlowSocket, relay},
+        forward::{Carried, FlowSocket},
         resolve::{self, BAGGAGE, FORWARDED, Hop, Route, TRACEPARENT, baggage_header},
         upstream::Upstream,
     },
 };
 
 /// A captured connection.
-pub(crate) async fn serve(pod: Rc<PodContext>, client: TcpStream, peer: SocketAddr) {
+pub(crate) async fn open(pod: &PodContext, client: TcpStream, peer: SocketAddr) -> Option<Carried> {
     let client = FlowSocket::new(client);
     let accepted = configure_accepted(&client, &pod.sockets).and_then(|()| original_dst(&*client));
-    match accepted {
+    let (destination, error) = match accepted {
         // Not redirected: the client dialled our port itself, and carrying it there would come back here without end.
-        Ok(destination) if dialled_us(&pod, &client, destination) => {
-            pod.shared.outcomes.early_deny(Direction::Outbound, peer, destination, &ProxyError::Loop);
-        }
-        Ok(destination) => carry(&pod, client, peer, destination).await,
-        Err(source) => {
-            let error = ProxyError::OriginalDestination(source);
-            pod.shared.outcomes.early_deny(Direction::Outbound, peer, peer, &error);
-        }
-    }
+        Ok(destination) if dialled_us(pod, &client, destination) => (destination, ProxyError::Loop),
+        Ok(destination) => return carry(pod, client, peer, destination).await,
+        Err(source) => (peer, ProxyError::OriginalDestination(source)),
+    };
+    pod.shared.outcomes.early_deny(Direction::Outbound, peer, destination, &error);
+    None
 }
 
 fn dialled_us(pod: &PodContext, client: &TcpStream, destination: SocketAddr) -> bool {
@@ -45,45 +42,49 @@ fn dialled_us(pod: &PodContext, client: &TcpStream, destination: SocketAddr) -> 
     pod.is_own_port(destination.port()) && local.is_ok_and(|local| local == canonical(destination))
 }
 
-/// Carries a client to `destination`, however its wish became known. Its bytes stay in its socket until the way is open.
-pub(crate) async fn carry(pod: &PodContext, client: FlowSocket, peer: SocketAddr, destination: SocketAddr) {
+/// Opens the way of a client to `destination`, however its wish became known. Its bytes stay in its socket until then.
+pub(crate) async fn carry(
+    pod: &PodContext,
+    client: FlowSocket,
+    peer: SocketAddr,
+    destination: SocketAddr,
+) -> Option<Carried> {
     let mut route = match resolve::outbound(pod, peer, destination).await {
         Ok(route) => route,
-        Err(error) => return pod.shared.outcomes.early_deny(Direction::Outbound, peer, destination, &error),
+        Err(error) => {
+            pod.shared.outcomes.early_deny(Direction::Outbound, peer, destination, &error);
+            return None;
+        }
     };
     let mut flow = pod.shared.outcomes.opened(describe(&route));
-    let _live = pod.connections.outbound(shown(&route));
+    let mut live = pod.connections.add(flow.entry().clone());
     let first = route.hop.clone();
     let established = establish(pod, &mut route).await;
     if route.hop != first {
-        flow.retarget(describe(&route));
+        let entry = describe(&route);
+        live.retarget(entry.clone());
+        flow.retarget(entry);
     }
     match established {
-        Ok(upstream) => relay(client, upstream, None, flow).await,
-        Err(error) => flow.finish(0, 0, Err(&error)),
+        Ok(upstream) => Some(Carried::new(client, upstream, flow, live)),
+        Err(error) => {
+            flow.finish(Err(&error));
+            None
+        }
     }
 }
 
-fn describe(route: &Route) -> Flow {
+fn describe(route: &Route) -> Arc<Entry> {
     let mut flow = Flow::new(Direction::Outbound, route.peer, route.hop.address());
+    flow.target = route.destination;
     flow.source = Some(route.source.clone());
-    flow.destination_identity = route.workload.as_ref().map(|workload| workload.identity());
     flow.destination_workload = route.workload.clone();
     flow.service = route.service.clone();
     if let Hop::Tunnel(tunnel) = &route.hop {
-        flow.authority = Some(tunnel.authority.to_string());
+        flow.authority = Some(tunnel.authority.clone());
         flow.mutual_tls = true;
-        flow.source_identity = Some(route.source.identity());
     }
-    flow
-}
-
-fn shown(route: &Route) -> OutboundConnection {
-    let protocol = match route.hop {
-        Hop::Tcp(_) => Protocol::Tcp,
-        Hop::Tunnel(_) => Protocol::Hbone,
-    };
-    OutboundConnection { src: route.peer, original_dst: route.destination, actual_dst: route.hop.address(), protocol }
+    Entry::new(flow)
 }
 
 /// Opens the way. As no byte of the application has been sent before this returns, a failure may be tried again: once on a fresh

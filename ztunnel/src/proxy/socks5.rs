@@ -2,7 +2,6 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    rc::Rc,
     time::Duration,
 };
 
@@ -15,9 +14,12 @@ use tokio::{
 
 use crate::{
     error::ProxyError,
-    outcome::Direction,
+    flow::Direction,
     pods::PodContext,
-    proxy::{forward::FlowSocket, outbound::carry},
+    proxy::{
+        forward::{Carried, FlowSocket},
+        outbound::carry,
+    },
 };
 
 const NEGOTIATION_TIMEOUT: Duration = Duration::from_secs(10);
@@ -43,13 +45,16 @@ enum Target {
 }
 
 /// One client: what it asks for, then the outbound path.
-pub(crate) async fn serve(pod: Rc<PodContext>, mut client: TcpStream, peer: SocketAddr) {
+pub(crate) async fn open(pod: &PodContext, mut client: TcpStream, peer: SocketAddr) -> Option<Carried> {
     drop(configure_accepted(&client, &pod.sockets));
-    let negotiated = timeout(NEGOTIATION_TIMEOUT, negotiate(&pod, &mut client)).await;
+    let negotiated = timeout(NEGOTIATION_TIMEOUT, negotiate(pod, &mut client)).await;
     let negotiated = negotiated.unwrap_or(Err(ProxyError::HandshakeTimeout(NEGOTIATION_TIMEOUT)));
     match negotiated {
-        Ok(destination) => carry(&pod, FlowSocket::new(client), peer, destination).await,
-        Err(error) => pod.shared.outcomes.early_deny(Direction::Outbound, peer, peer, &error),
+        Ok(destination) => carry(pod, FlowSocket::new(client), peer, destination).await,
+        Err(error) => {
+            pod.shared.outcomes.early_deny(Direction::Outbound, peer, peer, &error);
+            None
+        }
     }
 }
 

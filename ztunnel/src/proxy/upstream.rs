@@ -19,7 +19,8 @@ use tokio::{net::TcpStream, time::timeout};
 use crate::{
     config::Config,
     error::{ProxyError, connect_reason, shared_cause},
-    outcome::{Direction, Outcomes},
+    flow::Direction,
+    outcome::Outcomes,
     pods::PodContext,
     proxy::forward::FlowSocket,
 };

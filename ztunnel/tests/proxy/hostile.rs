@@ -145,13 +145,19 @@ async fn flows_outlive_their_certificate_and_new_ones_go_by_its_successor() {
     let mesh = Mesh::new();
     let (client, server) = (mesh.pod(BRIEF).await, mesh.pod("server").await);
     let (listener, address) = server.listen().await;
-    let (mut near, accepted) = tokio::join!(client.dial(address), listener.accept());
+    // A refused dial is a connection that never arrives.
+    let open = async || within(async { tokio::join!(client.dial(address), listener.accept()) }).await;
+    let (mut near, accepted) = open().await;
     let mut far = accepted.expect("accept").0;
-    ping_pong(&mut near, &mut far).await;
+    within(ping_pong(&mut near, &mut far)).await;
     sleep(BRIEF_TTL).await;
-    let (mut later, accepted) = tokio::join!(client.dial(address), listener.accept());
-    ping_pong(&mut later, &mut accepted.expect("accept").0).await;
-    ping_pong(&mut near, &mut far).await;
+    let (mut later, accepted) = open().await;
+    within(ping_pong(&mut later, &mut accepted.expect("accept").0)).await;
+    within(ping_pong(&mut near, &mut far)).await;
+}
+
+async fn within<T>(step: impl Future<Output = T>) -> T {
+    timeout(Duration::from_secs(10), step).await.expect("done in time")
 }
 
 #[tokio::test]

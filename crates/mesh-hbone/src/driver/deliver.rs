@@ -71,6 +71,8 @@ impl Core {
                 }
             }
             if !fits {
+                // Its reader will hear of the reset and not of the bytes; nobody else shall pay for them until then.
+                slot.flow.stall.clear(budget);
                 slot.flow.reset = Some(ErrorCode::ENHANCE_YOUR_CALM);
                 self.tunnel.conn.reset(id, ErrorCode::ENHANCE_YOUR_CALM, &mut self.tunnel.out);
             }

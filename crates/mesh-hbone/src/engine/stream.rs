@@ -11,6 +11,7 @@ use super::{
 
 /// Payload that nobody has taken; at most the stream's window. Holds no memory when empty.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[expect(clippy::box_collection, reason = "one pointer in every idle stream, instead of a whole queue")]
 pub struct Stall(Option<Box<VecDeque<u8>>>);
 
 impl Stall {

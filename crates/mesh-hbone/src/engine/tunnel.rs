@@ -166,7 +166,10 @@ impl Tunnel {
 
     /// Tells the peer why the tunnel is over, ahead of what has not been sealed.
     pub fn fail(&mut self, error: &TunnelError) {
-        self.out.discard_unsealed();
+        // But our SETTINGS come before anything else (RFC 9113 §3.4).
+        if self.seal.sequence() > 0 {
+            self.out.discard_unsealed();
+        }
         match error {
             TunnelError::Connection(error) => {
                 self.conn.close(error.code, &mut self.out);

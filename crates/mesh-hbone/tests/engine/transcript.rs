@@ -6,9 +6,10 @@ use mesh_hbone::{
     Budget,
     engine::{
         conn::{Conn, Local, Role},
+        frame::{self, END_HEADERS, END_STREAM, ErrorCode, Kind, PADDED},
         handshake::{Established, Handshake},
         out::Out,
-        record::Suite,
+        record::{ContentType, Suite},
         state,
         tunnel::Tunnel,
     },
@@ -17,6 +18,7 @@ use rand::{RngExt as _, SeedableRng as _, rngs::StdRng};
 
 use crate::{
     certificates::{Parties, name},
+    peer::{self, Heard, Peer},
     script::{self, Style, Transcript},
 };
 
@@ -105,7 +107,7 @@ fn plainly(blobs: &[Vec<u8>; 2], script: &[u8]) -> [Transcript; 2] {
 #[test]
 fn between_any_two_steps() {
     let blobs = both_sizes();
-    for seed in 0..150 {
+    for seed in 0..60 {
         let blobs = &blobs[usize::from(seed % 2 == 0)];
         let script = a_script(seed, 150, true);
         let plain = plainly(blobs, &script);
@@ -120,7 +122,7 @@ fn between_any_two_steps() {
 fn between_any_two_bytes() {
     let blobs = saved(shake_hands(script::local()));
     let mut bytes = 0;
-    for seed in 0..40 {
+    for seed in 0..12 {
         let script = a_script(seed, 60, false);
         let plain = plainly(&blobs, &script);
         bytes += plain.iter().map(|transcript| transcript.said.len()).sum::<usize>();
@@ -129,13 +131,13 @@ fn between_any_two_bytes() {
         let run = script::run(&blobs, &script, Style { piece: 1, cut: &mut || [true; 2] });
         compare(seed, "byte by byte, restored at each", &run, &plain);
     }
-    assert!(bytes > 40_000, "hardly anything was said: {bytes} bytes");
+    assert!(bytes > 10_000, "hardly anything was said: {bytes} bytes");
 }
 
 #[test]
 fn now_and_then_in_pieces_of_any_size() {
     let blobs = saved(script::pair(Suite::Aes128GcmSha256, script::local()));
-    for seed in 0..150 {
+    for seed in 0..60 {
         let script = a_script(seed, 200, true);
         let plain = plainly(&blobs, &script);
         let mut rng = StdRng::seed_from_u64(seed);
@@ -146,13 +148,83 @@ fn now_and_then_in_pieces_of_any_size() {
     }
 }
 
+/// Our own frames never span records; others' may, and are padded, interrupted and odd.
+#[test]
+fn between_any_two_bytes_of_a_peer_that_cuts_its_frames_anywhere() {
+    let block = peer::block(&peer::CONNECT);
+    let requests = [
+        &frame::PREFACE[..],
+        &peer::settings(&[(1, 0), (4, 100), (9, 9)]),
+        &peer::frame(Kind::Headers, 0, 1, &block[..5]),
+        &peer::frame(Kind::Continuation, 0, 1, b""),
+        &peer::frame(Kind::Continuation, END_HEADERS, 1, &block[5..]),
+        &peer::frame(Kind::Data, PADDED, 1, b"\x03payload\0\0\0"),
+        &peer::settings_ack(),
+        &peer::frame(Kind::Unknown(77), 3, 1, b"what"),
+        &peer::frame(Kind::Data, END_STREAM, 1, b"the rest"),
+        &peer::connect(3),
+        &peer::reset(3, ErrorCode::CANCEL),
+        &peer::ping(1),
+        &peer::window_update(0, 9),
+        &peer::data(3, b"for nobody"),
+        &peer::frame(Kind::GoAway, 0, 0, b"\0\0\0\0\0\0\0\0for people to read"),
+        &peer::data(0, b"wrong"),
+    ];
+    let answers = [
+        &peer::settings(&[(3, 3)])[..],
+        &peer::frame(Kind::Headers, PADDED, 1, &[&[2][..], &peer::block(&[(":status", "103")]), &[0, 0]].concat()),
+        &peer::frame(Kind::Continuation, END_HEADERS, 1, b""),
+        &peer::ok(1),
+        &peer::settings_ack(),
+        &peer::data(1, b"payload"),
+        &peer::headers(1, END_STREAM, &[("trailer", "x")]),
+        &peer::go_away(3, ErrorCode::NO_ERROR),
+        &peer::data(3, b"before the answer"),
+        &peer::headers(2, 0, &[]),
+    ];
+    for (role, session) in [(Role::Server, requests.concat()), (Role::Client, answers.concat())] {
+        for size in [1, 4, 9, 40, 10_000] {
+            let plain = told(role, &session, size, usize::MAX);
+            assert!(plain.0.len() > 7 && plain.1.len() > 5, "{plain:?}");
+            assert_eq!(told(role, &session, size, 1), plain, "{role:?} in records of {size}");
+            assert_eq!(told(role, &session, size, 7), plain, "{role:?} in records of {size}");
+        }
+    }
+}
+
+/// What an end hears and says, restored after every `piece` bytes of ciphertext.
+fn told(role: Role, session: &[u8], size: usize, piece: usize) -> (Vec<String>, Vec<String>) {
+    let mut peer = Peer::new(role, peer::local());
+    let (mut heard, mut said) = (Vec::new(), Vec::new());
+    if role == Role::Client {
+        for _ in 0..3 {
+            peer.tunnel.conn.connect("10.0.0.1:80", std::iter::empty(), &mut peer.tunnel.out).unwrap();
+        }
+    }
+    for record in session.chunks(size) {
+        let record = peer.sealed(ContentType::ApplicationData, record);
+        for piece in record.chunks(piece) {
+            let Heard { events, result } = peer.say_ciphertext(piece);
+            heard.extend(events);
+            if let Err(error) = result {
+                heard.push(error.to_string());
+                said.extend(peer.said());
+                return (heard, said);
+            }
+            peer.tunnel = state::decode(&state::encode(&peer.tunnel)).unwrap();
+        }
+        said.extend(peer.said());
+    }
+    panic!("the session ends with something wrong");
+}
+
 /// The scripts are worth what they reach.
 #[test]
 fn scripts_reach_what_matters() {
     let blobs = both_sizes();
     let mut heard = Vec::new();
     let mut said = 0;
-    for seed in 0..150 {
+    for seed in 0..80 {
         for mut transcript in plainly(&blobs[usize::from(seed % 2 == 0)], &a_script(seed, 150, true)) {
             said += transcript.said.len();
             heard.append(&mut mem::take(&mut transcript.heard));

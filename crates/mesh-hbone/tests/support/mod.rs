@@ -17,8 +17,8 @@ use std::{
 use http::{HeaderMap, StatusCode};
 use mesh_core::{headers::Authority, identity::Identity, reason::Reason};
 use mesh_hbone::{
-    Budget, ConnectRequest, Connector, Error, LocalBoxFuture, Pool, PoolConfig, Secured, Settings, TunnelKey,
-    TunnelStream,
+    Budget, ConnectRequest, Connector, Error, KeepAlive, LocalBoxFuture, Pool, PoolConfig, Secured, Settings,
+    TunnelKey, TunnelStream,
     server::{self, Handler, Malformed, Request, Responder},
     tls::{self, Transport},
 };
@@ -156,6 +156,17 @@ pub(crate) async fn socket_pair() -> (TcpStream, TcpStream) {
     (a, b)
 }
 
+/// Keep-alive that never comes: where a wake-up is lost, nothing else shall wake.
+pub(crate) fn quiet() -> Settings {
+    let never = Duration::from_secs(1_000_000);
+    Settings { keepalive: KeepAlive { interval: never, timeout: never }, ..Settings::default() }
+}
+
+/// A pool with [`quiet`] tunnels.
+pub(crate) fn quiet_pool() -> PoolConfig {
+    PoolConfig { settings: quiet(), ..PoolConfig::default() }
+}
+
 pub(crate) fn key(name: &str) -> TunnelKey {
     TunnelKey {
         source_uid: name.into(),
@@ -269,7 +280,7 @@ pub(crate) struct Mesh {
 
 /// A pool whose every tunnel ends in a server of ours.
 pub(crate) fn mesh(config: PoolConfig) -> Mesh {
-    mesh_with(config, Settings::default())
+    mesh_with(config, quiet())
 }
 
 /// As [`mesh`], with settings for the server.

@@ -135,7 +135,7 @@ impl Snapshot for Conn {
         let leaving = match leaving.as_ref().map(|fields| fields.only(&[1, 2, 3])).transpose()? {
             None => Leaving::No,
             Some(fields) if fields.optional(3)?.is_some() => Leaving::Final { last: fields.u32(3)? },
-            Some(fields) => Leaving::Announced { ping: fields.u64(1)?, deadline: time(&fields, 2)? },
+            Some(fields) => Leaving::Announced { ping: fields.u64(1)?, deadline: time(fields, 2)? },
         };
         let (ids, rest) = from.bytes(tag::RESET)?.as_chunks();
         if !rest.is_empty() || ids.len() > RESETS_REMEMBERED {
