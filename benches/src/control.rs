@@ -93,3 +93,118 @@ pub fn server_builder() -> server::Builder {
 }
 
 type Shared<T> = Rc<RefCell<T>>;
+
+#[cfg(test)]
+mod tests {
+    use std::{io, rc::Rc};
+
+    use mesh_net::sockets::reset_on_close;
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::{TcpListener, TcpStream},
+        task::{LocalSet, spawn_local},
+    };
+
+    use super::{far::Server, near::Tunnels};
+    use crate::pair::tls::{Certificates, server_name};
+
+    /// More than all windows and buffers on the way hold.
+    const MANY: usize = 24 << 20;
+
+    /// Both halves, and whom connections are for.
+    struct Path {
+        near: Rc<Tunnels>,
+        apps: TcpListener,
+    }
+
+    impl Path {
+        async fn new() -> Self {
+            let certificates = Certificates::generate().unwrap();
+            let far = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = far.local_addr().unwrap();
+            let server = Rc::new(Server::new(certificates.server_config().unwrap()));
+            spawn_local(async move {
+                while let Ok((tcp, _)) = far.accept().await {
+                    let server = server.clone();
+                    spawn_local(async move { server.serve(tcp).await });
+                }
+            });
+            let near = Rc::new(Tunnels::new(address, certificates.client_config().unwrap(), server_name()));
+            Self { near, apps: TcpListener::bind("127.0.0.1:0").await.unwrap() }
+        }
+
+        async fn connect(&self) -> (TcpStream, TcpStream) {
+            let entrance = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let (client, entered) = tokio::join!(TcpStream::connect(entrance.local_addr().unwrap()), entrance.accept());
+            let (near, target) = (self.near.clone(), self.apps.local_addr().unwrap());
+            spawn_local(async move { near.carry(entered.unwrap().0, target).await });
+            (client.unwrap(), self.apps.accept().await.unwrap().0)
+        }
+    }
+
+    async fn with_path<F: Future<Output = ()>>(scenario: impl FnOnce(Path) -> F) {
+        LocalSet::new().run_until(async { scenario(Path::new().await).await }).await;
+    }
+
+    fn pattern(salt: usize) -> Vec<u8> {
+        (0..MANY).map(|i| (i.wrapping_mul(0x9e37_79b9).wrapping_add(salt) >> 13).to_le_bytes()[0]).collect()
+    }
+
+    async fn expect_all(from: &mut TcpStream, to: &mut TcpStream, bytes: &[u8]) {
+        let sending = async {
+            from.write_all(bytes).await.unwrap();
+            from.shutdown().await.unwrap();
+        };
+        let mut got = Vec::new();
+        let ((), read) = tokio::join!(sending, to.read_to_end(&mut got));
+        read.unwrap();
+        assert!(got == bytes);
+    }
+
+    #[tokio::test]
+    async fn every_byte_and_each_half_close_passes_both_ways() {
+        with_path(|path| async move {
+            let (mut client, mut server) = path.connect().await;
+            expect_all(&mut client, &mut server, &pattern(1)).await;
+            expect_all(&mut server, &mut client, &pattern(2)).await;
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_reset_passes_each_way() {
+        with_path(|path| async move {
+            for client_resets in [true, false] {
+                let (client, server) = path.connect().await;
+                let (mut rude, mut victim) = if client_resets { (client, server) } else { (server, client) };
+                rude.write_all(b"x").await.unwrap();
+                victim.read_exact(&mut [0]).await.unwrap();
+                reset_on_close(&rude).unwrap();
+                drop(rude);
+                let error = victim.read(&mut [0]).await.unwrap_err();
+                assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+            }
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn readers_that_stall_do_not_stop_their_neighbours() {
+        with_path(|path| async move {
+            let mut stalled = Vec::new();
+            for _ in 0..40 {
+                let (client, mut server) = path.connect().await;
+                let filling = spawn_local(async move { while server.write_all(&[0; 64 << 10]).await.is_ok() {} });
+                stalled.push((client, filling));
+            }
+            for _ in 0..100 {
+                let (mut client, mut server) = path.connect().await;
+                client.write_all(b"ping").await.unwrap();
+                server.read_exact(&mut [0; 4]).await.unwrap();
+                server.write_all(b"pong").await.unwrap();
+                client.read_exact(&mut [0; 4]).await.unwrap();
+            }
+        })
+        .await;
+    }
+}

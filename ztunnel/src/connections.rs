@@ -258,7 +258,7 @@ mod tests {
         assert_eq!(decision.explanation, "explicitly denied by: demo/deny");
         assert_eq!(connections.reevaluate(&policies(Some("web"))).await, 0);
         for live in [&web, &other] {
-            let mut cx = Context::from_waker(Waker::noop());
+            let cx = Context::from_waker(Waker::noop());
             assert!(live.poll_denied(&cx).is_pending(), "cut without cause, or twice");
         }
     }

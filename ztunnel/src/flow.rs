@@ -46,7 +46,7 @@ pub struct Flow {
     /// Outbound, what the application dialled; inbound, the application.
     pub target: SocketAddr,
     /// Inbound: the service name the client used, if it said.
-    pub host: Option<Box<str>>,
+    pub host: Option<Arc<str>>,
     /// What the CONNECT names.
     pub authority: Option<Authority>,
     pub source: Option<Arc<Workload>>,

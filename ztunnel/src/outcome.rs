@@ -20,9 +20,7 @@ use crate::{
     metrics::{Metrics, TrafficLabels},
 };
 
-mod meter;
-
-pub(crate) use meter::Metered;
+pub(crate) mod meter;
 
 /// Where flows are reported. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -38,7 +36,7 @@ impl Outcomes {
     /// The route is decided: counts an opened connection.
     pub(crate) fn opened(&self, entry: Arc<Entry>) -> OpenFlow {
         let meter = self.meter(&entry.flow);
-        OpenFlow { outcomes: self.clone(), entry, meter, since: Instant::now(), finished: false }.log_opened()
+        OpenFlow { outcomes: self.clone(), entry, meter, since: Instant::now() }.log_opened()
     }
 
     /// Counts as opened what `flow` says.
@@ -93,7 +91,6 @@ pub(crate) struct OpenFlow {
     entry: Arc<Entry>,
     meter: Rc<Meter>,
     since: Instant,
-    finished: bool,
 }
 
 impl OpenFlow {
@@ -106,9 +103,9 @@ impl OpenFlow {
         self.meter.progress()
     }
 
-    /// Has the counters follow the bytes while the flow is open. Within a `LocalSet`.
-    pub(crate) fn metered(&self) -> Metered {
-        Metered::new(self.meter.clone())
+    /// Has the counters follow the bytes while the flow is open. Call once, within a `LocalSet`, when the way is open.
+    pub(crate) fn follow(&self) {
+        self.meter.follow();
     }
 
     /// The connection goes elsewhere before any byte was sent: another endpoint was tried. Counts as closed there and opened here, so
@@ -120,16 +117,18 @@ impl OpenFlow {
     }
 
     /// The end.
-    pub(crate) fn finish(mut self, result: Result<(), &ProxyError>) {
-        self.finished = true;
+    pub(crate) fn finish(self, result: Result<(), &ProxyError>) {
         match result {
-            Ok(()) => self.end(None, None),
-            Err(error) => self.end(Some(error.reason()), Some(error.chain())),
+            Ok(()) => self.end(None, || None),
+            Err(error) => self.end(Some(error.reason()), || Some(error.chain())),
         }
     }
 
-    fn end(&mut self, reason: Option<Reason>, error: Option<String>) {
-        self.meter.count();
+    /// Once; nothing happens the second time.
+    fn end(&self, reason: Option<Reason>, error: impl FnOnce() -> Option<String>) {
+        if !self.meter.end() {
+            return;
+        }
         let series = self.meter.series();
         match reason {
             None => drop(series.closed.fetch_add(1, Relaxed)),
@@ -141,7 +140,7 @@ impl OpenFlow {
                 self.outcomes.0.failed(self.entry.flow.direction, reason);
             }
         }
-        self.log_complete(error);
+        self.log_complete(error());
     }
 
     fn log_opened(self) -> Self {
@@ -185,9 +184,7 @@ impl OpenFlow {
 
 impl Drop for OpenFlow {
     fn drop(&mut self) {
-        if !self.finished {
-            self.end(Some(Reason::Drain), Some("connection closed due to connection drain".to_owned()));
-        }
+        self.end(Some(Reason::Drain), || Some(ProxyError::Drain.to_string()));
     }
 }
 

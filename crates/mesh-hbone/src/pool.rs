@@ -104,7 +104,8 @@ struct Inner {
 type Waiter = oneshot::Sender<Result<(), Error>>;
 
 struct Tunnel {
-    key: TunnelKey,
+    /// Shared with the streams' leases: a key is large, and there is a lease for every idle flow.
+    key: Rc<TunnelKey>,
     sender: Sender,
     driver: AbortHandle,
     /// Wakes the task that closes unused tunnels.
@@ -199,7 +200,7 @@ impl Pool {
                 peer: tunnel.key.destination.to_string(),
                 settings: self.0.config.settings.clone(),
                 peer_max_streams: tunnel.sender.max_streams(),
-                closing: state.is_closing(&tunnel.key, *id),
+                closing: !tunnel.sender.is_usable() || state.is_closing(&tunnel.key, *id),
                 streams: tunnel.sender.streams(),
             })
             .collect();
@@ -213,7 +214,11 @@ impl Pool {
             self.0.refresh(key);
             let checkout = self.0.state.borrow_mut().checkout(key, kind, self.0.now());
             match checkout {
-                Checkout::Use(id) => return Ok(Lease { pool: Rc::downgrade(&self.0), key: key.clone(), id, kind }),
+                Checkout::Use(id) => {
+                    let shared = self.0.tunnels.borrow().get(&id).map(|tunnel| tunnel.key.clone());
+                    let key = shared.unwrap_or_else(|| Rc::new(key.clone()));
+                    return Ok(Lease { pool: Rc::downgrade(&self.0), key, id, kind });
+                }
                 Checkout::Failed(error) => return Err(error),
                 Checkout::Dial => self.0.dial(key),
                 Checkout::Wait => {}
@@ -274,7 +279,8 @@ impl Inner {
     fn established(self: &Rc<Self>, key: &TunnelKey, sender: Sender, mut driver: Driver) {
         let Some(id) = self.state.borrow_mut().dialed(key, self.now()) else { return };
         let released = Rc::new(Notify::new());
-        let (pool, tunnel_key, idle) = (Rc::downgrade(self), key.clone(), released.clone());
+        let shared = Rc::new(key.clone());
+        let (pool, tunnel_key, idle) = (Rc::downgrade(self), shared.clone(), released.clone());
         let connector = self.connector.clone();
         let driver = self.spawn(async move {
             let ended = tokio::select! {
@@ -299,7 +305,7 @@ impl Inner {
                 connector.failed(&tunnel_key, &error);
             }
         });
-        self.tunnels.borrow_mut().insert(id, Tunnel { key: key.clone(), sender, driver, released });
+        self.tunnels.borrow_mut().insert(id, Tunnel { key: shared, sender, driver, released });
         self.wake(key, &Ok(()));
     }
 
@@ -334,7 +340,7 @@ async fn unused(pool: &Weak<Inner>, key: &TunnelKey, id: TunnelId, released: &No
 /// One stream's place on a tunnel.
 struct Lease {
     pool: Weak<Inner>,
-    key: TunnelKey,
+    key: Rc<TunnelKey>,
     id: TunnelId,
     kind: u64,
 }

@@ -58,8 +58,8 @@ impl Responder {
         }
     }
 
-    /// REFUSED_STREAM: not processed, and welcome elsewhere (RFC 9113 §8.7).
-    fn refuse(self) {
+    /// REFUSED_STREAM: not processed, and welcome in another tunnel (RFC 9113 §8.7).
+    pub fn refuse(self) {
         self.0.link.reset(self.0.id, ErrorCode::REFUSED_STREAM);
     }
 

@@ -9,7 +9,7 @@ mod peer;
 #[path = "abuse/support.rs"]
 mod support;
 
-use std::{future::Future, rc::Rc, time::Duration};
+use std::{cell::RefCell, future::Future, rc::Rc, time::Duration};
 
 use mesh_core::{headers::Authority, identity::Identity};
 use mesh_hbone::{
@@ -277,15 +277,22 @@ async fn keys_changed_over_and_over() {
 }
 
 /// In memory; the far ends go to the test.
-struct Dial(mpsc::UnboundedSender<DuplexStream>);
+struct Dial {
+    far: mpsc::UnboundedSender<DuplexStream>,
+    failed: RefCell<Vec<Error>>,
+}
 
 impl Connector for Dial {
     fn connect(&self, _key: &TunnelKey) -> LocalBoxFuture<'_, Result<Secured, Error>> {
         Box::pin(async {
             let (near, far) = duplex(1 << 20);
-            self.0.send(far).expect("the test goes on");
+            self.far.send(far).expect("the test goes on");
             Ok(tls::connect(near, &client_config(), certificates::name()).await.expect("a handshake"))
         })
+    }
+
+    fn failed(&self, _key: &TunnelKey, error: &Error) {
+        self.failed.borrow_mut().push(error.clone());
     }
 }
 
@@ -293,7 +300,9 @@ impl Connector for Dial {
 async fn tickets_over_and_over() {
     local(async {
         let (far, mut dialed) = mpsc::unbounded_channel();
-        let pool = Pool::new(PoolConfig::default(), Budget::default(), Rc::new(Dial(far)));
+        let dial = Rc::new(Dial { far, failed: RefCell::default() });
+        let pool = Pool::new(PoolConfig::default(), Budget::default(), dial.clone());
+        let opener = pool.clone();
         let opening = spawn_local(async move {
             let key = TunnelKey {
                 source_uid: "client".into(),
@@ -305,7 +314,7 @@ async fn tickets_over_and_over() {
                 network: "".into(),
             };
             let authority = Authority::Address(([10, 0, 0, 2], 80).into());
-            pool.open(&key, &ConnectRequest { authority, headers: Vec::new() }).await.map(drop)
+            opener.open(&key, &ConnectRequest { authority, headers: Vec::new() }).await.map(drop)
         });
         let mut server = Bother::accept(dialed.recv().await.expect("a dial")).await;
         // A few are nothing unusual.
@@ -323,6 +332,10 @@ async fn tickets_over_and_over() {
         assert_eq!(server.go_away().await, ErrorCode::ENHANCE_YOUR_CALM);
         let opened = timeout(Duration::from_secs(60), opening).await.expect("it fails").expect("no panic");
         assert!(matches!(opened, Err(Error::Abuse(Abuse::Records))), "{opened:?}");
+        // Whoever counts failures hears of it once the last words are said.
+        sleep(Duration::from_secs(5)).await;
+        assert!(matches!(dial.failed.borrow()[..], [Error::Abuse(Abuse::Records)]));
+        drop(pool);
     })
     .await;
 }

@@ -162,8 +162,10 @@ async fn full_tunnels_get_company_and_idle_ones_close() {
         let streams = [mesh.open().await, mesh.open().await, mesh.open().await];
         assert_eq!(mesh.pool.snapshot().len(), 2);
         drop(streams);
-        tokio::time::sleep(Duration::from_secs(299)).await;
+        tokio::time::sleep(Duration::from_secs(9)).await;
         assert_eq!(mesh.pool.snapshot().len(), 2);
+        tokio::time::sleep(Duration::from_secs(290)).await;
+        assert_eq!(mesh.pool.snapshot().len(), 1, "one is enough for the next flow");
         tokio::time::sleep(Duration::from_secs(2)).await;
         assert_eq!(mesh.pool.snapshot().len(), 0);
     })

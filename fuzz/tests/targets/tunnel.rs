@@ -16,6 +16,7 @@ use mesh_hbone::{
         out::{Filled, MAX_READ},
         record::{ContentType, Suite, header},
         state,
+        stream::Flow,
         tunnel::Tunnel,
     },
 };
@@ -284,9 +285,12 @@ fn opened(role: Role) -> Peer {
 }
 
 target!(
-    /// A blob of a predecessor that nobody vouches for. What it restores to is used a little; the bytes behind it are heard.
+    /// A blob of a predecessor that nobody vouches for, of a tunnel or of one of its flows. A tunnel is used a little.
     engine_snapshot,
     |bytes: &[u8]| {
+        if let Ok(flow) = state::decode::<Flow>(bytes) {
+            assert_eq!(state::decode::<Flow>(&state::encode(&flow)), Ok(flow));
+        }
         if let Ok(tunnel) = state::decode::<Tunnel>(bytes) {
             let said = [peer::ping(1), peer::connect(9), peer::data(1, b"some"), peer::settings(&[(4, 10)])].concat();
             exercise(tunnel, &said);
@@ -386,14 +390,16 @@ target!(
     }
 );
 
-/// What the seeds are made by: written once, from what the engine says today.
+/// What the first seeds were made by: `cargo test -p fuzz write_seeds -- --ignored` adds what is not there.
 #[test]
 #[ignore = "writes files"]
 fn write_seeds() {
     let write = |target: &str, name: &str, bytes: &[u8]| {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus").join(target);
         std::fs::create_dir_all(&folder).expect("a folder");
-        std::fs::write(folder.join(name), bytes).expect("a file");
+        if !folder.join(name).exists() {
+            std::fs::write(folder.join(name), bytes).expect("a file");
+        }
     };
     let session = [
         peer::connect(1),
@@ -514,6 +520,11 @@ fn write_seeds() {
         let script = [&[seed, piece][..], &opening, &exchange(sizes), &drained, &exchange(sizes)].concat();
         write("engine_snapshot_transcript", name, &script);
     }
+
+    let mut flow = Flow::new("10.0.0.1:80".into());
+    assert!(flow.stall.push(b"not taken", &Budget::default()));
+    flow.reset = Some(frame::ErrorCode::CANCEL);
+    write("engine_snapshot", "flow", &state::encode(&flow));
 
     static PARTIES: LazyLock<Parties> = LazyLock::new(Parties::new);
     let mut hello = Vec::new();

@@ -34,13 +34,23 @@ pub(crate) struct Meter {
     /// Sent and received, as far as counted.
     counted: Cell<(u64, u64)>,
     direction: Direction,
+    /// Among the open ones of its worker.
+    followed: Cell<bool>,
+    ended: Cell<bool>,
     place: Place,
 }
 
 impl Meter {
     pub(crate) fn new(series: Arc<Series>, direction: Direction) -> Rc<Self> {
-        let (progress, counted) = (Rc::default(), Cell::default());
-        Rc::new(Self { series, progress, counted, direction, place: Place::default() })
+        Rc::new(Self {
+            series,
+            progress: Rc::default(),
+            counted: Cell::default(),
+            direction,
+            followed: Cell::default(),
+            ended: Cell::default(),
+            place: Place::default(),
+        })
     }
 
     pub(crate) fn series(&self) -> &Arc<Series> {
@@ -66,32 +76,32 @@ impl Meter {
         self.series.received.fetch_add(to_server, Relaxed);
         self.series.sent.fetch_add(to_client, Relaxed);
     }
+
+    /// Counts now and then from now on, until the end. Call once, within a `LocalSet`.
+    pub(crate) fn follow(self: &Rc<Self>) {
+        self.followed.set(true);
+        OPEN.with_borrow_mut(|open| open.add(self.clone()));
+        if !COUNTING.replace(true) {
+            tokio::task::spawn_local(count(Counting));
+        }
+    }
+
+    /// Counts for the last time. False when that has been done.
+    pub(crate) fn end(&self) -> bool {
+        if self.ended.replace(true) {
+            return false;
+        }
+        self.count();
+        if self.followed.replace(false) {
+            OPEN.with_borrow_mut(|open| open.remove(self));
+        }
+        true
+    }
 }
 
 impl Placed for Meter {
     fn place(&self) -> &Place {
         &self.place
-    }
-}
-
-/// Has a flow of this worker counted while it is open.
-#[derive(Debug)]
-pub(crate) struct Metered(Rc<Meter>);
-
-impl Metered {
-    /// At most one of each meter, within a `LocalSet`.
-    pub(crate) fn new(meter: Rc<Meter>) -> Self {
-        OPEN.with_borrow_mut(|open| open.add(meter.clone()));
-        if !COUNTING.replace(true) {
-            tokio::task::spawn_local(count(Counting));
-        }
-        Self(meter)
-    }
-}
-
-impl Drop for Metered {
-    fn drop(&mut self) {
-        OPEN.with_borrow_mut(|open| open.remove(&self.0));
     }
 }
 
@@ -141,7 +151,8 @@ mod tests {
         let counted = || one.series().received.load(Relaxed);
         LocalSet::new()
             .run_until(async {
-                let flows = (Metered::new(one.clone()), Metered::new(other.clone()));
+                one.follow();
+                other.follow();
                 yield_now().await;
                 one.progress().sent.set(5);
                 other.progress().sent.set(7);
@@ -150,15 +161,18 @@ mod tests {
                 yield_now().await;
                 assert_eq!(counted(), 12);
                 one.progress().sent.set(6);
-                drop(flows);
-                sleep(INTERVAL).await;
-                yield_now().await;
-                assert_eq!(counted(), 12, "a flow's end counts by itself");
-                assert!(!COUNTING.get());
-                let _again = Metered::new(one.clone());
-                sleep(INTERVAL).await;
-                yield_now().await;
+                assert!(one.end() && other.end() && !one.end());
                 assert_eq!(counted(), 13);
+                sleep(INTERVAL).await;
+                yield_now().await;
+                assert!(!COUNTING.get());
+                let again = meter(&metrics);
+                again.follow();
+                yield_now().await;
+                again.progress().sent.set(2);
+                sleep(INTERVAL).await;
+                yield_now().await;
+                assert_eq!(counted(), 15);
             })
             .await;
     }

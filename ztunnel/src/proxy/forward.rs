@@ -16,7 +16,7 @@ use tokio::net::TcpStream;
 use crate::{
     connections::Live,
     error::{ProxyError, flow_result},
-    outcome::{Metered, OpenFlow},
+    outcome::OpenFlow,
     proxy::upstream::Upstream,
 };
 
@@ -74,7 +74,6 @@ pub(crate) struct Carried {
     copying: Copying,
     /// Until it is reported.
     flow: Option<OpenFlow>,
-    _metered: Metered,
     local: FlowSocket,
     live: Live,
 }
@@ -92,7 +91,8 @@ impl Carried {
             Upstream::Tunnel(tunnel) => Copying::ToTunnel(mesh_hbone::relay(local.stream.clone(), tunnel, progress)),
             Upstream::Tcp(far) => Copying::ToTcp(Box::pin(copy(local.stream.clone(), far, progress))),
         };
-        Self { copying, _metered: flow.metered(), flow: Some(flow), local, live }
+        flow.follow();
+        Self { copying, flow: Some(flow), local, live }
     }
 
     fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ProxyError>> {

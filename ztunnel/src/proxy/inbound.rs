@@ -119,7 +119,7 @@ struct Tunnel {
 impl Handler for Tunnel {
     fn connect(self: Rc<Self>, request: Request, responder: Responder) -> LocalBoxFuture<'static, ()> {
         let load = self.pod.worker.occupy();
-        Box::pin(Serving::new(load, None, async move { self.open(&request, responder).await }))
+        Serving::boxed(load, None, async move { self.open(&request, responder).await })
     }
 
     fn malformed(&self, malformed: &Malformed) {
@@ -151,7 +151,13 @@ impl Tunnel {
             Ok((target, local)) => return self.carry(&local, &target, request, responder).await,
             Err(error) => error,
         };
-        self.refuse(&error, responder);
+        if matches!(error, ProxyError::PeerExpired) {
+            // Not processed: whoever has a newer certificate by now asks again in a new tunnel.
+            responder.refuse();
+            self.deny(&error);
+        } else {
+            self.refuse(&error, responder);
+        }
         None
     }
 
@@ -256,7 +262,10 @@ impl Tunnel {
         flow.source_baggage = baggage.filter(|_| flow.source.is_none()).map(Box::new);
         flow.peer_identity = self.identity.clone();
         flow.service = resolve::inbound_service(&index, local, host.as_deref(), target.port());
-        flow.host = host.map(Into::into);
+        flow.host = host.map(|host| match &flow.service {
+            Some(service) if *service.hostname == *host => service.hostname.clone(),
+            _ => host.into(),
+        });
         flow.destination_workload = Some(local.clone());
         Entry::new(flow)
     }
@@ -367,7 +376,6 @@ mod tests {
         assert_eq!(status(&mismatch), 400);
         assert_eq!(status(&ProxyError::UnknownWorkload("web".into())), 503);
         assert_eq!(status(&ProxyError::Loop), 503);
-        assert_eq!(status(&ProxyError::PeerExpired), 503);
         assert_eq!(status(&connect), 503);
     }
 }

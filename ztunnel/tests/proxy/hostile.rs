@@ -133,7 +133,8 @@ async fn an_identity_does_not_outlive_its_certificate() {
     assert_eq!(next_headers(&mut stream, 1).await.first(), Some(&0x88));
     sleep(BRIEF_TTL).await;
     stream.write_all(&frame(HEADERS, END_HEADERS, 3, &connect)).await.expect("write");
-    assert_ne!(next_headers(&mut stream, 3).await.first(), Some(&0x88));
+    // RFC 9113 §8.7: REFUSED_STREAM, so that the client knows it was not processed.
+    assert_eq!(next(&mut stream, RST_STREAM, 3).await, [0, 0, 0, 7]);
     drop(stream);
     let metrics = server.finish().await;
     let failures = "fairway_connection_failures_total";
@@ -171,6 +172,7 @@ async fn dialling_a_proxys_own_port_does_not_loop() {
 }
 
 const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
 const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
@@ -182,14 +184,20 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
 }
 
 async fn next_headers(stream: &mut TlsStream<TcpStream>, wanted: u32) -> Vec<u8> {
+    let block = next(stream, HEADERS, wanted).await;
+    // RFC 7541 §6.3: the first block may begin by giving the dynamic table up.
+    block.strip_prefix(&[0x20]).unwrap_or(&block).to_vec()
+}
+
+/// The payload of the next frame of this kind for that stream.
+async fn next(stream: &mut TlsStream<TcpStream>, kind: u8, wanted: u32) -> Vec<u8> {
     loop {
         let mut head = [0; 9];
         stream.read_exact(&mut head).await.expect("a frame");
         let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
         stream.read_exact(&mut payload).await.expect("its payload");
-        if head[3] == HEADERS && head[5..] == wanted.to_be_bytes() {
-            // RFC 7541 §6.3: the first block may begin by giving the dynamic table up.
-            return payload.strip_prefix(&[0x20]).unwrap_or(&payload).to_vec();
+        if head[3] == kind && head[5..] == wanted.to_be_bytes() {
+            return payload;
         }
     }
 }

@@ -41,8 +41,11 @@ const READS: usize = 2;
 const WRITE: usize = 128 << 10;
 /// Records of one write.
 const SLICES: usize = 16;
-/// For the last words, and for the peer to read them.
+/// After a failure: for the last words, and for the peer to read them.
 const LINGER: Duration = Duration::from_secs(1);
+/// After an orderly end. To close a socket while the peer still says something is to reset it, which would cost what the kernel has not
+/// sent yet: the last bytes of streams that ended well. Healthy peers close at once.
+const FAREWELL: Duration = Duration::from_secs(10);
 
 thread_local! {
     /// Of this worker: ciphertext is read and opened here, one tunnel at a time.
@@ -169,7 +172,8 @@ impl Driver {
         };
         if over {
             self.phase = Phase::Closing;
-            self.sleep.as_mut().reset(core.set_now() + LINGER);
+            let patience = if matches!(core.ended, Some(Error::GoAway)) { FAREWELL } else { LINGER };
+            self.sleep.as_mut().reset(core.set_now() + patience);
             return Poll::Ready(());
         }
         Poll::Pending

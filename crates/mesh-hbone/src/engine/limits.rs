@@ -66,16 +66,17 @@ impl Abuse {
     /// Burst, and tokens that come back each second. Zero for limits that are no rate.
     pub const fn allowance(self) -> (u32, u32) {
         match self {
-            Self::RapidReset => (200, 20),
-            Self::EmptyData => (100, 10),
+            // Clients that give up on an application that hangs look the same, at some rate.
+            Self::RapidReset => (200, 100),
+            Self::EmptyData => (100, 100),
             Self::TinyData => (10_000, 1_000),
             Self::Settings => (50, 1),
-            Self::Ping => (200, 10),
-            Self::Continuation => (64, 8),
+            Self::Ping => (200, 50),
+            Self::Continuation => (64, 50),
             // Each DATA frame of ours pays for two more.
             Self::WindowUpdate => (4_000, 100),
             Self::Useless => (1_000, 100),
-            Self::Records => (200, 10),
+            Self::Records => (200, 50),
             Self::NeverReads | Self::HeaderList => (0, 0),
         }
     }

@@ -36,8 +36,8 @@ const WORTHWHILE: usize = 1 << 10;
 /// Most unsealed records that are restored. Neighbours together fill a slab at least, so these are far more bytes than a tunnel queues.
 const MAX_RESTORED: usize = 256;
 
-/// Slabs a worker keeps for the next one that needs some: 1 MiB.
-const RETAINED: usize = 64;
+/// Slabs a worker keeps for the next one that needs some: half a MiB.
+const RETAINED: usize = 32;
 
 thread_local! {
     /// Of this worker.

@@ -9,6 +9,8 @@ pub(crate) const FAILURE_MEMORY: Duration = Duration::from_secs(1);
 const MAX_BUSY: usize = 4;
 /// Tunnels of one key for elephants alone.
 const MAX_ELEPHANTS: usize = 4;
+/// After which an unused tunnel is closed when an older one of its key is there.
+const SURPLUS_IDLE: Duration = Duration::from_secs(10);
 /// How long a kind of destination is remembered to have elephants.
 const ELEPHANT_MEMORY: Duration = Duration::from_secs(600);
 /// Kinds remembered for one key.
@@ -193,8 +195,12 @@ impl<K: Eq + Hash + Clone, E: Clone> State<K, E> {
         self.sweep(now);
     }
 
-    /// Removes the tunnel if it is unused (closing) or has been for `idle`; otherwise answers when to look again.
+    /// Removes the tunnel if it is unused (closing) or has been for `idle`, or for less when it is one more than needed; otherwise
+    /// answers when to look again.
     pub(crate) fn expire(&mut self, key: &K, id: TunnelId, idle: Duration, now: Duration) -> Option<Duration> {
+        let tunnels = &self.keys.get(key)?.tunnels;
+        let surplus = tunnels.iter().any(|other| other.id < id && other.has_room());
+        let idle = if surplus { idle.min(SURPLUS_IDLE) } else { idle };
         let slot = self.slot(key, id)?;
         let due = slot.idle_since + idle;
         let unused = slot.streams == 0 && (slot.closing || due <= now);
@@ -348,6 +354,17 @@ mod tests {
         assert_eq!(pool.expire(&"k", id, at(300), at(1300)), Some(at(1400)));
         assert_eq!(pool.expire(&"k", id, at(300), at(1400)), None);
         assert!(pool.is_empty());
+    }
+
+    #[test]
+    fn of_several_unused_tunnels_the_oldest_stays() {
+        let (mut pool, first) = with_tunnel(1);
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Use(first));
+        assert_eq!(pool.checkout(&"k", 0, at(0)), Checkout::Dial);
+        let second = pool.dialed(&"k", at(0)).unwrap();
+        pool.release(&"k", first, at(1));
+        assert_eq!(pool.expire(&"k", second, at(300), at(10)), None);
+        assert_eq!(pool.expire(&"k", first, at(300), at(10)), Some(at(301)));
     }
 
     #[test]

@@ -310,7 +310,8 @@ impl Conn {
         headers: impl Iterator<Item = (&'a str, &'a [u8])>,
         out: &mut Out,
     ) -> Result<u32, CannotOpen> {
-        if self.is_going_away() {
+        // A server opens nothing: its peer's streams have these numbers.
+        if self.role == Role::Server || self.is_going_away() {
             return Err(CannotOpen::GoingAway);
         }
         if self.peer.max_streams.is_some_and(|max| self.streams.len() >= usize::try_from(max).unwrap_or(usize::MAX)) {
