@@ -180,12 +180,16 @@ impl Snapshot for Conn {
 
 /// What other code relies on, and only a damaged snapshot breaks.
 impl Conn {
-    fn check_streams(&self) -> Result<(), RestoreError> {
-        let was_opened = |id: u32| match self.role {
+    fn was_opened(&self, id: u32) -> bool {
+        let opened = match self.role {
             Role::Client => id < self.next_id,
             Role::Server => id <= self.highest,
         };
-        if !self.streams.keys().all(|id| !id.is_multiple_of(2) && was_opened(*id)) {
+        opened && !id.is_multiple_of(2)
+    }
+
+    fn check_streams(&self) -> Result<(), RestoreError> {
+        if !self.streams.keys().all(|id| self.was_opened(*id)) {
             return invalid(tag::STREAM, "a stream was never opened");
         }
         // What a window costs is what it has grown by.
@@ -199,7 +203,9 @@ impl Conn {
         // Of a DATA frame: what is still to come was counted against both windows when it began.
         let is_received = |bytes: u32, id: u32, deliver: bool| {
             let stream = self.streams.get(&id).filter(|_| deliver);
-            bytes <= self.recv.held() && stream.is_none_or(|stream| bytes <= stream.recv.held())
+            let fits = bytes <= self.recv.held() && stream.is_none_or(|stream| bytes <= stream.recv.held());
+            // One that is opened later must not inherit it.
+            fits && (self.was_opened(id) || !deliver)
         };
         let fits = match &self.parse {
             Parse::Preface { .. } => self.role == Role::Server,
