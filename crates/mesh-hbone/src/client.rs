@@ -16,7 +16,7 @@ use crate::{
     tls::Secured,
 };
 
-/// Streams assumed to be allowed until the peer's SETTINGS say otherwise.
+/// Streams of ours in one tunnel, unless configured otherwise.
 pub(crate) const ASSUMED_STREAMS: usize = 100;
 
 /// A handle for opening streams; the driver returned with it must run.

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::engine::conn::Local;
+use crate::engine::{conn::Local, frame};
 
 /// Bytes in one direction past which a flow is an elephant: no further flow shares its tunnel, and the next flow to the same authority
 /// starts with a tunnel to itself.
@@ -54,11 +54,13 @@ impl Default for Settings {
 }
 
 impl Settings {
+    /// Within what HTTP/2 allows.
     pub(crate) fn local(&self) -> Local {
+        let window = |bytes: u32| bytes.clamp(frame::DEFAULT_WINDOW, frame::MAX_WINDOW);
         Local {
-            stream_window: self.stream_window.max(crate::engine::frame::DEFAULT_WINDOW),
-            connection_window: self.connection_window,
-            frame_size: self.frame_size,
+            stream_window: window(self.stream_window),
+            connection_window: window(self.connection_window),
+            frame_size: self.frame_size.clamp(frame::MIN_FRAME_SIZE, frame::MAX_FRAME_SIZE),
             header_list: self.header_list,
             max_streams: self.max_streams,
             ping_interval: self.keepalive.interval,

@@ -248,7 +248,7 @@ impl Inner {
                 Some(Tunnel { sender, .. }) if sender.is_usable() => {
                     state.set_limit(key, id, sender.max_streams().unwrap_or(usize::MAX), sender.is_busy());
                 }
-                _ => state.close(key, id),
+                _ => state.lost(key, id, Error::GoAway, self.now()),
             }
         }
     }
@@ -260,7 +260,9 @@ impl Inner {
         let dial = self.spawn(async move {
             let dialed = async {
                 let io = connector.connect(&wanted).await?;
-                client::handshake(io, &settings, budget).await
+                let (sender, driver) = client::handshake(io, &settings, budget).await?;
+                // Another dial would end the same way: this must count as a failure.
+                if sender.max_streams() == Some(0) { Err(Error::Refused) } else { Ok((sender, driver)) }
             }
             .await;
             let Some(pool) = pool.upgrade() else { return };
@@ -296,7 +298,7 @@ impl Inner {
                 let tunnel = pool.tunnels.borrow_mut().remove(&id);
                 tunnel.iter().for_each(|tunnel| tunnel.sender.close());
             }
-            // Unused: it says goodbye, within a second. A tunnel that fails while its last stream leaves comes this way, too.
+            // Unused: it says goodbye. A tunnel that fails while its last stream leaves comes this way, too.
             let ended = match ended {
                 Some(ended) => ended,
                 None => driver.await,

@@ -66,22 +66,22 @@ fn ends_tunnel(said: Vec<u8>, kind: Abuse) -> impl Future<Output = ()> {
 
 #[tokio::test(start_paused = true)]
 async fn streams_opened_and_reset_at_once() {
-    let said = many(300, |n| [connect(stream(n), SILENT), reset(stream(n), ErrorCode::CANCEL)].concat());
+    let said = many(900, |n| [connect(stream(n), SILENT), reset(stream(n), ErrorCode::CANCEL)].concat());
     ends_tunnel(said, Abuse::RapidReset).await;
 }
 
 /// CVE-2025-8671: the peer makes us reset what it opened.
 #[tokio::test(start_paused = true)]
 async fn streams_opened_and_broken_at_once() {
-    let said = many(300, |n| [connect(stream(n), SILENT), window_update(stream(n), 0)].concat());
+    let said = many(900, |n| [connect(stream(n), SILENT), window_update(stream(n), 0)].concat());
     ends_tunnel(said, Abuse::RapidReset).await;
     let priority = |n| peer::frame(Kind::Priority, 0, stream(n), &[0; 4]);
-    ends_tunnel(many(300, |n| [connect(stream(n), SILENT), priority(n)].concat()), Abuse::RapidReset).await;
+    ends_tunnel(many(900, |n| [connect(stream(n), SILENT), priority(n)].concat()), Abuse::RapidReset).await;
 }
 
 #[tokio::test(start_paused = true)]
 async fn more_streams_than_allowed_over_and_over() {
-    ends_tunnel(many(500, |n| connect(stream(n), SILENT)), Abuse::RapidReset).await;
+    ends_tunnel(many(900, |n| connect(stream(n), SILENT)), Abuse::RapidReset).await;
 }
 
 #[tokio::test(start_paused = true)]

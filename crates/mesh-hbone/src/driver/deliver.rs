@@ -58,6 +58,10 @@ impl Core {
             self.tunnel.conn.consumed(id, total, &mut self.tunnel.out);
             return;
         };
+        if slot.flow.reset.is_some() {
+            // Nothing may follow a gap.
+            return;
+        }
         slot.flow.received += total as u64;
         let written = slot.write_through(&slices);
         if written < total {

@@ -40,8 +40,10 @@ pub(super) struct Core {
     pub(super) slots: HashMap<u32, Slot, RandomState>,
     /// Of the driver's task, unless somebody has woken it already.
     pub(super) driver: Option<Waker>,
-    /// Streams that wait for the connection's window or for room in the queue; each at most once, first come first served.
-    waiting: VecDeque<u32>,
+    /// Streams that wait for room in the queue, and for the connection's window; each in one line at most, first come first served.
+    /// Whoever is woken from one may have to go to the other.
+    for_queue: VecDeque<u32>,
+    for_window: VecDeque<u32>,
     /// Those who want a stream when the peer allows no more; bounded by the pool's flows.
     openers: Vec<Waker>,
     pub(super) requests: VecDeque<(u32, RequestHead)>,
@@ -63,7 +65,7 @@ pub(crate) struct Slot {
     pub(super) writer: Option<Waker>,
     /// The answer, until its owner takes it.
     pub(super) response: Option<Box<ResponseHead>>,
-    /// Stands in `waiting`.
+    /// Stands in a line.
     waiting: bool,
     /// The application's socket refused what came for it.
     pub(super) broken: Option<io::ErrorKind>,
@@ -131,9 +133,20 @@ impl Core {
         self.began + self.tunnel.conn.next_deadline()
     }
 
-    /// There is room in the queue or the connection's window: those who waited try again.
-    pub(super) fn wake_waiting(&mut self) {
-        for id in self.waiting.drain(..) {
+    /// There is room in the queue: those who waited for it try again.
+    pub(super) fn wake_for_queue(&mut self) {
+        let line = std::mem::take(&mut self.for_queue);
+        self.wake_line(line);
+    }
+
+    /// The connection's window has opened.
+    pub(super) fn wake_for_window(&mut self) {
+        let line = std::mem::take(&mut self.for_window);
+        self.wake_line(line);
+    }
+
+    fn wake_line(&mut self, line: VecDeque<u32>) {
+        for id in line {
             if let Some(slot) = self.slots.get_mut(&id) {
                 slot.waiting = false;
                 slot.wake_writer();
@@ -142,7 +155,7 @@ impl Core {
     }
 
     pub(super) fn has_waiting(&self) -> bool {
-        !self.waiting.is_empty()
+        !self.for_queue.is_empty() || !self.for_window.is_empty()
     }
 
     pub(super) fn wake_openers(&mut self) {
@@ -158,11 +171,11 @@ impl Core {
         }
     }
 
-    fn wait_in_line(&mut self, id: u32, cx: &Context<'_>) {
+    fn wait(&mut self, id: u32, line: fn(&mut Self) -> &mut VecDeque<u32>, cx: &Context<'_>) {
         let Some(slot) = self.slots.get_mut(&id) else { return };
         register(&mut slot.writer, cx);
         if !std::mem::replace(&mut slot.waiting, true) {
-            self.waiting.push_back(id);
+            line(self).push_back(id);
         }
     }
 
@@ -181,17 +194,21 @@ impl Drop for Core {
 
 impl Link {
     pub(super) fn new(tunnel: Tunnel) -> Rc<Self> {
+        // A tunnel that was restored has an age already.
+        let now = Instant::now();
+        let began = now.checked_sub(tunnel.conn.now()).unwrap_or(now);
         Rc::new(Self(RefCell::new(Core {
             tunnel,
             slots: HashMap::default(),
             driver: None,
-            waiting: VecDeque::new(),
+            for_queue: VecDeque::new(),
+            for_window: VecDeque::new(),
             openers: Vec::new(),
             requests: VecDeque::new(),
             malformed: VecDeque::new(),
             ended: None,
             closing: false,
-            began: Instant::now(),
+            began,
         })))
     }
 
@@ -266,14 +283,14 @@ impl Link {
             return Fill::Gone;
         }
         if core.tunnel.out.queued() >= QUEUE_LIMIT {
-            core.wait_in_line(id, cx);
+            core.wait(id, |core| &mut core.for_queue, cx);
             return Fill::Full;
         }
         let room = match core.tunnel.conn.room(id) {
             Room::Bytes(room) => room.min(max).min(MAX_READ),
             Room::Closed => return Fill::Gone,
             Room::Connection => {
-                core.wait_in_line(id, cx);
+                core.wait(id, |core| &mut core.for_window, cx);
                 return Fill::Full;
             }
             Room::Stream => {

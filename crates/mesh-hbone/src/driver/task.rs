@@ -106,7 +106,13 @@ impl Driver {
             if let Poll::Ready(result) = self.poll(cx) {
                 return Poll::Ready(result.and(Err(Error::GoAway)));
             }
-            if self.link.core().tunnel.conn.is_established() { Poll::Ready(Ok(())) } else { Poll::Pending }
+            let link = self.link.clone();
+            let conn = &link.core().tunnel.conn;
+            match (conn.is_established(), conn.is_going_away()) {
+                (true, true) => Poll::Ready(Err(Error::GoAway)),
+                (true, false) => Poll::Ready(Ok(())),
+                (false, _) => Poll::Pending,
+            }
         })
         .await
     }
@@ -288,7 +294,7 @@ impl Driver {
             }
         };
         if core.tunnel.out.queued() < QUEUE_LIMIT / 2 {
-            core.wake_waiting();
+            core.wake_for_queue();
         }
         Ok(flushed)
     }
@@ -403,7 +409,7 @@ impl Core {
                     slot.wake_writer();
                 }
             }
-            Event::AllWritable => self.wake_waiting(),
+            Event::AllWritable => self.wake_for_window(),
             Event::Limits => self.wake_openers(),
             // Gathered by the caller.
             Event::Data { .. } => {}

@@ -124,14 +124,16 @@ impl RecvWindow {
     }
 }
 
-/// Bytes that windows beyond their first size, and readers that do not read, may cost: one number for a pod, one for the process.
-/// Clones share.
+/// What windows have grown by, and what is kept for readers that do not read: one limit for a pod, one for the process. The two are
+/// counted apart, because a window that has grown costs nothing while its stream is healthy, and must not keep new streams out. Clones
+/// share.
 #[derive(Clone, Debug)]
 pub struct Budget(Rc<Pod>);
 
 #[derive(Debug)]
 struct Pod {
-    used: Cell<usize>,
+    grown: Cell<usize>,
+    held: Cell<usize>,
     limit: usize,
     process: Process,
 }
@@ -139,56 +141,71 @@ struct Pod {
 /// The process-wide part of every [`Budget`]. Clones share.
 #[derive(Clone, Debug)]
 pub struct Process {
-    used: Arc<AtomicUsize>,
+    grown: Arc<AtomicUsize>,
+    held: Arc<AtomicUsize>,
     limit: usize,
 }
 
 impl Process {
     pub fn new(limit: usize) -> Self {
-        Self { used: Arc::default(), limit }
+        Self { grown: Arc::default(), held: Arc::default(), limit }
     }
 
     pub fn used(&self) -> usize {
-        self.used.load(Ordering::Relaxed)
+        self.grown.load(Ordering::Relaxed) + self.held.load(Ordering::Relaxed)
     }
 }
 
 impl Budget {
     pub fn new(limit: usize, process: Process) -> Self {
-        Self(Rc::new(Pod { used: Cell::new(0), limit, process }))
+        Self(Rc::new(Pod { grown: Cell::new(0), held: Cell::new(0), limit, process }))
     }
 
-    /// For what can be done without: refused when it would pass a limit.
-    pub fn try_charge(&self, bytes: usize) -> bool {
+    /// A window wants to grow. Refused when growth would pass half a limit, or everything together the whole.
+    pub fn try_grow(&self, bytes: usize) -> bool {
         let (pod, process) = (&self.0, &self.0.process);
-        let fits = pod.used.get() + bytes <= pod.limit && process.used() + bytes <= process.limit;
+        let fits = |grown: usize, used: usize, limit: usize| grown + bytes <= limit / 2 && used + bytes <= limit;
+        let fits = fits(pod.grown.get(), self.used(), pod.limit)
+            && fits(process.grown.load(Ordering::Relaxed), process.used(), process.limit);
         if fits {
-            self.charge(bytes);
+            self.grow(bytes);
         }
         fits
     }
 
-    /// For what the peer was promised. False when it passes twice a limit: whoever holds it must let go.
-    pub fn charge(&self, bytes: usize) -> bool {
-        let (pod, process) = (&self.0, &self.0.process);
-        pod.used.set(pod.used.get() + bytes);
-        let all = process.used.fetch_add(bytes, Ordering::Relaxed) + bytes;
-        pod.used.get() <= 2 * pod.limit && all <= 2 * process.limit
+    /// A window that has grown already has a new owner.
+    pub fn grow(&self, bytes: usize) {
+        self.0.grown.set(self.0.grown.get() + bytes);
+        self.0.process.grown.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    pub fn credit(&self, bytes: usize) {
-        let (pod, process) = (&self.0, &self.0.process);
-        pod.used.set(pod.used.get().saturating_sub(bytes));
-        process.used.fetch_sub(bytes, Ordering::Relaxed);
+    pub fn shrink(&self, bytes: usize) {
+        self.0.grown.set(self.0.grown.get().saturating_sub(bytes));
+        self.0.process.grown.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Nothing is left: new streams are not welcome.
+    /// Keeps what the peer was allowed to send. False when that passes twice a limit: whoever holds it must let go.
+    #[must_use]
+    pub fn hold(&self, bytes: usize) -> bool {
+        let (pod, process) = (&self.0, &self.0.process);
+        pod.held.set(pod.held.get() + bytes);
+        let all = process.held.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        pod.held.get() <= 2 * pod.limit && all <= 2 * process.limit
+    }
+
+    pub fn let_go(&self, bytes: usize) {
+        self.0.held.set(self.0.held.get().saturating_sub(bytes));
+        self.0.process.held.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Readers that do not read have taken all there is: new streams are not welcome.
     pub fn is_exhausted(&self) -> bool {
-        self.0.used.get() >= self.0.limit || self.0.process.used() >= self.0.process.limit
+        let process = &self.0.process;
+        self.0.held.get() >= self.0.limit || process.held.load(Ordering::Relaxed) >= process.limit
     }
 
     pub fn used(&self) -> usize {
-        self.0.used.get()
+        self.0.grown.get() + self.0.held.get()
     }
 }
 
@@ -284,13 +301,17 @@ mod tests {
     fn a_budget_binds_the_pod_and_the_process() {
         let process = Process::new(150);
         let (one, other) = (Budget::new(100, process.clone()), Budget::new(100, process.clone()));
-        assert!(one.try_charge(100) && !one.try_charge(1));
-        assert!(other.try_charge(50) && !other.try_charge(1));
-        assert!(one.is_exhausted() && other.is_exhausted());
-        assert!(one.charge(100), "twice the limit is tolerated for what was promised");
-        assert!(!one.charge(51));
-        one.credit(251);
-        other.credit(50);
+        assert!(one.try_grow(50) && !one.try_grow(1), "half a pod's limit");
+        assert!(other.try_grow(25) && !other.try_grow(1), "half the process's");
+        assert!(!one.is_exhausted(), "what grew keeps nobody out");
+        assert!(one.hold(100) && one.is_exhausted() && !other.is_exhausted());
+        assert!(other.hold(50) && other.is_exhausted(), "the process holds what it may");
+        assert!(one.hold(100), "twice the limit is tolerated for what was promised");
+        assert!(!one.hold(1));
+        one.let_go(201);
+        one.shrink(50);
+        other.let_go(50);
+        other.shrink(25);
         assert_eq!((one.used(), process.used()), (0, 0));
     }
 

@@ -67,7 +67,7 @@ impl Abuse {
     pub const fn allowance(self) -> (u32, u32) {
         match self {
             // Clients that give up on an application that hangs look the same, at some rate.
-            Self::RapidReset => (200, 100),
+            Self::RapidReset => (500, 500),
             Self::EmptyData => (100, 100),
             Self::TinyData => (10_000, 1_000),
             Self::Settings => (50, 1),

@@ -30,7 +30,7 @@ impl Stall {
             return true;
         }
         self.0.get_or_insert_default().extend(bytes);
-        budget.charge(bytes.len())
+        budget.hold(bytes.len())
     }
 
     /// The oldest bytes; some, if there are any.
@@ -40,7 +40,7 @@ impl Stall {
 
     /// The oldest `count` bytes have been taken; never more than there are.
     pub fn take(&mut self, count: usize, budget: &Budget) {
-        budget.credit(count);
+        budget.let_go(count);
         if let Some(bytes) = &mut self.0 {
             bytes.drain(..count);
             if bytes.is_empty() {

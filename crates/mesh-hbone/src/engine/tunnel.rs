@@ -5,7 +5,10 @@ use super::{
     frame::ErrorCode,
     limits::{Abuse, Limits},
     out::Out,
-    record::{self, Open, Opened, PostHandshake, PostHandshakeEvent, RecordError, Seal, alert::CLOSE_NOTIFY},
+    record::{
+        self, Open, Opened, PostHandshake, PostHandshakeEvent, RecordError, Seal,
+        alert::{CLOSE_NOTIFY, USER_CANCELED},
+    },
     state::{Fields, RestoreError, Snapshot, Writer},
 };
 
@@ -115,6 +118,11 @@ impl Tunnel {
             }
             Opened::Alert { description: CLOSE_NOTIFY, .. } => {
                 self.peer_closed = true;
+                Ok(0)
+            }
+            // Only announces a close_notify (RFC 8446 §6.1).
+            Opened::Alert { description: USER_CANCELED, .. } => {
+                self.limits.spend(Abuse::Records, now).map_err(ConnError::from)?;
                 Ok(0)
             }
             Opened::Alert { description, .. } => Err(TunnelError::Alert(description)),

@@ -177,6 +177,14 @@ impl<K: Eq + Hash + Clone, E: Clone> State<K, E> {
         }
     }
 
+    /// The tunnel takes no more streams, though it is still there; see [`Self::ended`].
+    pub(crate) fn lost(&mut self, key: &K, id: TunnelId, error: E, now: Duration) {
+        if self.slot(key, id).is_some_and(|slot| !slot.closing) {
+            self.ended(key, id, error, now);
+            self.close(key, id);
+        }
+    }
+
     /// The peer ended the tunnel. If that was before its first stream, the dial was as good as failed: a peer that accepts and
     /// leaves at once must not be dialled in a loop.
     pub(crate) fn ended(&mut self, key: &K, id: TunnelId, error: E, now: Duration) {
@@ -354,6 +362,15 @@ mod tests {
         assert_eq!(pool.expire(&"k", id, at(300), at(1300)), Some(at(1400)));
         assert_eq!(pool.expire(&"k", id, at(300), at(1400)), None);
         assert!(pool.is_empty());
+    }
+
+    #[test]
+    fn a_tunnel_lost_before_its_first_stream_is_a_failed_dial() {
+        let (mut pool, id) = with_tunnel(100);
+        pool.lost(&"k", id, "going away", at(5));
+        assert_eq!(pool.checkout(&"k", 0, at(5)), Checkout::Failed("going away"));
+        pool.lost(&"k", id, "going away", at(6));
+        assert_eq!(pool.checkout(&"k", 0, at(6)), Checkout::Dial, "it is remembered once");
     }
 
     #[test]

@@ -177,6 +177,7 @@ impl Conn {
         Ok(())
     }
 
+    /// RFC 9113 §8.5 has no trailers after CONNECT; that they end the stream is what a peer that sends them means all the same.
     fn trailers(&mut self, id: u32, end: bool, list: &HeaderList, out: &mut Out) -> Result<(), ConnError> {
         if !end || head::check_trailers(list).is_err() {
             self.limits.spend(Abuse::Useless, self.now)?;
@@ -319,6 +320,8 @@ impl Conn {
                 self.remove(id);
                 self.events.push_back(Event::Reset { stream: id, code });
             }
+            // It crossed ours on the wire, or comes for one that was never taken up.
+            None if self.reset.contains(&id) || self.is_ignored(id) => self.reset.retain(|known| *known != id),
             None => self.limits.spend(Abuse::Useless, self.now)?,
         }
         Ok(())

@@ -37,7 +37,9 @@ use super::{
 /// Largest stream window that growth reaches. More bought nothing, on loopback or at 1 ms.
 pub const MAX_STREAM_WINDOW: u32 = 1 << 20;
 /// Streams remembered as reset by us: what the peer sent before it knew is no error.
-const RESETS_REMEMBERED: usize = 128;
+const RESETS_REMEMBERED: usize = 256;
+/// A window smaller than this is silly (RFC 9293 §3.8.6.2).
+const SLIVER: usize = 16;
 /// Beyond it the peer is not reading what it asks for.
 const MAX_QUEUED: usize = 512 << 10;
 
@@ -267,8 +269,8 @@ impl Conn {
     /// Whom memory is charged to from now on.
     pub fn set_budget(&mut self, budget: Budget) {
         let grown: usize = self.streams.values().map(|stream| self.grown(stream)).sum();
-        self.budget.credit(grown);
-        budget.charge(grown);
+        self.budget.shrink(grown);
+        budget.grow(grown);
         self.budget = budget;
     }
 
@@ -368,7 +370,10 @@ impl Conn {
         if let Some(stream) = self.streams.get_mut(&id) {
             stream.send.take(bytes);
             self.send.take(bytes);
-            self.limits.sent_data(frames);
+            // What the peer's window cut to a sliver pays for no further slivers.
+            if bytes >= SLIVER || stream.send.available() > 0 {
+                self.limits.sent_data(frames);
+            }
         }
     }
 
@@ -404,7 +409,7 @@ impl Conn {
         {
             let target = stream.recv.target();
             let more = target.min(MAX_STREAM_WINDOW.saturating_sub(target));
-            if more > 0 && self.budget.try_charge(widen(more)) {
+            if more > 0 && self.budget.try_grow(widen(more)) {
                 *announced += stream.recv.grow(target + more);
             }
         }
@@ -452,7 +457,7 @@ impl Conn {
 
     fn remove(&mut self, id: u32) {
         let Some(stream) = self.streams.remove(&id) else { return };
-        self.budget.credit(self.grown(&stream));
+        self.budget.shrink(self.grown(&stream));
         if self.role == Role::Client && self.peer.max_streams.is_some() {
             self.events.push_back(Event::Limits);
         }
@@ -486,7 +491,7 @@ impl Conn {
 impl Drop for Conn {
     fn drop(&mut self) {
         let grown: usize = self.streams.values().map(|stream| self.grown(stream)).sum();
-        self.budget.credit(grown);
+        self.budget.shrink(grown);
     }
 }
 

@@ -173,7 +173,7 @@ impl Snapshot for Conn {
         conn.check_streams()?;
         conn.check_parse()?;
         let grown: usize = conn.streams.values().map(|stream| conn.grown(stream)).sum();
-        conn.budget.charge(grown);
+        conn.budget.grow(grown);
         Ok(conn)
     }
 }
