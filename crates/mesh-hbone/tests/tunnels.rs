@@ -155,6 +155,18 @@ async fn one_dial_serves_all_waiters_in_success_and_failure() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_peer_that_takes_no_streams_is_a_failed_dial_and_not_a_loop_of_them() {
+    local(async {
+        let mesh = mesh_with(quiet_pool(), Settings { max_streams: 0, ..quiet() });
+        for _ in 0..10 {
+            assert!(matches!(mesh.pool.open(&key("client"), &request()).await, Err(Error::Refused)));
+        }
+        assert_eq!(mesh.pipes.count.get(), 1, "the failure is remembered");
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
 async fn full_tunnels_get_company_and_idle_ones_close() {
     local(async {
         let config = PoolConfig { max_streams: 2, idle: Duration::from_secs(300), ..quiet_pool() };
