@@ -1,5 +1,8 @@
 //! What a peer may do to annoy, against the real driver: each nuisance ends its tunnel with the right error and GOAWAY, no other tunnel
 //! notices, and a peer that does nothing but work is never taken for one.
+//!
+//! Clocks are paused: a `sleep` is a stretch of virtual time that the scenario is about (a rate, a deadline, a pause of the peer), passes
+//! only while every task waits, and costs none of ours.
 
 #[path = "engine/certificates.rs"]
 mod certificates;

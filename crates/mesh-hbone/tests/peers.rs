@@ -686,6 +686,7 @@ async fn a_peer_that_vanishes_between_streams_is_no_failure(role: Role, wire: Wi
             if session.pool().snapshot().is_empty() {
                 break session.open().await;
             }
+            // Over loopback the news takes real time, and nothing announces it; the length of the pause decides nothing.
             tokio::time::sleep(Duration::from_millis(1)).await;
         };
         exchange(near, far, 2, 10_000, 10_000).await;

@@ -4,6 +4,9 @@
 //!
 //! What is checked: every byte in order; an end is the end, and never a truncation; whoever is reset learns it; nobody waits for ever,
 //! nor for somebody else's reader; and when all is over nothing is left in the pool, the tunnels and the budgets.
+//!
+//! Clocks are paused: a `sleep` is a stretch of virtual time that the scenario is about (a rate, a deadline, a pause of the peer), passes
+//! only while every task waits, and costs none of ours.
 
 mod support;
 

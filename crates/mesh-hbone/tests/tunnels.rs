@@ -1,4 +1,7 @@
 //! Both ends of tunnels against each other, and against scripted HTTP/2 peers, over in-memory transports.
+//!
+//! Where a test sleeps, its clock is paused: a `sleep` is a stretch of virtual time that the scenario is about (a rate, a deadline, a pause of the peer), passes
+//! only while every task waits, and costs none of ours.
 
 mod support;
 
@@ -28,7 +31,7 @@ use tokio::{
 
 use self::support::{
     Accepting, Mesh, Tls, accept, key, local, local_in_real_time, mesh, mesh_with, pattern, peer, quiet, quiet_pool,
-    request, secured_pair, serve_all, socket_pair, unserved,
+    request, secured_pair, serve_all, settle, socket_pair, unserved,
 };
 
 /// client app ↔ relay ↔ tunnel ↔ relay ↔ server app; runs `scenario` on the apps and returns both ends.
@@ -302,7 +305,7 @@ async fn drain_sends_new_streams_elsewhere_and_lets_open_ones_finish() {
         let (mut near, mut far) = mesh.open().await;
         let Mesh { pool, pipes, drain, .. } = mesh;
         let draining = spawn_local(drain.drain(Duration::from_secs(60)));
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        settle().await;
         // The old tunnel is going away; whoever asks now gets a new one.
         drop(timeout(Duration::from_millis(10), pool.open(&key("client"), &request())).await);
         assert_eq!(pipes.count.get(), 2);
@@ -431,9 +434,9 @@ async fn streams_that_were_reset_count_until_their_handlers_are_done() {
         let connect = || http::Request::connect("10.0.0.2:8080").body(()).unwrap();
         for _ in 0..2 {
             let abandoned = client.send_request(connect(), false).unwrap();
-            tokio::time::sleep(Duration::from_millis(10)).await;
+            settle().await;
             drop(abandoned);
-            tokio::time::sleep(Duration::from_millis(10)).await;
+            settle().await;
         }
         let (answer, _stream) = client.send_request(connect(), false).unwrap();
         assert_eq!(answer.await.unwrap_err().reason(), Some(h2::Reason::REFUSED_STREAM));

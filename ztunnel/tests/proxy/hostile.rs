@@ -131,6 +131,7 @@ async fn an_identity_does_not_outlive_its_certificate() {
     stream.write_all(&bytes).await.expect("write");
     // RFC 7541 appendix A: 8 = `:status` 200.
     assert_eq!(next_headers(&mut stream, 1).await.first(), Some(&0x88));
+    // Certificates go by the wall's clock, so this waits for one to expire.
     sleep(BRIEF_TTL).await;
     stream.write_all(&frame(HEADERS, END_HEADERS, 3, &connect)).await.expect("write");
     // RFC 9113 §8.7: REFUSED_STREAM, so that the client knows it was not processed.
@@ -151,6 +152,7 @@ async fn flows_outlive_their_certificate_and_new_ones_go_by_its_successor() {
     let (mut near, accepted) = open().await;
     let mut far = accepted.expect("accept").0;
     within(ping_pong(&mut near, &mut far)).await;
+    // Certificates go by the wall's clock, so this waits for one to expire.
     sleep(BRIEF_TTL).await;
     let (mut later, accepted) = open().await;
     within(ping_pong(&mut later, &mut accepted.expect("accept").0)).await;

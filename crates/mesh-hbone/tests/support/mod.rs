@@ -124,6 +124,11 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(CryptoProvider { cipher_suites, ..aws_lc_rs::default_provider() })
 }
 
+/// For tests on a paused clock: returns once every task waits for something, as only then does time move. No wall time passes.
+pub(crate) async fn settle() {
+    tokio::time::sleep(Duration::from_millis(10)).await;
+}
+
 pub(crate) fn server_name() -> ServerName<'static> {
     ServerName::try_from("server").unwrap()
 }
