@@ -115,65 +115,81 @@ pub mod detected {
     }
 }
 
-pub mod aws_lc {
-    //! AWS-LC, the nonce being the caller's responsibility.
+/// The two libraries' interfaces are the same to the letter: one text serves both.
+macro_rules! less_safe {
+    ($(#[$doc:meta])* $name:ident, $library:ident) => {
+        $(#[$doc])*
+        pub mod $name {
+            use $library::aead::{AES_128_GCM, AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 
-    use aws_lc_rs::aead::{AES_128_GCM, AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+            use super::{Algorithm, NONCE, Refused, TAG};
 
-    use super::{Algorithm, NONCE, Refused, TAG};
+            /// A key may start at any sequence number.
+            pub const RESUMES: bool = true;
 
-    /// A key may start at any sequence number.
-    pub const RESUMES: bool = true;
+            #[derive(Debug)]
+            pub struct Sealer(LessSafeKey);
 
-    #[derive(Debug)]
-    pub struct Sealer(LessSafeKey);
+            impl Sealer {
+                /// # Errors
+                /// The key has the wrong length.
+                pub fn new(algorithm: Algorithm, key: &[u8]) -> Result<Self, Refused> {
+                    load(algorithm, key).map(Self)
+                }
 
-    impl Sealer {
-        /// # Errors
-        /// The key has the wrong length.
-        pub fn new(algorithm: Algorithm, key: &[u8]) -> Result<Self, Refused> {
-            load(algorithm, key).map(Self)
+                /// Encrypts in place.
+                ///
+                /// # Errors
+                /// More bytes than the algorithm allows.
+                pub fn seal(&mut self, nonce: [u8; NONCE], aad: &[u8], in_out: &mut [u8]) -> Result<[u8; TAG], Refused> {
+                    let nonce = Nonce::assume_unique_for_key(nonce);
+                    let tag = self.0.seal_in_place_separate_tag(nonce, Aad::from(aad), in_out).map_err(|_| Refused)?;
+                    tag.as_ref().try_into().map_err(|_| Refused)
+                }
+            }
+
+            #[derive(Debug)]
+            pub struct Opener(LessSafeKey);
+
+            impl Opener {
+                /// # Errors
+                /// The key has the wrong length.
+                pub fn new(algorithm: Algorithm, key: &[u8]) -> Result<Self, Refused> {
+                    load(algorithm, key).map(Self)
+                }
+
+                /// Decrypts in place `in_out`, ciphertext and tag, and says how long the plaintext at its start is.
+                ///
+                /// # Errors
+                /// The tag does not match, or there is none. `in_out` then holds nothing of use.
+                pub fn open(&mut self, nonce: [u8; NONCE], aad: &[u8], in_out: &mut [u8]) -> Result<usize, Refused> {
+                    let nonce = Nonce::assume_unique_for_key(nonce);
+                    self.0.open_in_place(nonce, Aad::from(aad), in_out).map(|plain| plain.len()).map_err(|_| Refused)
+                }
+            }
+
+            fn load(algorithm: Algorithm, key: &[u8]) -> Result<LessSafeKey, Refused> {
+                let algorithm = match algorithm {
+                    Algorithm::Aes128Gcm => &AES_128_GCM,
+                    Algorithm::Aes256Gcm => &AES_256_GCM,
+                };
+                Ok(LessSafeKey::new(UnboundKey::new(algorithm, key).map_err(|_| Refused)?))
+            }
         }
-
-        /// Encrypts in place.
-        ///
-        /// # Errors
-        /// More bytes than the algorithm allows.
-        pub fn seal(&mut self, nonce: [u8; NONCE], aad: &[u8], in_out: &mut [u8]) -> Result<[u8; TAG], Refused> {
-            let nonce = Nonce::assume_unique_for_key(nonce);
-            let tag = self.0.seal_in_place_separate_tag(nonce, Aad::from(aad), in_out).map_err(|_| Refused)?;
-            tag.as_ref().try_into().map_err(|_| Refused)
-        }
-    }
-
-    #[derive(Debug)]
-    pub struct Opener(LessSafeKey);
-
-    impl Opener {
-        /// # Errors
-        /// The key has the wrong length.
-        pub fn new(algorithm: Algorithm, key: &[u8]) -> Result<Self, Refused> {
-            load(algorithm, key).map(Self)
-        }
-
-        /// Decrypts in place `in_out`, ciphertext and tag, and says how long the plaintext at its start is.
-        ///
-        /// # Errors
-        /// The tag does not match, or there is none. `in_out` then holds nothing of use.
-        pub fn open(&mut self, nonce: [u8; NONCE], aad: &[u8], in_out: &mut [u8]) -> Result<usize, Refused> {
-            let nonce = Nonce::assume_unique_for_key(nonce);
-            self.0.open_in_place(nonce, Aad::from(aad), in_out).map(|plain| plain.len()).map_err(|_| Refused)
-        }
-    }
-
-    fn load(algorithm: Algorithm, key: &[u8]) -> Result<LessSafeKey, Refused> {
-        let algorithm = match algorithm {
-            Algorithm::Aes128Gcm => &AES_128_GCM,
-            Algorithm::Aes256Gcm => &AES_256_GCM,
-        };
-        Ok(LessSafeKey::new(UnboundKey::new(algorithm, key).map_err(|_| Refused)?))
-    }
+    };
 }
+
+less_safe!(
+    /// AWS-LC, the nonce being the caller's responsibility.
+    aws_lc,
+    aws_lc_rs
+);
+
+less_safe!(
+    /// ring, the nonce being the caller's responsibility.
+    ring,
+    ring
+);
 
 pub mod tls_record {
     //! AWS-LC's keys for TLS records: the module itself sees to it that nonces only go up, which is what its FIPS 140-3 policy asks
@@ -234,66 +250,6 @@ pub mod tls_record {
             Algorithm::Aes128Gcm => &AES_128_GCM,
             Algorithm::Aes256Gcm => &AES_256_GCM,
         }
-    }
-}
-
-pub mod ring {
-    //! ring, the nonce being the caller's responsibility.
-
-    use ring::aead::{AES_128_GCM, AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
-
-    use super::{Algorithm, NONCE, Refused, TAG};
-
-    /// A key may start at any sequence number.
-    pub const RESUMES: bool = true;
-
-    #[derive(Debug)]
-    pub struct Sealer(LessSafeKey);
-
-    impl Sealer {
-        /// # Errors
-        /// The key has the wrong length.
-        pub fn new(algorithm: Algorithm, key: &[u8]) -> Result<Self, Refused> {
-            load(algorithm, key).map(Self)
-        }
-
-        /// Encrypts in place.
-        ///
-        /// # Errors
-        /// More bytes than the algorithm allows.
-        pub fn seal(&mut self, nonce: [u8; NONCE], aad: &[u8], in_out: &mut [u8]) -> Result<[u8; TAG], Refused> {
-            let nonce = Nonce::assume_unique_for_key(nonce);
-            let tag = self.0.seal_in_place_separate_tag(nonce, Aad::from(aad), in_out).map_err(|_| Refused)?;
-            tag.as_ref().try_into().map_err(|_| Refused)
-        }
-    }
-
-    #[derive(Debug)]
-    pub struct Opener(LessSafeKey);
-
-    impl Opener {
-        /// # Errors
-        /// The key has the wrong length.
-        pub fn new(algorithm: Algorithm, key: &[u8]) -> Result<Self, Refused> {
-            load(algorithm, key).map(Self)
-        }
-
-        /// Decrypts in place `in_out`, ciphertext and tag, and says how long the plaintext at its start is.
-        ///
-        /// # Errors
-        /// The tag does not match, or there is none. `in_out` then holds nothing of use.
-        pub fn open(&mut self, nonce: [u8; NONCE], aad: &[u8], in_out: &mut [u8]) -> Result<usize, Refused> {
-            let nonce = Nonce::assume_unique_for_key(nonce);
-            self.0.open_in_place(nonce, Aad::from(aad), in_out).map(|plain| plain.len()).map_err(|_| Refused)
-        }
-    }
-
-    fn load(algorithm: Algorithm, key: &[u8]) -> Result<LessSafeKey, Refused> {
-        let algorithm = match algorithm {
-            Algorithm::Aes128Gcm => &AES_128_GCM,
-            Algorithm::Aes256Gcm => &AES_256_GCM,
-        };
-        Ok(LessSafeKey::new(UnboundKey::new(algorithm, key).map_err(|_| Refused)?))
     }
 }
 
