@@ -2,11 +2,7 @@
 
 use crate::config::Settings;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    Client,
-    Server,
-}
+pub use crate::engine::Role;
 
 /// One tunnel.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -18,3 +18,10 @@ pub mod record;
 pub mod state;
 pub mod stream;
 pub mod tunnel;
+
+/// Which end of a tunnel this is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    Client,
+    Server,
+}

@@ -31,10 +31,7 @@ pub(crate) fn local() -> Local {
 pub(crate) fn tunnel(suite: Suite, ours: u8, theirs: u8, role: Role, local: Local) -> Tunnel {
     let mut out = Out::default();
     let conn = Conn::new(role, local, Budget::default(), &mut out);
-    let post_handshake = PostHandshake::new(match role {
-        Role::Client => record::Role::Client,
-        Role::Server => record::Role::Server,
-    });
+    let post_handshake = PostHandshake::new(role);
     let open = Open::new(secret(suite, theirs), 0).expect("a key");
     Tunnel::new(seal(suite, ours), open, post_handshake, conn, out)
 }

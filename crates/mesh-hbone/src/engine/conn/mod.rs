@@ -43,12 +43,7 @@ const SLIVER: usize = 16;
 /// Beyond it the peer is not reading what it asks for.
 const MAX_QUEUED: usize = 512 << 10;
 
-/// Which end this is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    Client,
-    Server,
-}
+pub use super::Role;
 
 /// What this end announces and enforces; see [`crate::Settings`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

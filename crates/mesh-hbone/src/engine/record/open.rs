@@ -129,12 +129,7 @@ impl Snapshot for Open {
     }
 }
 
-/// Which end of the connection we are.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Role {
-    Client,
-    Server,
-}
+pub use crate::engine::Role;
 
 /// What the peer said after the handshake. How many of each are too many is the caller's matter.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
