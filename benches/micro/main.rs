@@ -20,7 +20,7 @@ use mesh_core::{
     policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch},
     select::{Request, select},
     service::{AppProtocol, Service, ServicePort},
-    workload::{PortMapping, TunnelProtocol, Workload},
+    workload::{OutboundPolicy, PortMapping, TunnelProtocol, Workload},
 };
 use mesh_xds::convert::{resource_from_wire, resource_to_wire};
 use rand::{SeedableRng as _, rngs::StdRng};
@@ -135,8 +135,14 @@ fn apply(c: &mut Criterion) {
 fn decide(c: &mut Criterion) {
     let index = full_index(&everything());
     let source = workload(0);
-    let request =
-        |destination: SocketAddr| Request { source: &source, source_ip: pod_ip(0), destination, exclude: &[] };
+    let request = |destination: SocketAddr| Request {
+        source: &source,
+        source_ip: pod_ip(0),
+        destination,
+        exclude: &[],
+        outbound_policy: OutboundPolicy::AllowAny,
+        lookups: &[],
+    };
     let mut rng = StdRng::seed_from_u64(1);
     let mut group = c.benchmark_group("decide");
     for (name, destination) in [

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use mesh_core::workload::OutboundPolicy;
 use mesh_identity::{ControlPlane, RootSource, TokenSource};
 use mesh_net::{KeepAlive, SocketOptions, Transparent};
 use mesh_runtime::{
@@ -41,6 +42,13 @@ pub struct Config {
     pub service_account: String,
     pub instance_ip: IpAddr,
     pub trust_domain: String,
+    /// Trust domains whose identities count as ours, while names migrate.
+    pub trust_domain_aliases: Vec<Arc<str>>,
+    /// Names of services end in `.svc.` and this.
+    pub cluster_domain: Arc<str>,
+    /// Of workloads whose record says nothing about it.
+    #[serde(serialize_with = "debug")]
+    pub outbound_policy: OutboundPolicy,
     pub network: Arc<str>,
     pub cluster_id: Arc<str>,
     /// Shown as `istio_build`'s tag.
@@ -198,6 +206,9 @@ impl Config {
             service_account: r.string("SERVICE_ACCOUNT", ""),
             instance_ip: r.parse("INSTANCE_IP", Ipv4Addr::new(1, 1, 1, 1).into(), "this pod's IP address"),
             trust_domain: r.string("TRUST_DOMAIN", mesh_core::identity::DEFAULT_TRUST_DOMAIN),
+            trust_domain_aliases: Vec::new(),
+            cluster_domain: r.string("CLUSTER_DOMAIN", "cluster.local").into(),
+            outbound_policy: OutboundPolicy::AllowAny,
             network: r.string("NETWORK", "").into(),
             version: r.string("ISTIO_META_ISTIO_VERSION", "unknown"),
             metadata: metadata(r),

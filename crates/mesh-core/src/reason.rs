@@ -36,14 +36,20 @@ pub enum Reason {
     Internal,
     /// A connect to port 15008 timed out: a NetworkPolicy may block it.
     NetworkPolicy,
+    /// The destination is known by a name that could not be looked up.
+    Lookup,
     /// The service has no healthy endpoint.
     NoEndpoint,
     /// A referenced waypoint or gateway does not resolve.
     NoRoute,
+    /// The destination is not in the registry, and the source may call nothing else.
+    NotInRegistry,
     /// The workload referenced a policy that has not arrived: denied until it does.
     PolicyUnknown,
     /// A socket was reset mid-flow.
     Reset,
+    /// A certificate of the peer's chain is on a revocation list.
+    Revoked,
     /// The peer's certificate or handshake was not acceptable.
     Tls,
     /// The tunnel's HTTP/2 failed or its CONNECT was refused.
@@ -53,7 +59,7 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 19] = [
         Self::BadTarget,
         Self::BadRequest,
         Self::Connect,
@@ -62,11 +68,14 @@ impl Reason {
         Self::Drain,
         Self::Identity,
         Self::Internal,
+        Self::Lookup,
         Self::NetworkPolicy,
         Self::NoEndpoint,
         Self::NoRoute,
+        Self::NotInRegistry,
         Self::PolicyUnknown,
         Self::Reset,
+        Self::Revoked,
         Self::Tls,
         Self::Tunnel,
         Self::UnknownWorkload,
@@ -75,10 +84,11 @@ impl Reason {
     pub fn fault(self) -> Fault {
         match self {
             Self::BadRequest | Self::BadTarget | Self::Reset => Fault::Downstream,
-            Self::Denied | Self::PolicyUnknown => Fault::Policy,
+            Self::Denied | Self::NotInRegistry | Self::PolicyUnknown | Self::Revoked => Fault::Policy,
             Self::Drain | Self::Identity | Self::Internal | Self::UnknownWorkload => Fault::Local,
             Self::Connect
             | Self::ConnectTimeout
+            | Self::Lookup
             | Self::NetworkPolicy
             | Self::NoEndpoint
             | Self::NoRoute
@@ -98,11 +108,14 @@ impl Reason {
             Self::Drain => "drain",
             Self::Identity => "identity",
             Self::Internal => "internal",
+            Self::Lookup => "lookup",
             Self::NetworkPolicy => "network_policy",
             Self::NoEndpoint => "no_endpoint",
             Self::NoRoute => "no_route",
+            Self::NotInRegistry => "not_in_registry",
             Self::PolicyUnknown => "policy_unknown",
             Self::Reset => "reset",
+            Self::Revoked => "revoked",
             Self::Tls => "tls",
             Self::Tunnel => "tunnel",
             Self::UnknownWorkload => "unknown_workload",
@@ -112,17 +125,19 @@ impl Reason {
     /// The `response_flags` label of Istio's TCP metrics.
     pub fn response_flag(self) -> &'static str {
         match self {
-            Self::Denied | Self::PolicyUnknown => "DENY",
+            Self::Denied | Self::NotInRegistry | Self::PolicyUnknown => "DENY",
             Self::Tls => "TLS_FAILURE",
             Self::Tunnel => "H2_HANDSHAKE_FAILURE",
             Self::NetworkPolicy => "NETWORK_POLICY",
             Self::Identity => "IDENTITY_ERROR",
+            Self::Revoked => "CERT_REVOKED",
             Self::BadRequest
             | Self::BadTarget
             | Self::Connect
             | Self::ConnectTimeout
             | Self::Drain
             | Self::Internal
+            | Self::Lookup
             | Self::NoEndpoint
             | Self::NoRoute
             | Self::Reset
@@ -141,11 +156,14 @@ impl Reason {
             Self::Drain => "retry: the connection reached a proxy that was going away",
             Self::Identity => "check the CA's address and logs; this node may not be allowed the identity",
             Self::Internal => "see this proxy's log; report it if it repeats",
+            Self::Lookup => "check the destination's host name, and this proxy's DNS",
             Self::NetworkPolicy => "allow TCP port 15008 between the pods in NetworkPolicies and firewalls",
             Self::NoEndpoint => "check the service's selector, ports and the readiness of its pods",
             Self::NoRoute => "check that the waypoint or gateway named exists and is ready",
+            Self::NotInRegistry => "add a ServiceEntry for the destination, or set outboundTrafficPolicy to ALLOW_ANY",
             Self::PolicyUnknown => "wait for the control plane, or check its log for the policy's rejection",
             Self::Reset => "the application or its peer closed abruptly; see its own log",
+            Self::Revoked => "issue the peer a new certificate, or take its serial off the revocation list",
             Self::Tls => "check both certificates' trust roots, validity and identities",
             Self::Tunnel => "see the far ztunnel's log for the refusal",
             Self::UnknownWorkload => {

@@ -5,8 +5,9 @@
 //!                          └─ otherwise ───────▶ an endpoint ─┬─ on a foreign network ──▶ its gateway, HBONE in HBONE
 //! destination is a workload ─ has a waypoint ──▶ the waypoint ├─ speaks HBONE ──▶ HBONE
 //!                           └─ otherwise ─────────────────────┴─ otherwise ─────▶ TCP
-//! neither ──▶ passed through untouched
+//! neither ──▶ passed through untouched, unless the source may call the registry only
 //! ```
+//! An endpoint known by name only is looked up by the caller, who then asks again with what was found.
 //! A reference that does not resolve rejects the connection: nothing is bypassed silently.
 
 use std::{
@@ -23,7 +24,7 @@ use crate::{
     index::Index,
     reason::Reason,
     service::{IpFamilies, LoadBalancingMode, Service},
-    workload::{GatewayAddress, GatewayDestination, TunnelProtocol, Workload},
+    workload::{GatewayAddress, GatewayDestination, OutboundPolicy, TunnelProtocol, Workload},
 };
 
 /// The port every HBONE endpoint listens on.
@@ -38,6 +39,18 @@ pub struct Request<'a> {
     pub destination: SocketAddr,
     /// Uids of endpoints that a previous attempt of this connection failed to reach.
     pub exclude: &'a [Arc<str>],
+    /// For sources whose record says nothing about it.
+    pub outbound_policy: OutboundPolicy,
+    /// What was found of the hosts of earlier [`NextHop::Lookup`]s.
+    pub lookups: &'a [Lookup],
+}
+
+/// A host that was looked up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lookup {
+    pub host: Arc<str>,
+    /// None: it has no address, or could not be looked up.
+    pub addresses: Vec<IpAddr>,
 }
 
 /// The next hop, and what it was derived from.
@@ -60,6 +73,10 @@ pub enum NextHop {
         inner: InnerTunnel,
     },
     Hbone(Tunnel),
+    /// The endpoint drawn is known by this name only: look it up and ask again.
+    Lookup {
+        host: Arc<str>,
+    },
     /// Not the mesh's business.
     Passthrough {
         address: SocketAddr,
@@ -101,23 +118,20 @@ pub fn select(index: &Index, request: &Request<'_>, rng: &mut impl rand::Rng) ->
         Some(service) => selector.toward_service(service),
         None => match index.workload_by_address(&address) {
             Some(workload) => selector.toward_workload(workload),
-            None => Ok((NextHop::Passthrough { address: destination }, None)),
+            None => selector.beyond_the_registry(),
         },
     };
-    let (next_hop, destination_workload) = found.unwrap_or_else(|rejection| (rejection.into(), None));
+    let (next_hop, destination_workload) = found.unwrap_or_else(|instead| (instead, None));
     let decision = explain(&next_hop, service, destination_workload.as_ref(), index.version());
     Selection { next_hop, destination_workload, service: service.cloned(), decision }
 }
 
-struct Rejection(Reason, String);
+/// Or what to do instead: a rejection or a look-up.
+type Found = Result<(NextHop, Option<Arc<Workload>>), NextHop>;
 
-impl From<Rejection> for NextHop {
-    fn from(Rejection(reason, detail): Rejection) -> Self {
-        Self::Reject { reason, detail }
-    }
+fn reject(reason: Reason, detail: String) -> NextHop {
+    NextHop::Reject { reason, detail }
 }
-
-type Found = Result<(NextHop, Option<Arc<Workload>>), Rejection>;
 
 /// A waypoint or gateway that a reference resolved to.
 struct Resolved<'a> {
@@ -146,7 +160,7 @@ impl<'a, R: rand::Rng> Selector<'a, R> {
         }
         let endpoint = self.pick(service, self.destination.port(), Purpose::Standard).ok_or_else(|| {
             let (host, port) = (&service.hostname, self.destination.port());
-            Rejection(Reason::NoEndpoint, format!("no healthy upstream: {} ({host}:{port})", self.destination))
+            reject(Reason::NoEndpoint, format!("no healthy upstream: {} ({host}:{port})", self.destination))
         })?;
         self.toward_endpoint(&endpoint, Some(service))
     }
@@ -158,6 +172,17 @@ impl<'a, R: rand::Rng> Selector<'a, R> {
             return self.toward_waypoint(waypoint, None);
         }
         self.toward_endpoint(&Endpoint { workload: workload.clone(), port: self.destination.port() }, None)
+    }
+
+    fn beyond_the_registry(&self) -> Found {
+        let address = self.destination;
+        match self.request.source.outbound_policy.unwrap_or(self.request.outbound_policy) {
+            OutboundPolicy::AllowAny => Ok((NextHop::Passthrough { address }, None)),
+            OutboundPolicy::RegistryOnly => {
+                let detail = format!("{address} is not in the registry, and outboundTrafficPolicy is REGISTRY_ONLY");
+                Err(reject(Reason::NotInRegistry, detail))
+            }
+        }
     }
 
     fn toward_waypoint(&mut self, reference: &GatewayAddress, service: Option<&Arc<Service>>) -> Found {
@@ -174,7 +199,8 @@ impl<'a, R: rand::Rng> Selector<'a, R> {
         if workload.network != self.request.source.network {
             return self.through_gateway(workload, service);
         }
-        let ip = address_of(workload, self.destination.ip(), service.map_or(IpFamilies::Automatic, |s| s.ip_families))?;
+        let families = service.map_or(IpFamilies::Automatic, |s| s.ip_families);
+        let ip = self.address_of(workload, self.destination.ip(), families)?;
         let address = SocketAddr::new(ip, endpoint.port);
         let next_hop = match workload.tunnel_protocol {
             TunnelProtocol::None => NextHop::Tcp { address },
@@ -190,7 +216,7 @@ impl<'a, R: rand::Rng> Selector<'a, R> {
     /// To a workload of another network. Addresses mean nothing there, so the service's name goes in both tunnels.
     fn through_gateway(&mut self, workload: &Arc<Workload>, service: Option<&Arc<Service>>) -> Found {
         let no_route = |why: &str| {
-            Rejection(Reason::NoRoute, format!("no valid routing destination for workload {}: {why}", workload.uid))
+            reject(Reason::NoRoute, format!("no valid routing destination for workload {}: {why}", workload.uid))
         };
         let service = service.ok_or_else(|| no_route("it is on another network and was not addressed as a service"))?;
         let reference = workload.network_gateway.as_ref();
@@ -207,10 +233,10 @@ impl<'a, R: rand::Rng> Selector<'a, R> {
         Ok((NextHop::DoubleHbone { outer, inner }, Some(workload.clone())))
     }
 
-    fn tunnel_to(&self, hop: &Resolved<'_>, authority: Authority) -> Result<Tunnel, Rejection> {
+    fn tunnel_to(&mut self, hop: &Resolved<'_>, authority: Authority) -> Result<Tunnel, NextHop> {
         let Endpoint { workload, port } = &hop.endpoint;
         let families = hop.service.map_or(IpFamilies::Automatic, |s| s.ip_families);
-        let ip = address_of(workload, hop.steer.unwrap_or_else(|| self.destination.ip()), families)?;
+        let ip = self.address_of(workload, hop.steer.unwrap_or_else(|| self.destination.ip()), families)?;
         let accepted = accepted(Some(workload), hop.service);
         Ok(Tunnel { address: SocketAddr::new(ip, *port), authority, accepted })
     }
@@ -269,34 +295,46 @@ impl<'a, R: rand::Rng> Selector<'a, R> {
         }
     }
 
+    /// The address of `workload` to dial: the very one asked for; else, of those the service's families leave, one of the same family.
+    /// A workload without any is looked up by its host name.
+    fn address_of(&mut self, workload: &Workload, asked: IpAddr, families: IpFamilies) -> Result<IpAddr, NextHop> {
+        if workload.addresses.contains(&asked) {
+            return Ok(asked);
+        }
+        let fits = |ip: &&IpAddr| match families {
+            IpFamilies::Automatic | IpFamilies::Dual => true,
+            IpFamilies::Ipv4Only => ip.is_ipv4(),
+            IpFamilies::Ipv6Only => ip.is_ipv6(),
+        };
+        let same_family = |ip: &&IpAddr| ip.is_ipv4() == asked.is_ipv4();
+        if workload.addresses.is_empty() && !workload.hostname.is_empty() {
+            let host = &workload.hostname;
+            let Some(lookup) = self.request.lookups.iter().find(|lookup| lookup.host == *host) else {
+                return Err(NextHop::Lookup { host: host.clone() });
+            };
+            let usable = || lookup.addresses.iter().filter(fits);
+            let mut choice: Vec<&IpAddr> = usable().filter(same_family).collect();
+            if choice.is_empty() {
+                choice = usable().collect();
+            }
+            let drawn = balance::draw(choice.iter().map(|_| 1), self.rng).map(|drawn| *choice[drawn]);
+            let no_address = || format!("no ip addresses were resolved for workload: {} ({host})", workload.uid);
+            return drawn.ok_or_else(|| reject(Reason::Lookup, no_address()));
+        }
+        let usable = || workload.addresses.iter().filter(fits);
+        usable().find(same_family).or_else(|| usable().next()).copied().ok_or_else(|| {
+            let why = match workload.addresses.is_empty() {
+                true => "it has none",
+                false => "none of its addresses is of a family the service allows",
+            };
+            reject(Reason::NoRoute, format!("no ip address for workload {}: {why}", workload.uid))
+        })
+    }
+
     fn pick(&mut self, service: &Service, port: u16, purpose: Purpose) -> Option<Endpoint> {
         let Request { source, exclude, .. } = *self.request;
         balance::pick(self.index, service, source, port, purpose, exclude, self.rng)
     }
-}
-
-/// The address of `workload` to dial: the very one asked for; else, of those the service's families leave, one of the same family.
-fn address_of(workload: &Workload, asked: IpAddr, families: IpFamilies) -> Result<IpAddr, Rejection> {
-    if workload.addresses.contains(&asked) {
-        return Ok(asked);
-    }
-    let fits = |ip: &&IpAddr| match families {
-        IpFamilies::Automatic | IpFamilies::Dual => true,
-        IpFamilies::Ipv4Only => ip.is_ipv4(),
-        IpFamilies::Ipv6Only => ip.is_ipv6(),
-    };
-    let same_family = |ip: &&IpAddr| ip.is_ipv4() == asked.is_ipv4();
-    let usable = || workload.addresses.iter().filter(fits);
-    usable().find(same_family).or_else(|| usable().next()).copied().ok_or_else(|| {
-        let why = match (&*workload.hostname, workload.addresses.is_empty()) {
-            (hostname, true) if !hostname.is_empty() => {
-                format!("its hostname {hostname} would have to be looked up in DNS")
-            }
-            (_, true) => "it has none".to_owned(),
-            (_, false) => "none of its addresses is of a family the service allows".to_owned(),
-        };
-        Rejection(Reason::NoRoute, format!("no ip address for workload {}: {why}", workload.uid))
-    })
 }
 
 /// The peer's own identity, then those the service vouches for.
@@ -310,19 +348,20 @@ fn accepted(workload: Option<&Arc<Workload>>, service: Option<&Arc<Service>>) ->
     accepted.into()
 }
 
-fn unresolved(what: &str, reference: &GatewayAddress) -> Rejection {
+fn unresolved(what: &str, reference: &GatewayAddress) -> NextHop {
     let port = reference.hbone_mtls_port;
     let name = match &reference.destination {
         GatewayDestination::Address(address) => address.to_string(),
         GatewayDestination::Hostname { namespace, hostname } => format!("{namespace}/{hostname}"),
     };
-    Rejection(Reason::NoRoute, format!("unknown {what}: {name}, port {port}, is not known or has no healthy endpoint"))
+    reject(Reason::NoRoute, format!("unknown {what}: {name}, port {port}, is not known or has no healthy endpoint"))
 }
 
 fn explain(hop: &NextHop, service: Option<&Arc<Service>>, workload: Option<&Arc<Workload>>, version: u64) -> Decision {
     let via = match hop {
         NextHop::DoubleHbone { outer, .. } => format!("HBONE in HBONE through gateway {}", outer.address),
         NextHop::Hbone(tunnel) => format!("HBONE to {}", tunnel.address),
+        NextHop::Lookup { host } => format!("{host} is to be looked up"),
         NextHop::Passthrough { address } => format!("passed through to {address}"),
         NextHop::Reject { reason, detail } => return Decision::deny(*reason, detail, version),
         NextHop::Tcp { address } => format!("plain TCP to {address}"),

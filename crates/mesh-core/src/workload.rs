@@ -39,6 +39,8 @@ pub struct Workload {
     pub services: BTreeMap<Arc<str>, Vec<PortMapping>>,
     /// Load-balancing weight, 1 unless said otherwise.
     pub capacity: u32,
+    /// What it may call beyond the registry; `None` leaves it to its proxy's configuration.
+    pub outbound_policy: Option<OutboundPolicy>,
 }
 
 impl Workload {
@@ -80,8 +82,19 @@ impl Workload {
             authorization_policies: Vec::new(),
             services: BTreeMap::new(),
             capacity: 1,
+            outbound_policy: None,
         }
     }
+}
+
+/// Where a workload's connections may go (`outboundTrafficPolicy` of Istio's MeshConfig and Sidecar).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum OutboundPolicy {
+    /// Anywhere; what the registry does not hold is passed through.
+    #[default]
+    AllowAny,
+    /// To what the registry holds, and nowhere else.
+    RegistryOnly,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

@@ -44,7 +44,14 @@ fn explain_outbound(context: &Context, request: &Request) -> Result<Value, Unans
     let index = context.shared.state.snapshot();
     let source = pod(context, &index, request)?;
     let source_ip = source.addresses.first().copied().unwrap_or_else(|| unspecified(destination));
-    let asked = mesh_core::select::Request { source: &source, source_ip, destination, exclude: &[] };
+    let asked = mesh_core::select::Request {
+        source: &source,
+        source_ip,
+        destination,
+        exclude: &[],
+        outbound_policy: context.shared.config.outbound_policy,
+        lookups: &[],
+    };
     let selection = select(&index, &asked, &mut rand::rng());
     let identity = source.identity();
     Ok(json!({
@@ -148,6 +155,7 @@ fn next_hop(hop: &NextHop) -> Value {
             })
         }
         NextHop::Hbone(t) => json!({ "type": "hbone", "tunnel": tunnel(t) }),
+        NextHop::Lookup { host } => json!({ "type": "lookup", "host": host }),
         NextHop::Passthrough { address } => json!({ "type": "passthrough", "address": address }),
         NextHop::Reject { reason, detail } => {
             json!({ "type": "reject", "reason": reason.as_str(), "detail": detail, "remedy": reason.remedy() })

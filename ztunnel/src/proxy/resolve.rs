@@ -118,7 +118,9 @@ fn choose(
     exclude: &[Arc<str>],
 ) -> Selection {
     let index = pod.shared.state.snapshot();
-    select(&index, &Request { source, source_ip, destination, exclude }, &mut rand::rng())
+    let outbound_policy = pod.shared.config.outbound_policy;
+    let request = Request { source, source_ip, destination, exclude, outbound_policy, lookups: &[] };
+    select(&index, &request, &mut rand::rng())
 }
 
 fn dialable(hop: NextHop) -> Result<Hop, ProxyError> {
@@ -126,6 +128,10 @@ fn dialable(hop: NextHop) -> Result<Hop, ProxyError> {
         NextHop::Passthrough { address } | NextHop::Tcp { address } => Ok(Hop::Tcp(address)),
         NextHop::Hbone(tunnel) | NextHop::Waypoint(tunnel) => Ok(Hop::Tunnel(tunnel)),
         NextHop::Reject { reason, detail } => Err(ProxyError::NoRoute { reason, detail }),
+        NextHop::Lookup { host } => {
+            let detail = format!("{host} would have to be looked up");
+            Err(ProxyError::NoRoute { reason: Reason::Lookup, detail })
+        }
         NextHop::DoubleHbone { outer, .. } => {
             let detail = format!("destinations behind a network gateway ({}) are not supported yet", outer.address);
             Err(ProxyError::NoRoute { reason: Reason::NoRoute, detail })

@@ -46,8 +46,18 @@ fn client() -> Workload {
 }
 
 fn select_from(source: &Workload, index: &Index, destination: &str) -> Selection {
-    let request =
-        Request { source, source_ip: source.addresses[0], destination: destination.parse().unwrap(), exclude: &[] };
+    select_with(source, index, destination, &[])
+}
+
+fn select_with(source: &Workload, index: &Index, destination: &str, lookups: &[Lookup]) -> Selection {
+    let request = Request {
+        source,
+        source_ip: source.addresses[0],
+        destination: destination.parse().unwrap(),
+        exclude: &[],
+        outbound_policy: OutboundPolicy::AllowAny,
+        lookups,
+    };
     let selection = select(index, &request, &mut StdRng::seed_from_u64(1));
     assert_eq!(selection.decision.is_allowed(), !matches!(selection.next_hop, NextHop::Reject { .. }));
     selection
@@ -162,6 +172,8 @@ fn a_service_without_healthy_endpoint_rejects_also_after_the_last_was_excluded()
         source_ip: source.addresses[0],
         destination: "10.1.0.1:80".parse().unwrap(),
         exclude: &tried,
+        outbound_policy: OutboundPolicy::AllowAny,
+        lookups: &[],
     };
     let next_hop = select(&index, &request, &mut StdRng::seed_from_u64(1)).next_hop;
     assert!(matches!(next_hop, NextHop::Reject { reason: Reason::NoEndpoint, .. }));
@@ -267,19 +279,6 @@ fn a_foreign_network_without_a_way_in_rejects() {
 }
 
 #[test]
-fn a_workload_known_by_hostname_rejects_saying_so() {
-    let named = pod("web", "10.0.0.1", |w| {
-        serves("web")(w);
-        w.addresses.clear();
-        w.hostname = "example.com".into();
-    });
-    let (reason, detail) =
-        rejected(&index_of(vec![named], vec![service("web", "10.1.0.1", &[(80, 80)], |_| ())]), "10.1.0.1:80");
-    assert_eq!(reason, Reason::NoRoute);
-    assert!(detail.contains("example.com"), "{detail}");
-}
-
-#[test]
 fn the_address_dialled_follows_the_applications_family_within_the_services() {
     let dual = |families| {
         let web = pod("web", "10.0.0.1", |w| {
@@ -305,4 +304,40 @@ fn the_address_dialled_follows_the_applications_family_within_the_services() {
     }
     let NextHop::Hbone(tunnel) = hop(&dual(IpFamilies::Automatic), "[2001:db8::1]:80") else { panic!() };
     assert_eq!(tunnel.address.to_string(), "[2001:db8::1]:15008");
+}
+
+#[test]
+fn a_source_confined_to_the_registry_gets_nowhere_else() {
+    let mut source = client();
+    source.outbound_policy = Some(OutboundPolicy::RegistryOnly);
+    let web = service("web", "10.1.0.1", &[(80, 8080)], |_| ());
+    let index = index_of(vec![pod("web", "10.0.0.1", serves("web"))], vec![web]);
+    for known in ["10.1.0.1:80", "10.0.0.1:8080"] {
+        assert!(matches!(select_from(&source, &index, known).next_hop, NextHop::Hbone(_)), "{known}");
+    }
+    let NextHop::Reject { reason, detail } = select_from(&source, &index, "192.0.2.1:443").next_hop else { panic!() };
+    assert_eq!(reason, Reason::NotInRegistry);
+    assert_eq!(detail, "192.0.2.1:443 is not in the registry, and outboundTrafficPolicy is REGISTRY_ONLY");
+    source.outbound_policy = Some(OutboundPolicy::AllowAny);
+    assert!(matches!(select_from(&source, &index, "192.0.2.1:443").next_hop, NextHop::Passthrough { .. }));
+}
+
+#[test]
+fn an_endpoint_known_by_name_is_looked_up_then_dialled() {
+    let external = pod("external", "10.0.0.1", |w| {
+        serves("ext")(w);
+        w.addresses = Vec::new();
+        w.hostname = "ext.example.com".into();
+        w.tunnel_protocol = TunnelProtocol::None;
+    });
+    let index = index_of(vec![external], vec![service("ext", "10.1.0.1", &[(443, 443)], |_| ())]);
+    assert_eq!(hop(&index, "10.1.0.1:443"), NextHop::Lookup { host: "ext.example.com".into() });
+    let found = |addresses: &[&str]| {
+        let addresses = addresses.iter().map(|a| a.parse().unwrap()).collect();
+        let lookups = [Lookup { host: "ext.example.com".into(), addresses }];
+        select_with(&client(), &index, "10.1.0.1:443", &lookups).next_hop
+    };
+    assert_eq!(found(&["2001:db8::1", "192.0.2.1"]), NextHop::Tcp { address: "192.0.2.1:443".parse().unwrap() });
+    assert_eq!(found(&["2001:db8::1"]), NextHop::Tcp { address: "[2001:db8::1]:443".parse().unwrap() });
+    assert!(matches!(found(&[]), NextHop::Reject { reason: Reason::Lookup, .. }));
 }

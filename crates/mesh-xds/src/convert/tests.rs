@@ -2,7 +2,10 @@ use mesh_core::{
     origin::Origin,
     policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch},
     service::{HealthPolicy, LoadBalancing, LoadBalancingMode, Scope as LbScope, Service},
-    workload::{ApplicationTunnel, Health, Locality, NetworkMode, PortMapping, TunnelProtocol, Workload, WorkloadType},
+    workload::{
+        ApplicationTunnel, Health, Locality, NetworkMode, OutboundPolicy, PortMapping, TunnelProtocol, Workload,
+        WorkloadType,
+    },
 };
 use proptest::prelude::*;
 
@@ -45,6 +48,7 @@ prop_compose! {
         services in prop::collection::btree_map(text().prop_map(|t| Arc::from(format!("ns/{t}"))),
             prop::collection::vec((any::<u16>(), any::<u16>()), 0..3), 0..3),
         capacity in any::<u32>(),
+        registry_only in prop::option::of(any::<bool>()),
     ) -> Workload {
         let mut w = Workload::new(uid, namespace, name);
         w.service_account = account;
@@ -63,6 +67,8 @@ prop_compose! {
         w.services = services.into_iter().map(|(k, v)| (k, v.into_iter()
             .map(|(service_port, target_port)| PortMapping { service_port, target_port }).collect())).collect();
         w.capacity = capacity;
+        w.outbound_policy = registry_only
+            .map(|only| if only { OutboundPolicy::RegistryOnly } else { OutboundPolicy::AllowAny });
         w
     }
 }

@@ -4,9 +4,13 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use mesh_core::{
     identity::DEFAULT_TRUST_DOMAIN,
-    workload::{ApplicationTunnel, Health, Locality, NetworkMode, PortMapping, TunnelProtocol, Workload, WorkloadType},
+    workload::{
+        ApplicationTunnel, Health, Locality, NetworkMode, OutboundPolicy, PortMapping, TunnelProtocol, Workload,
+        WorkloadType,
+    },
 };
-use proto::workload as wire;
+use prost::Message as _;
+use proto::{fairway::v1 as ours, workload as wire};
 
 use super::{
     Unacceptable, gateway_from_wire, gateway_to_wire, ip_from_wire, ip_to_wire, or_default, port_from_wire,
@@ -15,6 +19,8 @@ use super::{
 
 const DEFAULT_SERVICE_ACCOUNT: &str = "default";
 const DEFAULT_CLUSTER: &str = "Kubernetes";
+/// The extension that carries an [`ours::OutboundTrafficPolicy`].
+const OUTBOUND_POLICY_EXTENSION: &str = "fairway.outbound_traffic_policy";
 
 /// # Errors
 /// A missing uid, an address of a wrong length, a service key without `/`, an unknown enum value, a gateway without destination.
@@ -71,6 +77,7 @@ pub fn workload_from_wire(w: wire::Workload) -> Result<Workload, Unacceptable> {
         services: services_from_wire(w.services)?,
         // Zero would make the endpoint unpickable; the wire's absent value means one.
         capacity: w.capacity.unwrap_or(1),
+        outbound_policy: outbound_policy_from_extensions(&w.extensions)?,
     })
 }
 
@@ -124,9 +131,27 @@ pub fn workload_to_wire(w: &Workload) -> wire::Workload {
             NetworkMode::Standard => wire::NetworkMode::Standard,
             NetworkMode::HostNetwork => wire::NetworkMode::HostNetwork,
         } as i32,
-        extensions: Vec::new(),
+        extensions: w.outbound_policy.map(outbound_policy_to_extension).into_iter().collect(),
         capacity: (w.capacity != 1).then_some(w.capacity),
     }
+}
+
+/// An extension of ours that cannot be read rejects the workload: it restricts what the workload may do.
+fn outbound_policy_from_extensions(extensions: &[wire::Extension]) -> Result<Option<OutboundPolicy>, Unacceptable> {
+    let Some(extension) = extensions.iter().find(|e| e.name == OUTBOUND_POLICY_EXTENSION) else { return Ok(None) };
+    let body = extension.config.as_ref().map_or(&[][..], |config| &config.value);
+    let policy = ours::OutboundTrafficPolicy::decode(body)
+        .map_err(|_| Unacceptable::new("extensions", "holds an outbound traffic policy that cannot be decoded"))?;
+    Ok(Some(if policy.registry_only { OutboundPolicy::RegistryOnly } else { OutboundPolicy::AllowAny }))
+}
+
+fn outbound_policy_to_extension(policy: OutboundPolicy) -> wire::Extension {
+    let policy = ours::OutboundTrafficPolicy { registry_only: policy == OutboundPolicy::RegistryOnly };
+    let config = prost_types::Any {
+        type_url: "type.googleapis.com/fairway.v1.OutboundTrafficPolicy".to_owned(),
+        value: policy.encode_to_vec(),
+    };
+    wire::Extension { name: OUTBOUND_POLICY_EXTENSION.to_owned(), config: Some(config) }
 }
 
 fn locality_from_wire(l: wire::Locality) -> Locality {
