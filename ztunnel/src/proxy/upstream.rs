@@ -66,7 +66,7 @@ impl PodContext {
 }
 
 /// `own`: the address that stands for the pod where it has no namespace.
-async fn open(
+pub(crate) async fn open(
     netns: Option<&NetNs>,
     own: Option<IpAddr>,
     options: &SocketOptions,
