@@ -191,6 +191,14 @@ pub(crate) enum Fault {
     Heal { node: String },
     /// Make everything a node sends arrive later; 0 ends it.
     Delay { node: String, milliseconds: u32 },
+    /// Drop connections to a port of a pod, as a NetworkPolicy would.
+    Block { pod: String, port: u16 },
+    /// Let them through again.
+    Unblock { pod: String },
+    /// Make a pod's readiness probe fail.
+    Unready { pod: String },
+    /// Make it succeed again.
+    Ready { pod: String },
     /// Replace a node's ztunnel by a new process, surge first.
     Upgrade { node: String, binary: Option<String> },
 }

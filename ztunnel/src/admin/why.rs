@@ -249,6 +249,7 @@ fn decision(d: &Decision) -> Value {
         "policy": d.policy,
         "origin": d.origin.as_ref().map(ToString::to_string),
         "object": d.origin.as_ref().map(|origin| &origin.object),
+        "place": d.origin.as_ref().and_then(|origin| origin.place()),
         "field": d.origin.as_ref().and_then(|origin| origin.field.as_deref()),
         "explanation": d.explanation,
         "version": d.version,

@@ -1,15 +1,19 @@
 //! Trying a way without sending anything on it: for operators who ask why, on the path that connections take.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use mesh_core::{reason::Reason, select::Tunnel, workload::Workload};
 use mesh_hbone::{Connector as _, TunnelKey};
 use mesh_net::{NetNs, SocketOptions};
 use mesh_runtime::workers::WorkerHandle;
-use tokio::sync::oneshot;
+use tokio::{sync::oneshot, time::timeout};
 
 use super::upstream::{Dialer, open};
 use crate::{error::connect_reason, pods::Shared};
+
+/// Shorter than connections wait: somebody is looking at a terminal.
+const CONNECT: Duration = Duration::from_secs(3);
+const HANDSHAKE: Duration = Duration::from_secs(5);
 
 /// Connects from where a pod's connections start, and hangs up. Cheap to clone.
 #[derive(Clone, Debug)]
@@ -39,7 +43,7 @@ pub struct Blocked {
 }
 
 impl Prober {
-    /// Takes at most as long as a connection of the pod would wait. The other end sees a connection that says nothing and ends.
+    /// The other end sees a connection that says nothing and ends.
     ///
     /// # Errors
     /// What a connection on that way would fail with.
@@ -54,40 +58,54 @@ impl Prober {
     }
 
     async fn try_way(self, way: Way) -> Result<(), Blocked> {
-        let Self { shared, netns, sockets, .. } = self;
-        match way {
-            Way::Tcp(to) => match open(netns.as_ref(), shared.config.local_address, &sockets, to).await {
-                Ok(_) => Ok(()),
-                Err(error) => Err(Blocked {
-                    reason: connect_reason(&error),
-                    detail: format!("connection to {to} failed: {error}"),
-                }),
-            },
-            Way::Tunnel(source, tunnel) => {
-                let dialer = Rc::new(Dialer {
-                    config: shared.config.clone(),
-                    identities: shared.identities.clone(),
-                    outcomes: shared.outcomes.clone(),
-                    netns,
-                    sockets,
-                });
-                let key = TunnelKey {
-                    source_uid: source.uid.clone(),
-                    source_ip: source.addresses.first().copied().unwrap_or_else(|| tunnel.address.ip()),
-                    source_identity: source.identity(),
-                    generation: 0,
-                    destination: tunnel.address,
-                    accepted: tunnel.accepted,
-                    network: source.network.clone(),
-                };
-                match dialer.connect(&key).await {
-                    Ok(_) => Ok(()),
-                    Err(error) => {
-                        let detail = mesh_runtime::telemetry::error_chain(&error);
-                        Err(Blocked { reason: error.reason(), detail })
-                    }
-                }
+        let (source, tunnel) = match way {
+            Way::Tcp(to) => return self.knock(to).await,
+            Way::Tunnel(source, tunnel) => (source, tunnel),
+        };
+        let to = tunnel.address;
+        self.knock(to).await.map_err(|blocked| match blocked.reason {
+            Reason::ConnectTimeout => {
+                let detail = format!("no answer from {to}, maybe a NetworkPolicy is blocking port {}", to.port());
+                Blocked { reason: Reason::NetworkPolicy, detail }
+            }
+            _ => blocked,
+        })?;
+        let key = TunnelKey {
+            source_uid: source.uid.clone(),
+            source_ip: source.addresses.first().copied().unwrap_or_else(|| to.ip()),
+            source_identity: source.identity(),
+            generation: 0,
+            destination: to,
+            accepted: tunnel.accepted,
+            network: source.network.clone(),
+        };
+        let dialer = Dialer {
+            config: self.shared.config.clone(),
+            identities: self.shared.identities.clone(),
+            outcomes: self.shared.outcomes.clone(),
+            netns: self.netns,
+            sockets: self.sockets,
+        };
+        match timeout(HANDSHAKE, dialer.connect(&key)).await {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(error)) => {
+                let detail = mesh_runtime::telemetry::error_chain(&error);
+                Err(Blocked { reason: error.reason(), detail })
+            }
+            Err(_) => {
+                let detail = format!("{to} accepts connections, but finished no handshake within {HANDSHAKE:?}");
+                Err(Blocked { reason: Reason::Tls, detail })
             }
         }
+    }
+
+    async fn knock(&self, to: SocketAddr) -> Result<(), Blocked> {
+        let own = self.shared.config.local_address;
+        let (reason, why) = match timeout(CONNECT, open(self.netns.as_ref(), own, &self.sockets, to)).await {
+            Ok(Ok(_)) => return Ok(()),
+            Ok(Err(error)) => (connect_reason(&error), error.to_string()),
+            Err(_) => (Reason::ConnectTimeout, format!("no answer within {CONNECT:?}")),
+        };
+        Err(Blocked { reason, detail: format!("connection to {to} failed: {why}") })
     }
 }
