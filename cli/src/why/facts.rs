@@ -23,6 +23,8 @@ pub(crate) struct Facts {
     pub(crate) target: Option<End>,
     /// What the ztunnel there would do.
     pub(crate) inbound: Option<Value>,
+    /// Nodes whose ztunnel has no such page: another implementation. Others were asked in their place.
+    pub(crate) mute: Vec<String>,
     /// Programs that did not answer, with what was said instead.
     pub(crate) silent: Vec<(String, String)>,
     /// What the control plane could not accept.
@@ -144,7 +146,15 @@ impl Facts {
         let parameters =
             [("namespace", asker.namespace.as_str()), ("pod", &asker.pod), ("destination", &target), ("probe", probe)];
         match ask(lab, &asker.node, "outbound", &parameters) {
-            Ok(answer) => self.outbound = Some(answer),
+            Ok(Some(answer)) => self.outbound = Some(answer),
+            Ok(None) => {
+                // Another one knows the same state, but cannot try the source's way.
+                self.mute.push(asker.node.clone());
+                let parameters = &parameters[..3];
+                let others = status.nodes.iter().filter(|node| node.name != asker.node);
+                self.outbound =
+                    others.into_iter().find_map(|node| ask(lab, &node.name, "outbound", parameters).ok()?);
+            }
             Err(error) => self.silent.push((format!("the ztunnel on {}", asker.node), format!("{error:#}"))),
         }
         Ok(())
@@ -176,7 +186,13 @@ impl Facts {
             ("probe", "true"),
         ];
         match ask(lab, &end.node, "inbound", &parameters) {
-            Ok(answer) => self.inbound = Some(answer),
+            Ok(Some(answer)) => self.inbound = Some(answer),
+            Ok(None) => {
+                self.mute.push(end.node.clone());
+                // What the source's thinks of the policies there: the same state reaches both.
+                let far = self.outbound.as_ref().map(|answer| answer["farSide"].clone()).filter(Value::is_object);
+                self.inbound = far.map(|decision| serde_json::json!({ "decision": decision, "destination": chosen }));
+            }
             Err(error) => self.silent.push((format!("the ztunnel on {}", end.node), format!("{error:#}"))),
         }
     }
@@ -198,10 +214,19 @@ impl Facts {
     }
 }
 
-fn ask(lab: &Lab, node: &str, end: &str, parameters: &[(&str, &str)]) -> anyhow::Result<Value> {
+/// `None`: this ztunnel has no such page.
+fn ask(lab: &Lab, node: &str, end: &str, parameters: &[(&str, &str)]) -> anyhow::Result<Option<Value>> {
     let query: Vec<String> =
         parameters.iter().map(|(k, v)| format!("{k}={}", v.replace('%', "%25").replace('&', "%26"))).collect();
-    fetch(lab, &format!("ztunnel/{node}"), ZTUNNEL_ADMIN_PORT, &format!("/debug/why/{end}?{}", query.join("&")))
+    let path = format!("/debug/why/{end}?{}", query.join("&"));
+    let (status, body) =
+        lab.get(&format!("ztunnel/{node}"), &format!("http://127.0.0.1:{ZTUNNEL_ADMIN_PORT}{path}"))?;
+    // Ours says what it does not know; who does not know the page says nothing of the kind.
+    if status == 404 && !body.contains("unknown_workload") {
+        return Ok(None);
+    }
+    ensure!(status == 200, "{}", body.trim());
+    serde_json::from_str(&body).map(Some).with_context(|| format!("not JSON: {body}"))
 }
 
 fn fetch(lab: &Lab, target: &str, port: u16, path: &str) -> anyhow::Result<Value> {

@@ -67,6 +67,10 @@ pub(crate) fn of(facts: &Facts) -> Vec<Finding> {
     let mut findings = Vec::new();
     findings.extend(capture(&facts.source, "source"));
     findings.extend(silent(facts));
+    findings.extend(facts.mute.iter().map(|node| {
+        let says = format!("the ztunnel on {node} does not explain itself; another one was asked about the same state");
+        Finding::new("mesh", says)
+    }));
     if facts.is_captured() {
         findings.extend(facts.outbound.as_ref().and_then(|answer| decided(facts, answer)));
         findings.extend(certificate(facts));

@@ -139,7 +139,7 @@ fn policies_are_named_with_file_line_and_field_and_the_mesh_does_what_was_said()
                 "  action: ALLOW\n  rules:\n  - from: [{source: {principal: [cluster.local/ns/t/sa/a]}}]\n",
                 "principal",
                 "p.yaml:7",
-                "unknown field",
+                "explicitly denied",
             ),
         ];
         for (fault, spec, field, place, says) in seeded {
