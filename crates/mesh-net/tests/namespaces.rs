@@ -17,6 +17,8 @@ use mesh_net::{
     sockets::{self, listen_tcp, tcp_socket},
 };
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
 const LIMIT: Duration = Duration::from_secs(10);
 
 fn main() -> ExitCode {
@@ -32,6 +34,10 @@ fn main() -> ExitCode {
         ("every_expression_is_accepted_by_the_kernel", every_expression_is_accepted_by_the_kernel),
         ("destination_nat_by_set_reaches_the_endpoint", destination_nat_by_set_reaches_the_endpoint),
         ("a_spoofed_source_reaches_the_application", a_spoofed_source_reaches_the_application),
+        (
+            "sixty_thousand_connections_leave_from_one_client_address",
+            sixty_thousand_connections_leave_from_one_client_address,
+        ),
         ("a_capture_sees_the_handshake", a_capture_sees_the_handshake),
         ("an_isolated_program_is_alone_and_reports_its_exit", an_isolated_program_is_alone_and_reports_its_exit),
         (
@@ -332,6 +338,37 @@ fn a_spoofed_source_reaches_the_application() {
     });
     assert_eq!((serving.join().expect("application"), &greeting), ("10.1.1.1".parse().expect("ip"), b"hi"));
     drop(client);
+}
+
+/// More than there are ports: each destination has them all, because a port is chosen when the destination is known. A bind that chooses
+/// one before ends when the ports of the address do.
+fn sixty_thousand_connections_leave_from_one_client_address() {
+    const WANTED: u64 = 60_000;
+    const DESTINATIONS: u64 = 3;
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).expect("limit");
+    // Two descriptors each; fewer where the machine does not give as many, and then as many times fewer ports.
+    let connections = WANTED.min((hard - 1000) / 2);
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).expect("raise the limit");
+    let ports = connections / DESTINATIONS + 64;
+    let ns = NetNs::create().expect("namespace");
+    let range = format!("{} {}", 65_535 - ports, 65_535);
+    ns.run(|| std::fs::write("/proc/sys/net/ipv4/ip_local_port_range", range)).expect("enter").expect("port range");
+    let client: IpAddr = "127.9.9.9".parse().expect("address");
+    let options = SocketOptions { transparent: Transparent::Required, ..SocketOptions::default() };
+    let mut open = Vec::new();
+    for _ in 0..DESTINATIONS {
+        let listener = listen(&ns, "127.0.0.1:0");
+        let address = listener.local_addr().expect("address");
+        for _ in 0..connections / DESTINATIONS {
+            let socket = tcp_socket(Some(&ns), Some(client), address, &options).expect("socket");
+            socket.set_nonblocking(false).expect("blocking");
+            socket.connect(&address.into()).expect("connect");
+            open.push((socket, listener.accept().expect("accept").0));
+        }
+    }
+    assert!(open.iter().all(|(_, accepted)| accepted.peer_addr().is_ok_and(|peer| peer.ip() == client)));
+    drop(open);
+    setrlimit(Resource::RLIMIT_NOFILE, soft, hard).expect("lower the limit again");
 }
 
 fn a_capture_sees_the_handshake() {
