@@ -234,7 +234,7 @@ fn kind(node: &Node) -> &'static str {
 }
 
 /// Keeps a message short whatever the input.
-fn excerpt(text: &str) -> String {
+pub(crate) fn excerpt(text: &str) -> String {
     text.chars().take(80).collect()
 }
 

@@ -5,10 +5,14 @@
 //!
 //! ```text
 //! Pod ◀── PodEnrolment, Node, Service (selector), EndpointSlice (targetRef), AuthorizationPolicy (selector), PeerAuthentication
+//! WorkloadEntry ◀── as a Pod, but by selectors only; and both ◀── ServiceEntry (selector)
+//! ServiceEntry ◀── Namespace, policies, and others that claim its hosts or addresses
 //! Service ◀── Namespace        EndpointSlice ◀── Service        PeerAuthentication ◀── PeerAuthentication of wider scope
 //! everything with an address ◀── the root Namespace (network)
 //! ```
 
+mod egress;
+mod hosts;
 mod mtls;
 mod service;
 mod workload;
@@ -36,6 +40,11 @@ pub(crate) struct Settings {
     pub(crate) cluster_domain: Arc<str>,
 }
 
+/// Kinds that have addresses, and so a network.
+const ADDRESSED: [Kind; 5] = [Kind::EndpointSlice, Kind::Pod, Kind::Service, Kind::ServiceEntry, Kind::WorkloadEntry];
+/// Kinds that policies select by label.
+const LABELLED: [Kind; 3] = [Kind::Pod, Kind::ServiceEntry, Kind::WorkloadEntry];
+
 /// A resource that came out different.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct ResourceChange {
@@ -49,6 +58,8 @@ pub(crate) struct ClusterIndex {
     settings: Settings,
     objects: BTreeMap<ObjectKey, Arc<Object>>,
     pods_by_node: BTreeMap<Arc<str>, BTreeSet<ObjectKey>>,
+    claims: hosts::Claims,
+    allocation: hosts::Allocation,
     /// What each unit yields now.
     yields: BTreeMap<ObjectKey, BTreeMap<ResourceKey, Resource>>,
     model: Index,
@@ -58,8 +69,8 @@ impl ClusterIndex {
     pub(crate) fn new(settings: Settings) -> Self {
         let mut model = Index::default();
         model.set_policies_complete(true);
-        let (objects, pods_by_node, yields) = Default::default();
-        Self { settings, objects, pods_by_node, yields, model }
+        let (objects, pods_by_node, claims, allocation, yields) = Default::default();
+        Self { settings, objects, pods_by_node, claims, allocation, yields, model }
     }
 
     /// The resources as the proxies see them.
@@ -69,6 +80,7 @@ impl ClusterIndex {
 
     pub(crate) fn apply(&mut self, changes: Vec<ObjectChange>) -> Vec<ResourceChange> {
         let mut units = BTreeSet::new();
+        let entries_change = changes.iter().any(|(key, _)| key.kind == Kind::ServiceEntry);
         for (key, new) in changes {
             let old = self.replace(&key, new.clone());
             let versions: Vec<Arc<Object>> = [old, new].into_iter().flatten().collect();
@@ -76,6 +88,9 @@ impl ClusterIndex {
                 self.dependents(object, &mut units);
             }
             units.insert(key);
+        }
+        if entries_change {
+            units.extend(self.reallocate());
         }
         let changes: Vec<ResourceChange> = units.iter().flat_map(|unit| self.recompute(unit)).collect();
         self.model.apply(delta(&changes));
@@ -90,6 +105,7 @@ impl ClusterIndex {
             Some(object) => self.objects.insert(key.clone(), object),
             None => self.objects.remove(key),
         };
+        self.claim(old.as_deref(), new.as_deref());
         let (before, after) = (old.as_deref().and_then(node_of), new.as_deref().and_then(node_of));
         if let Some(node) = before.filter(|node| Some(*node) != after)
             && let Some(pods) = self.pods_by_node.get_mut(node)
@@ -107,17 +123,22 @@ impl ClusterIndex {
         let ObjectKey { namespace, name, .. } = &object.key;
         let is_root = *namespace == self.settings.root_namespace;
         match &object.spec {
-            Spec::Pod(_) | Spec::ServiceAccount => {}
+            Spec::Pod(_) | Spec::ServiceAccount | Spec::WorkloadEntry(_) => {}
             Spec::PodEnrolment(_) => drop(units.insert(ObjectKey::new(Kind::Pod, namespace, name))),
             Spec::Node(_) => units.extend(self.pods_by_node.get(name).into_iter().flatten().cloned()),
             Spec::Namespace(_) if *name == self.settings.root_namespace => {
-                units.extend(
-                    [Kind::EndpointSlice, Kind::Pod, Kind::Service].iter().flat_map(|kind| self.keys(*kind, None)),
-                );
+                units.extend(ADDRESSED.iter().flat_map(|kind| self.keys(*kind, None)));
             }
-            Spec::Namespace(_) => units.extend(self.keys(Kind::Service, Some(name))),
+            Spec::Namespace(_) => {
+                units.extend([Kind::Service, Kind::ServiceEntry].iter().flat_map(|kind| self.keys(*kind, Some(name))));
+            }
+            Spec::ServiceEntry(entry) => {
+                self.selected(&entry.selector, Some(namespace), units);
+                self.rivals_of(object, units);
+            }
             Spec::Service(service) => {
                 self.selected(&service.selector, Some(namespace), units);
+                self.rivals_of(object, units);
                 for (key, slice) in self.slices(namespace).filter(|(_, slice)| slice.service.as_ref() == Some(name)) {
                     units.insert(key.clone());
                     targets(namespace, slice, units);
@@ -129,18 +150,29 @@ impl ClusterIndex {
             }
             Spec::PeerAuthentication(_) => {
                 let within = (!is_root).then_some(namespace);
-                units.extend([Kind::PeerAuthentication, Kind::Pod].iter().flat_map(|kind| self.keys(*kind, within)));
+                let kinds = LABELLED.iter().chain([&Kind::PeerAuthentication]);
+                units.extend(kinds.flat_map(|kind| self.keys(*kind, within)));
             }
         }
     }
 
-    /// Pods that a non-empty selector matches.
+    /// Others that claim a host of this object, and what they select: who wins may have changed.
+    fn rivals_of(&self, object: &Object, units: &mut BTreeSet<ObjectKey>) {
+        for rival in self.rivals(object) {
+            if let Some(entry) = self.entry(&rival) {
+                self.selected(&entry.selector, Some(&rival.namespace), units);
+            }
+            units.insert(rival);
+        }
+    }
+
+    /// What a non-empty selector matches.
     fn selected(&self, selector: &Labels, namespace: Option<&Arc<str>>, units: &mut BTreeSet<ObjectKey>) {
         if selector.is_empty() {
             return;
         }
-        let pods = self.objects_of(Kind::Pod, namespace);
-        let matching = pods.filter(|o| matches!(&o.spec, Spec::Pod(pod) if matches(selector, &pod.labels)));
+        let all = LABELLED.iter().flat_map(|kind| self.objects_of(*kind, namespace));
+        let matching = all.filter(|o| labels_of(o).is_some_and(|labels| matches(selector, labels)));
         units.extend(matching.map(|o| o.key.clone()));
     }
 
@@ -181,6 +213,14 @@ impl ClusterIndex {
             }
             Spec::Service(service) => {
                 self.service(unit, service).map(|s| Resource::Service(Arc::new(s))).into_iter().collect()
+            }
+            Spec::ServiceEntry(entry) => {
+                let services = self.entry_services(unit, entry).into_iter().map(|s| Resource::Service(Arc::new(s)));
+                let workloads = self.entry_workloads(unit, entry).into_iter();
+                services.chain(workloads.map(|w| Resource::Workload(Arc::new(w)))).collect()
+            }
+            Spec::WorkloadEntry(entry) => {
+                vec![Resource::Workload(Arc::new(self.workload_entry(unit, entry)))]
             }
             Spec::Namespace(_) | Spec::Node(_) | Spec::PodEnrolment(_) | Spec::ServiceAccount => Vec::new(),
         };
@@ -236,6 +276,15 @@ impl ClusterIndex {
 /// Whether every label of a selector is there.
 fn matches(selector: &Labels, labels: &Labels) -> bool {
     selector.iter().all(|(name, value)| labels.get(name) == Some(value))
+}
+
+fn labels_of(object: &Object) -> Option<&Labels> {
+    match &object.spec {
+        Spec::Pod(pod) => Some(&pod.labels),
+        Spec::ServiceEntry(entry) => Some(&entry.labels),
+        Spec::WorkloadEntry(entry) => Some(&entry.endpoint.labels),
+        _ => None,
+    }
 }
 
 fn node_of(object: &Object) -> Option<&Arc<str>> {

@@ -4,6 +4,7 @@
 //! that is wrong but whose name could be read, a stand-in that denies: a mistake must not open what its author meant to close.
 
 mod decode;
+mod egress;
 mod policy;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
@@ -16,6 +17,7 @@ use mesh_core::{
 };
 
 pub(crate) use decode::{Read, read};
+pub(crate) use egress::{Endpoint, EndpointAddress, EntryPort, Resolution, ServiceEntry, WorkloadEntry};
 pub(crate) use policy::Settings;
 
 pub(crate) type Labels = BTreeMap<Arc<str>, Arc<str>>;
@@ -31,6 +33,8 @@ pub(crate) enum Kind {
     PodEnrolment,
     Service,
     ServiceAccount,
+    ServiceEntry,
+    WorkloadEntry,
 }
 
 impl Kind {
@@ -45,6 +49,8 @@ impl Kind {
             Self::PodEnrolment => "PodEnrolment",
             Self::Service => "Service",
             Self::ServiceAccount => "ServiceAccount",
+            Self::ServiceEntry => "ServiceEntry",
+            Self::WorkloadEntry => "WorkloadEntry",
         }
     }
 
@@ -98,6 +104,8 @@ pub(crate) enum Spec {
     PodEnrolment(PodEnrolment),
     Service(Box<Service>),
     ServiceAccount,
+    ServiceEntry(Box<ServiceEntry>),
+    WorkloadEntry(Box<WorkloadEntry>),
 }
 
 #[derive(Clone, Debug, PartialEq)]

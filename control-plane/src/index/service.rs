@@ -33,18 +33,30 @@ impl ClusterIndex {
     }
 
     fn load_balancing(&self, key: &ObjectKey, service: &objects::Service) -> Option<LoadBalancing> {
-        let of_namespace = || self.namespace(&key.namespace).and_then(|ns| ns.traffic_distribution.clone());
-        let distribution = service.traffic_distribution.clone().or_else(of_namespace);
-        let (mode, preference): (_, &[Scope]) = match distribution.as_deref() {
-            _ if service.internal_local => (LoadBalancingMode::Strict, &[Scope::Node]),
-            Some("PreferClose" | "PreferSameZone") => (LoadBalancingMode::Failover, &NEAR),
-            Some("PreferSameNode") => (LoadBalancingMode::Failover, &NEAREST),
-            _ => (LoadBalancingMode::Standard, &[]),
+        let spread = match service.internal_local {
+            true => Some(balanced(LoadBalancingMode::Strict, &[Scope::Node])),
+            false => self.distribution(&key.namespace, service.traffic_distribution.as_ref()),
         };
-        let health_policy = if service.publish_not_ready { HealthPolicy::AllowAll } else { HealthPolicy::OnlyHealthy };
-        let is_default = mode == LoadBalancingMode::Standard && health_policy == HealthPolicy::OnlyHealthy;
-        (!is_default).then(|| LoadBalancing { routing_preference: preference.to_vec(), mode, health_policy })
+        if !service.publish_not_ready {
+            return spread;
+        }
+        let spread = spread.unwrap_or_else(|| balanced(LoadBalancingMode::Standard, &[]));
+        Some(LoadBalancing { health_policy: HealthPolicy::AllowAll, ..spread })
     }
+
+    /// What the object says, else its namespace.
+    pub(super) fn distribution(&self, namespace: &Arc<str>, own: Option<&Arc<str>>) -> Option<LoadBalancing> {
+        let of_namespace = || self.namespace(namespace)?.traffic_distribution.as_ref();
+        match &**own.or_else(of_namespace)? {
+            "PreferClose" | "PreferSameZone" => Some(balanced(LoadBalancingMode::Failover, &NEAR)),
+            "PreferSameNode" => Some(balanced(LoadBalancingMode::Failover, &NEAREST)),
+            _ => None,
+        }
+    }
+}
+
+fn balanced(mode: LoadBalancingMode, preference: &[Scope]) -> LoadBalancing {
+    LoadBalancing { routing_preference: preference.to_vec(), mode, health_policy: HealthPolicy::OnlyHealthy }
 }
 
 fn port(port: &objects::ServicePort) -> ServicePort {

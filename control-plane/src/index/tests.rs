@@ -18,6 +18,8 @@ fn settings() -> Settings {
     }
 }
 
+mod egress;
+
 /// A catalogue and the index that follows it.
 struct World {
     catalogue: Catalogue,
@@ -97,6 +99,16 @@ fn peer(namespace: &str, name: &str, spec: &str) -> String {
 fn authz(namespace: &str, name: &str, spec: &str) -> String {
     format!(
         "---\napiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{namespace: {namespace}, name: {name}}}\nspec: {spec}\n"
+    )
+}
+
+fn entry(meta: &str, spec: &str) -> String {
+    format!("---\napiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{{meta}}}\nspec: {spec}\n")
+}
+
+fn workload_entry(spec: &str) -> String {
+    format!(
+        "---\napiVersion: networking.istio.io/v1beta1\nkind: WorkloadEntry\nmetadata: {{namespace: demo, name: vm, labels: {{app: vm}}}}\nspec: {spec}\n"
     )
 }
 
@@ -319,6 +331,35 @@ fn contents(index: &ClusterIndex) -> Vec<String> {
     all
 }
 
+fn any_entry() -> impl Strategy<Value = String> {
+    let host = || proptest::sample::select(vec!["a.example.com", "b.example.com", "web.demo.svc.cluster.local"]);
+    let spec = proptest::sample::select(vec![
+        "resolution: DNS",
+        "resolution: DNS, exportTo: [.]",
+        "resolution: STATIC, endpoints: [{address: 192.0.2.7}]",
+        "resolution: STATIC, workloadSelector: {labels: {app: web}}",
+        "resolution: NONE, addresses: [192.0.2.0/24]",
+    ]);
+    let created = proptest::sample::select(vec!["2026-01-01T00:00:00Z", "2026-01-02T00:00:00Z"]);
+    prop_oneof![
+        (
+            proptest::sample::select(vec!["x", "y"]),
+            host(),
+            spec,
+            created,
+            proptest::sample::select(vec!["demo", "istio-system"])
+        )
+            .prop_map(|(name, host, spec, created, namespace)| entry(
+                &format!(
+                    "namespace: {namespace}, name: {name}, creationTimestamp: \"{created}\", labels: {{app: web}}"
+                ),
+                &format!("{{hosts: [{host}], ports: [{{number: 443, name: tls}}], {spec}}}")
+            )),
+        proptest::sample::select(vec!["web", "else"])
+            .prop_map(|app| workload_entry(&format!("{{address: 192.0.2.9, labels: {{app: {app}}}}}"))),
+    ]
+}
+
 fn any_manifest() -> impl Strategy<Value = String> {
     let name = || proptest::sample::select(vec!["web", "else"]);
     let namespace = || proptest::sample::select(vec!["demo", "istio-system"]);
@@ -343,6 +384,8 @@ fn any_manifest() -> impl Strategy<Value = String> {
             let ports = if s.is_empty() { String::new() } else { format!(", portLevelMtls: {{\"80\": {{mode: {p}}}}}") };
             peer(ns, n, &format!("{{{s}mtls: {{mode: {m}}}{ports}}}"))
         }),
+        any_entry(),
+        any_entry(),
     ]
 }
 

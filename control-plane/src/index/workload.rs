@@ -7,7 +7,17 @@ use mesh_core::workload::{Health, Locality, NetworkMode, PortMapping, TunnelProt
 use super::{ClusterIndex, matches};
 use crate::objects::{EndpointSlice, Kind, Labels, ObjectKey, Pod, Service, Spec, TargetPort};
 
-type Ports = Vec<PortMapping>;
+pub(super) type Ports = Vec<PortMapping>;
+
+/// What a selector looks at: a pod, or a workload entry.
+pub(super) struct Member<'a> {
+    pub(super) key: &'a ObjectKey,
+    pub(super) labels: &'a Labels,
+    /// Its named ports.
+    pub(super) ports: &'a BTreeMap<Arc<str>, u16>,
+    /// `None` for a workload entry.
+    pub(super) pod_uid: Option<&'a Arc<str>>,
+}
 
 impl ClusterIndex {
     /// `None` while the pod has no address or node, and once it has ended.
@@ -16,10 +26,8 @@ impl ClusterIndex {
             return None;
         }
         let hbone = !pod.host_network && (pod.native_tunnel || self.is_enrolled(key, pod));
-        let label =
-            |names: [&str; 3]| names.iter().find_map(|name| pod.labels.get(*name)).filter(|v| !v.is_empty()).cloned();
-        let canonical_name = label(["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]);
-        let canonical_revision = label(["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"]);
+        let (canonical_name, canonical_revision) = canonical_labels(&pod.labels, &pod.workload_name);
+        let member = Member { key, labels: &pod.labels, ports: &pod.named_ports, pod_uid: Some(&pod.uid) };
         Some(Workload {
             service_account: pod.service_account.clone(),
             addresses: pod.addresses.clone(),
@@ -29,17 +37,17 @@ impl ClusterIndex {
             native_tunnel: pod.native_tunnel && hbone,
             network_mode: if pod.host_network { NetworkMode::HostNetwork } else { NetworkMode::Standard },
             health: if pod.ready { Health::Healthy } else { Health::Unhealthy },
-            canonical_name: canonical_name.unwrap_or_else(|| pod.workload_name.clone()),
-            canonical_revision: canonical_revision.unwrap_or_else(|| "latest".into()),
+            canonical_name,
+            canonical_revision,
             workload_type: pod.workload_type,
             workload_name: pod.workload_name.clone(),
             authorization_policies: self.policies_of(&key.namespace, &pod.labels),
-            services: self.services_of(key, pod),
+            services: self.services_of(&member),
             ..self.workload(&format!("{}//Pod/{}/{}", self.settings.cluster_id, key.namespace, key.name), key)
         })
     }
 
-    fn workload(&self, uid: &str, key: &ObjectKey) -> Workload {
+    pub(super) fn workload(&self, uid: &str, key: &ObjectKey) -> Workload {
         Workload {
             trust_domain: self.settings.trust_domain.clone(),
             cluster_id: self.settings.cluster_id.clone(),
@@ -66,7 +74,7 @@ impl ClusterIndex {
     }
 
     /// Sorted keys of the selector policies in force for a workload.
-    fn policies_of(&self, namespace: &Arc<str>, labels: &Labels) -> Vec<Arc<str>> {
+    pub(super) fn policies_of(&self, namespace: &Arc<str>, labels: &Labels) -> Vec<Arc<str>> {
         let root = &self.settings.root_namespace;
         let namespaces = std::iter::once(namespace).chain((namespace != root).then_some(root));
         let policies = namespaces.flat_map(|ns| self.objects_of(Kind::AuthorizationPolicy, Some(ns)));
@@ -80,16 +88,18 @@ impl ClusterIndex {
         keys
     }
 
-    fn services_of(&self, key: &ObjectKey, pod: &Pod) -> BTreeMap<Arc<str>, Ports> {
-        let member = |(service_key, service): (&ObjectKey, &Service)| {
+    pub(super) fn services_of(&self, member: &Member<'_>) -> BTreeMap<Arc<str>, Ports> {
+        let of = |(service_key, service): (&ObjectKey, &Service)| {
             let ports = match service.selector.is_empty() {
                 _ if service.external_name => return None,
-                false => matches(&service.selector, &pod.labels).then(|| selected_ports(service, pod)),
-                true => self.sliced_ports(service_key, service, key, pod),
+                false => matches(&service.selector, member.labels).then(|| selected_ports(service, member)),
+                true => self.sliced_ports(service_key, service, member),
             };
             Some((self.service_key(service_key), ports?))
         };
-        self.services(&key.namespace).filter_map(member).collect()
+        // Where a Service and an entry claim the same host, only the Service is left among the winners.
+        let entries = self.entries_of(member);
+        entries.into_iter().chain(self.services(&member.key.namespace).filter_map(of)).collect()
     }
 
     fn service_key(&self, key: &ObjectKey) -> Arc<str> {
@@ -97,11 +107,13 @@ impl ClusterIndex {
     }
 
     /// The ports of a service without selector that a slice gives this very pod; addresses alone never link the two.
-    fn sliced_ports(&self, service_key: &ObjectKey, service: &Service, key: &ObjectKey, pod: &Pod) -> Option<Ports> {
+    fn sliced_ports(&self, service_key: &ObjectKey, service: &Service, member: &Member<'_>) -> Option<Ports> {
+        let uid = member.pod_uid?;
         let is_pod = |target: &(Arc<str>, Option<Arc<str>>)| {
-            target.0 == key.name && target.1.as_ref().is_none_or(|uid| *uid == pod.uid)
+            target.0 == member.key.name && target.1.as_ref().is_none_or(|named| named == uid)
         };
-        let own = self.slices(&key.namespace).filter(|(_, slice)| slice.service.as_ref() == Some(&service_key.name));
+        let own =
+            self.slices(&member.key.namespace).filter(|(_, slice)| slice.service.as_ref() == Some(&service_key.name));
         let mut naming =
             own.filter(|(_, slice)| slice.endpoints.iter().filter_map(|e| e.pod.as_ref()).any(is_pod)).peekable();
         naming.peek()?;
@@ -134,11 +146,19 @@ impl ClusterIndex {
     }
 }
 
-/// A named port that the pod does not have is left out: the pod is no endpoint for it.
-fn selected_ports(service: &Service, pod: &Pod) -> Ports {
+/// The names telemetry knows a workload by.
+pub(super) fn canonical_labels(labels: &Labels, workload_name: &Arc<str>) -> (Arc<str>, Arc<str>) {
+    let label = |names: [&str; 3]| names.iter().find_map(|name| labels.get(*name)).filter(|v| !v.is_empty()).cloned();
+    let name = label(["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]);
+    let revision = label(["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"]);
+    (name.unwrap_or_else(|| workload_name.clone()), revision.unwrap_or_else(|| "latest".into()))
+}
+
+/// A named port that the member does not have is left out: it is no endpoint for it.
+fn selected_ports(service: &Service, member: &Member<'_>) -> Ports {
     let target = |target: &TargetPort| match target {
         TargetPort::Number(number) => Some(*number),
-        TargetPort::Name(name) => pod.named_ports.get(name).copied(),
+        TargetPort::Name(name) => member.ports.get(name).copied(),
     };
     let mapping = |service_port, target_port| PortMapping { service_port, target_port };
     service.ports.iter().filter_map(|port| Some(mapping(port.port, target(&port.target)?))).collect()

@@ -10,7 +10,7 @@ use mesh_core::{
 
 use super::{
     EndpointSlice, Kind, Labels, Namespace, Object, ObjectKey, Pod, PodEnrolment, Service, ServicePort, Settings,
-    SliceEndpoint, Spec, TargetPort, policy,
+    SliceEndpoint, Spec, TargetPort, egress, policy,
 };
 use crate::{
     fields::{Cursor, Document, Fields},
@@ -89,8 +89,17 @@ pub(super) struct Meta {
 }
 
 impl Meta {
-    fn label(&self, name: &str) -> Option<&Arc<str>> {
+    pub(super) fn label(&self, name: &str) -> Option<&Arc<str>> {
         self.labels.get(name).filter(|value| !value.is_empty())
+    }
+
+    pub(super) fn annotated_enrolled(&self) -> bool {
+        self.annotations.get("ambient.istio.io/redirection").is_some_and(|value| **value == *"enabled")
+    }
+
+    /// Whether it terminates HBONE itself.
+    pub(super) fn native_tunnel(&self) -> bool {
+        self.label("networking.istio.io/tunnel").is_some_and(|value| value.contains("http"))
     }
 }
 
@@ -109,12 +118,14 @@ fn object(cursor: &Cursor<'_>, settings: &Settings) -> Option<(Meta, Option<Spec
         Kind::PodEnrolment => pod_enrolment(&fields).map(Spec::PodEnrolment),
         Kind::Service => service(&meta, &fields).map(|service| Spec::Service(Box::new(service))),
         Kind::ServiceAccount => Some(Spec::ServiceAccount),
+        Kind::ServiceEntry => egress::service_entry(&meta, &fields).map(|e| Spec::ServiceEntry(Box::new(e))),
+        Kind::WorkloadEntry => egress::workload_entry(&meta, &fields).map(|e| Spec::WorkloadEntry(Box::new(e))),
     };
     Some((meta, spec))
 }
 
 /// Kind and the API group that defines it.
-const KINDS: [(Kind, &str); 9] = [
+const KINDS: [(Kind, &str); 11] = [
     (Kind::AuthorizationPolicy, "security.istio.io"),
     (Kind::EndpointSlice, "discovery.k8s.io"),
     (Kind::Namespace, ""),
@@ -124,6 +135,8 @@ const KINDS: [(Kind, &str); 9] = [
     (Kind::PodEnrolment, "fairway.dev"),
     (Kind::Service, ""),
     (Kind::ServiceAccount, ""),
+    (Kind::ServiceEntry, "networking.istio.io"),
+    (Kind::WorkloadEntry, "networking.istio.io"),
 ];
 
 fn kind(fields: &Fields<'_>) -> Option<Kind> {
@@ -135,7 +148,14 @@ fn kind(fields: &Fields<'_>) -> Option<Kind> {
     match named {
         Some((kind, home)) if *home == group => return Some(*kind),
         // Other groups may have kinds of the same name (a Knative Service, say).
-        Some((Kind::AuthorizationPolicy | Kind::PeerAuthentication | Kind::PodEnrolment, home)) => version.reject(
+        Some((
+            Kind::AuthorizationPolicy
+            | Kind::PeerAuthentication
+            | Kind::PodEnrolment
+            | Kind::ServiceEntry
+            | Kind::WorkloadEntry,
+            home,
+        )) => version.reject(
             format!("{kind_text} is not of `{version_text}`"),
             format!("expected apiVersion {home}/…; ignored until then"),
         ),
@@ -220,13 +240,12 @@ fn pod(meta: &Meta, fields: &Fields<'_>) -> Option<Pod> {
     let status = fields.get("status").and_then(|s| s.fields());
     let phase = status.as_ref().and_then(|s| s.get("phase")).and_then(|p| p.text()).unwrap_or_default();
     let (workload_name, workload_type) = owner(meta);
-    let enrolled = meta.annotations.get("ambient.istio.io/redirection");
     let text = |name| spec.get(name).and_then(|f| f.shared());
     Some(Pod {
         uid: meta.uid.clone(),
         labels: meta.labels.clone(),
-        annotated_enrolled: enrolled.is_some_and(|value| **value == *"enabled"),
-        native_tunnel: meta.label("networking.istio.io/tunnel").is_some_and(|value| value.contains("http")),
+        annotated_enrolled: meta.annotated_enrolled(),
+        native_tunnel: meta.native_tunnel(),
         node: text("nodeName").unwrap_or_default(),
         service_account: text("serviceAccountName").unwrap_or_else(|| "default".into()),
         host_network: spec.get("hostNetwork").and_then(|h| h.bool()).unwrap_or(false),
@@ -338,7 +357,7 @@ fn service_port(fields: &Fields<'_>) -> Option<ServicePort> {
 }
 
 /// `appProtocol`, else the convention `protocol[-suffix]` of port names.
-fn app_protocol(explicit: Option<&str>, name: &str) -> AppProtocol {
+pub(super) fn app_protocol(explicit: Option<&str>, name: &str) -> AppProtocol {
     let name = explicit.unwrap_or_else(|| name.split('-').next().unwrap_or_default());
     match name {
         "grpc" | "grpc-web" | "kubernetes.io/grpc" => AppProtocol::Grpc,
