@@ -71,6 +71,8 @@ pub struct Config {
     pub server_names: Vec<String>,
     /// Service accounts, `(namespace, name)`, of the node proxies.
     pub trusted_accounts: Vec<(String, String)>,
+    /// Whether who uses a waypoint accepts connections from it only (Istio's `PILOT_AUTO_ALLOW_WAYPOINT_POLICY`).
+    pub default_allow_from_waypoint: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -220,6 +222,17 @@ pub(crate) fn manifest_settings() -> objects::Settings {
     objects::Settings { root_namespace: ROOT_NAMESPACE.into() }
 }
 
+/// What the manifests are turned into: shared by `run` and `check`.
+pub(crate) fn index_settings(trust_domain: &str, allow_from_waypoint: bool) -> index::Settings {
+    index::Settings {
+        root_namespace: ROOT_NAMESPACE.into(),
+        trust_domain: trust_domain.into(),
+        cluster_id: "Kubernetes".into(),
+        cluster_domain: "cluster.local".into(),
+        allow_from_waypoint,
+    }
+}
+
 /// Folder → index → cache; owns all three.
 struct Pipeline {
     folder: Folder,
@@ -239,12 +252,7 @@ struct Pipeline {
 
 impl Pipeline {
     fn new(config: &Config, cache: Arc<Cache>, metrics: Metrics, readiness: Readiness) -> Self {
-        let index = ClusterIndex::new(index::Settings {
-            root_namespace: ROOT_NAMESPACE.into(),
-            trust_domain: config.trust_domain.as_str().into(),
-            cluster_id: "Kubernetes".into(),
-            cluster_domain: "cluster.local".into(),
-        });
+        let index = ClusterIndex::new(index_settings(config.trust_domain.as_str(), config.default_allow_from_waypoint));
         let snapshot = watch::Sender::new(Snapshot { index: index.model().clone(), problems: Arc::default() });
         let folder = Folder::new(config.manifests.clone(), manifest_settings());
         let starting = Some(readiness.pending("first full state"));
@@ -328,7 +336,8 @@ impl Pipeline {
     /// Logs each problem once, and once more that it is gone.
     fn report(&mut self) {
         let unread = self.unread.iter().map(unread_problem);
-        let problems: BTreeSet<Problem> = self.folder.problems().into_iter().chain(unread).collect();
+        let problems: BTreeSet<Problem> =
+            self.folder.problems().into_iter().chain(unread).chain(self.index.problems().cloned()).collect();
         for problem in problems.difference(&self.reported) {
             tracing::warn!(file = %problem.file, line = problem.line, field = problem.field, remedy = problem.remedy, "{}", problem.message);
         }

@@ -17,6 +17,7 @@ use mesh_runtime::{
 
 use crate::{
     app::{self, Config},
+    index::ClusterIndex,
     source::Folder,
     token::{Subject, TokenKey},
 };
@@ -64,6 +65,9 @@ struct Run {
     /// A service account whose tokens may ask for the identities of pods on their node; may be repeated.
     #[arg(long = "trusted-account", value_name = "NAMESPACE/NAME", default_value = "istio-system/ztunnel", value_parser = account)]
     trusted_accounts: Vec<(String, String)>,
+    /// Workloads that use a waypoint, or are behind a service that does, accept connections from that waypoint only.
+    #[arg(long)]
+    default_allow_from_waypoint: bool,
 }
 
 #[derive(Debug, Args)]
@@ -143,6 +147,7 @@ fn run(run: Run) -> Result<(), String> {
         workload_cert_ttl: run.workload_cert_ttl,
         server_names: run.server_names,
         trusted_accounts: run.trusted_accounts,
+        default_allow_from_waypoint: run.default_allow_from_waypoint,
     }))
 }
 
@@ -170,8 +175,13 @@ fn token(token: Token) -> Result<(), String> {
 
 fn check(check: Check) -> ExitCode {
     let mut folder = Folder::new(check.manifests, app::manifest_settings());
-    let objects = folder.scan().len();
-    let problems = folder.problems();
+    let changes = folder.scan();
+    let objects = changes.len();
+    let mut index = ClusterIndex::new(app::index_settings(mesh_core::identity::DEFAULT_TRUST_DOMAIN, false));
+    index.apply(changes);
+    let mut problems = folder.problems();
+    problems.extend(index.problems().cloned());
+    problems.sort();
     for problem in &problems {
         println!("{problem}");
     }

@@ -71,6 +71,19 @@ impl<'a> Cursor<'a> {
         Cursor { document, node: self.node, line: self.line, path: self.path.clone() }
     }
 
+    /// A value that was written as text in this one.
+    pub(crate) fn embedded<'b>(&self, node: &'b Node) -> Cursor<'b>
+    where
+        'a: 'b,
+    {
+        Cursor { document: self.document, node, line: node.line, path: self.path.clone() }
+    }
+
+    /// The same value, its problems told of another line.
+    pub(crate) fn at(&self, line: u32) -> Self {
+        Self { line, ..self.clone() }
+    }
+
     pub(crate) fn line(&self) -> u32 {
         self.line
     }

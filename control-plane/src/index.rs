@@ -7,6 +7,7 @@
 //! Pod ◀── PodEnrolment, Node, Service (selector), EndpointSlice (targetRef), AuthorizationPolicy (selector), PeerAuthentication
 //! WorkloadEntry ◀── as a Pod, but by selectors only; and both ◀── ServiceEntry (selector)
 //! ServiceEntry ◀── Namespace, policies, and others that claim its hosts or addresses
+//! all of these ◀── Gateway (by the labels that name it), Namespace (label), ConfigMap (pods only)
 //! Service ◀── Namespace        EndpointSlice ◀── Service        PeerAuthentication ◀── PeerAuthentication of wider scope
 //! everything with an address ◀── the root Namespace (network)
 //! ```
@@ -15,6 +16,7 @@ mod egress;
 mod hosts;
 mod mtls;
 mod service;
+mod waypoint;
 mod workload;
 
 use std::{
@@ -26,6 +28,7 @@ use mesh_core::index::{Delta, Index, Provenance, Resource, ResourceKey};
 
 use crate::{
     objects::{AuthorizationPolicy, EndpointSlice, Kind, Labels, Object, ObjectKey, PeerAuthentication, Service, Spec},
+    problem::Problem,
     source::ObjectChange,
 };
 
@@ -38,6 +41,8 @@ pub(crate) struct Settings {
     pub(crate) cluster_id: Arc<str>,
     /// The `cluster.local` of `web.demo.svc.cluster.local`.
     pub(crate) cluster_domain: Arc<str>,
+    /// Whether who uses a waypoint can be reached through it only.
+    pub(crate) allow_from_waypoint: bool,
 }
 
 /// Kinds that have addresses, and so a network.
@@ -63,14 +68,21 @@ pub(crate) struct ClusterIndex {
     /// What each unit yields now.
     yields: BTreeMap<ObjectKey, BTreeMap<ResourceKey, Resource>>,
     model: Index,
+    /// Of each unit; what single objects cannot know.
+    problems: BTreeMap<ObjectKey, Vec<Problem>>,
 }
 
 impl ClusterIndex {
     pub(crate) fn new(settings: Settings) -> Self {
         let mut model = Index::default();
         model.set_policies_complete(true);
-        let (objects, pods_by_node, claims, allocation, yields) = Default::default();
-        Self { settings, objects, pods_by_node, claims, allocation, yields, model }
+        let (objects, pods_by_node, claims, allocation, yields, problems) = Default::default();
+        Self { settings, objects, pods_by_node, claims, allocation, yields, model, problems }
+    }
+
+    /// What is wrong between objects that are each right.
+    pub(crate) fn problems(&self) -> impl Iterator<Item = &Problem> {
+        self.problems.values().flatten()
     }
 
     /// The resources as the proxies see them.
@@ -123,25 +135,31 @@ impl ClusterIndex {
         let ObjectKey { namespace, name, .. } = &object.key;
         let is_root = *namespace == self.settings.root_namespace;
         match &object.spec {
-            Spec::Pod(_) | Spec::ServiceAccount | Spec::WorkloadEntry(_) => {}
+            Spec::Pod(_) | Spec::WorkloadEntry(_) => {
+                let gateway = labels_of(object).and_then(|labels| self.instance_of(namespace, labels));
+                if let Some(gateway) = gateway.filter(|_| self.settings.allow_from_waypoint) {
+                    self.gateway_units(&gateway, units);
+                }
+            }
+            Spec::ServiceAccount => {}
+            Spec::Gateway(_) => self.gateway_units(&object.key, units),
+            Spec::MeshConfig(_) => units.extend(self.keys(Kind::Pod, None)),
             Spec::PodEnrolment(_) => drop(units.insert(ObjectKey::new(Kind::Pod, namespace, name))),
             Spec::Node(_) => units.extend(self.pods_by_node.get(name).into_iter().flatten().cloned()),
             Spec::Namespace(_) if *name == self.settings.root_namespace => {
                 units.extend(ADDRESSED.iter().flat_map(|kind| self.keys(*kind, None)));
             }
-            Spec::Namespace(_) => {
-                units.extend([Kind::Service, Kind::ServiceEntry].iter().flat_map(|kind| self.keys(*kind, Some(name))));
-            }
-            Spec::ServiceEntry(entry) => {
-                self.selected(&entry.selector, Some(namespace), units);
+            Spec::Namespace(_) => units.extend(ADDRESSED.iter().flat_map(|kind| self.keys(*kind, Some(name)))),
+            Spec::ServiceEntry(_) => {
+                self.members(object, units);
                 self.rivals_of(object, units);
             }
-            Spec::Service(service) => {
-                self.selected(&service.selector, Some(namespace), units);
+            Spec::Service(_) => {
+                self.members(object, units);
                 self.rivals_of(object, units);
-                for (key, slice) in self.slices(namespace).filter(|(_, slice)| slice.service.as_ref() == Some(name)) {
-                    units.insert(key.clone());
-                    targets(namespace, slice, units);
+                let gateway = ObjectKey { kind: Kind::Gateway, ..object.key.clone() };
+                if self.objects.contains_key(&gateway) {
+                    self.gateway_units(&gateway, units);
                 }
             }
             Spec::EndpointSlice(slice) => targets(namespace, slice, units),
@@ -159,10 +177,26 @@ impl ClusterIndex {
     /// Others that claim a host of this object, and what they select: who wins may have changed.
     fn rivals_of(&self, object: &Object, units: &mut BTreeSet<ObjectKey>) {
         for rival in self.rivals(object) {
-            if let Some(entry) = self.entry(&rival) {
-                self.selected(&entry.selector, Some(&rival.namespace), units);
+            if let Some(object) = self.objects.get(&rival) {
+                self.members(object, units);
             }
             units.insert(rival);
+        }
+    }
+
+    /// The endpoints of a Service or ServiceEntry that are objects of their own.
+    fn members(&self, object: &Object, units: &mut BTreeSet<ObjectKey>) {
+        let ObjectKey { namespace, name, .. } = &object.key;
+        match &object.spec {
+            Spec::Service(service) => {
+                self.selected(&service.selector, Some(namespace), units);
+                for (key, slice) in self.slices(namespace).filter(|(_, slice)| slice.service.as_ref() == Some(name)) {
+                    units.insert(key.clone());
+                    targets(namespace, slice, units);
+                }
+            }
+            Spec::ServiceEntry(entry) => self.selected(&entry.selector, Some(namespace), units),
+            _ => {}
         }
     }
 
@@ -193,6 +227,10 @@ impl ClusterIndex {
         if !after.is_empty() {
             self.yields.insert(unit.clone(), after);
         }
+        match self.unbound(unit) {
+            problems if problems.is_empty() => drop(self.problems.remove(unit)),
+            problems => drop(self.problems.insert(unit.clone(), problems)),
+        }
         changes
     }
 
@@ -222,7 +260,10 @@ impl ClusterIndex {
             Spec::WorkloadEntry(entry) => {
                 vec![Resource::Workload(Arc::new(self.workload_entry(unit, entry)))]
             }
-            Spec::Namespace(_) | Spec::Node(_) | Spec::PodEnrolment(_) | Spec::ServiceAccount => Vec::new(),
+            Spec::Gateway(_) => self.waypoint_policy(unit).map(|p| Resource::Policy(Arc::new(p))).into_iter().collect(),
+            Spec::MeshConfig(_) | Spec::Namespace(_) | Spec::Node(_) | Spec::PodEnrolment(_) | Spec::ServiceAccount => {
+                Vec::new()
+            }
         };
         resources.into_iter().map(|r| (r.key(), r)).collect()
     }

@@ -5,6 +5,8 @@
 
 mod decode;
 mod egress;
+mod gateway;
+pub(crate) mod mesh_config;
 mod policy;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
@@ -18,6 +20,8 @@ use mesh_core::{
 
 pub(crate) use decode::{Read, read};
 pub(crate) use egress::{Endpoint, EndpointAddress, EntryPort, Resolution, ServiceEntry, WorkloadEntry};
+pub(crate) use gateway::{AllowedFrom, Binding, Gateway, GatewayHost, USE_WAYPOINT, Wanted};
+pub(crate) use mesh_config::MeshConfig;
 pub(crate) use policy::Settings;
 
 pub(crate) type Labels = BTreeMap<Arc<str>, Arc<str>>;
@@ -25,7 +29,9 @@ pub(crate) type Labels = BTreeMap<Arc<str>, Arc<str>>;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Kind {
     AuthorizationPolicy,
+    ConfigMap,
     EndpointSlice,
+    Gateway,
     Namespace,
     Node,
     PeerAuthentication,
@@ -41,7 +47,9 @@ impl Kind {
     pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::AuthorizationPolicy => "AuthorizationPolicy",
+            Self::ConfigMap => "ConfigMap",
             Self::EndpointSlice => "EndpointSlice",
+            Self::Gateway => "Gateway",
             Self::Namespace => "Namespace",
             Self::Node => "Node",
             Self::PeerAuthentication => "PeerAuthentication",
@@ -90,6 +98,7 @@ pub(crate) struct Object {
     pub(crate) key: ObjectKey,
     pub(crate) file: Arc<str>,
     pub(crate) line: u32,
+    pub(crate) binding: Binding,
     pub(crate) spec: Spec,
 }
 
@@ -97,6 +106,9 @@ pub(crate) struct Object {
 pub(crate) enum Spec {
     AuthorizationPolicy(AuthorizationPolicy),
     EndpointSlice(EndpointSlice),
+    Gateway(Gateway),
+    /// Of ConfigMaps, the only one there is.
+    MeshConfig(MeshConfig),
     Namespace(Namespace),
     Node(Locality),
     PeerAuthentication(PeerAuthentication),
@@ -135,6 +147,7 @@ pub(crate) struct SliceEndpoint {
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Namespace {
+    pub(crate) labels: Labels,
     pub(crate) network: Option<Arc<str>>,
     pub(crate) traffic_distribution: Option<Arc<str>>,
 }
@@ -178,6 +191,8 @@ pub(crate) struct PodEnrolment {
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Service {
+    /// Stands for a waypoint or another gateway, which never has a waypoint itself.
+    pub(crate) is_gateway: bool,
     pub(crate) selector: Labels,
     pub(crate) addresses: Vec<IpAddr>,
     pub(crate) ports: Vec<ServicePort>,

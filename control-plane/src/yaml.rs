@@ -70,7 +70,10 @@ fn is_marker(line: &str, marker: &str) -> bool {
 }
 
 /// `None` for a document without content.
-fn parse(text: &str, first_line: u32) -> Result<Option<Node>, Malformed> {
+///
+/// # Errors
+/// When `text`, which begins on line `first_line`, is not one well-formed document.
+pub(crate) fn parse(text: &str, first_line: u32) -> Result<Option<Node>, Malformed> {
     // A directive (`%YAML 1.2`) would belong to the next piece; no manifest needs one.
     let has_content = |line: &str| !matches!(line.trim_start().as_bytes().first(), None | Some(b'#' | b'%'));
     if !text.strip_prefix("---").unwrap_or(text).lines().any(has_content) {

@@ -117,6 +117,7 @@ async fn start(folder: &Path, state: &Path) -> Running {
         workload_cert_ttl: Duration::from_secs(86_400),
         server_names: Vec::new(),
         trusted_accounts: vec![("istio-system".into(), "ztunnel".into())],
+        default_allow_from_waypoint: false,
     };
     app::start(config).await.unwrap()
 }

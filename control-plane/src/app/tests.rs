@@ -16,6 +16,7 @@ fn pipeline(folder: &Path) -> (Pipeline, Arc<Cache>, Readiness) {
         workload_cert_ttl: Duration::from_secs(60),
         server_names: Vec::new(),
         trusted_accounts: Vec::new(),
+        default_allow_from_waypoint: false,
     };
     let (cache, readiness) = (Arc::new(Cache::new()), Readiness::default());
     let pipeline = Pipeline::new(&config, cache.clone(), Metrics::register(&Registry::new()), readiness.clone());

@@ -13,7 +13,9 @@ use super::{
     ClusterIndex,
     workload::{Member, Ports, canonical_labels},
 };
-use crate::objects::{Endpoint, EndpointAddress, EntryPort, ObjectKey, Resolution, ServiceEntry, WorkloadEntry};
+use crate::objects::{
+    Binding, Endpoint, EndpointAddress, EntryPort, ObjectKey, Resolution, ServiceEntry, WorkloadEntry,
+};
 
 impl ClusterIndex {
     /// One service for each host it has not lost to another claimant.
@@ -25,7 +27,7 @@ impl ClusterIndex {
                 entry.addresses.iter().partition(|net| net.prefix_len() == net.max_prefix_len());
             let written = single.iter().map(IpNet::addr);
             let vips = written.chain(self.allocated(key, host));
-            Service {
+            let service = Service {
                 vips: vips.map(|ip| NetworkAddress::new(network.clone(), ip)).collect(),
                 cidr_vips: ranges.into_iter().map(|net| (network.clone(), net)).collect(),
                 ports: entry.ports.iter().map(service_port).collect(),
@@ -34,7 +36,8 @@ impl ClusterIndex {
                 canonical: self.is_canonical(key, host),
                 visibility,
                 ..Service::new(key.namespace.clone(), key.name.clone(), host.clone())
-            }
+            };
+            self.bind_service(key, service)
         };
         self.won(key, entry).map(service).collect()
     }
@@ -56,11 +59,9 @@ impl ClusterIndex {
         if entry.resolution == Resolution::Dns && entry.endpoints.is_empty() && entry.selector.is_empty() {
             let implicit = |host: &Arc<str>| {
                 let ports = entry.ports.iter().map(|port| mapping(port, None)).collect();
-                Workload {
-                    hostname: host.clone(),
-                    services: [(service_key(key, host), ports)].into(),
-                    ..self.entry_workload(key, entry, host)
-                }
+                let services = [(service_key(key, host), ports)].into();
+                let workload = Workload { hostname: host.clone(), services, ..self.entry_workload(key, entry, host) };
+                self.bind_workload(key, &Binding::default(), &entry.labels, workload)
             };
             return hosts.into_iter().map(implicit).collect();
         }
@@ -71,7 +72,8 @@ impl ClusterIndex {
                 EndpointAddress::Host(host) => host.to_string(),
                 EndpointAddress::Ip(ip) => ip.to_string(),
             };
-            Workload { services, ..placed(self.entry_workload(key, entry, &address), endpoint) }
+            let workload = Workload { services, ..placed(self.entry_workload(key, entry, &address), endpoint) };
+            self.bind_workload(key, &endpoint.binding, &entry.labels, workload)
         };
         entry.endpoints.iter().map(explicit).collect()
     }
@@ -106,7 +108,10 @@ impl ClusterIndex {
             services: self.services_of(&Member { key, labels, ports, pod_uid: None }),
             ..self.workload(&uid, key)
         };
-        placed(workload, &entry.endpoint)
+        let binding = self.objects.get(key).map(|o| o.binding.clone()).unwrap_or_default();
+        // The labels of its spec are its own as much as those of the object.
+        let binding = if binding.waypoint.is_some() { &binding } else { &entry.endpoint.binding };
+        self.bind_workload(key, binding, labels, placed(workload, &entry.endpoint))
     }
 
     /// The entries whose selector picks a pod or workload entry, as services of it.

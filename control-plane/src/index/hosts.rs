@@ -72,6 +72,12 @@ impl ClusterIndex {
         claimants.min_by_key(|key| self.rank(key))
     }
 
+    /// What a service of the model, by its key `namespace/host`, was made of.
+    pub(super) fn service_object(&self, service: &str) -> Option<&Object> {
+        let (namespace, host) = service.split_once('/')?;
+        self.objects.get(self.winner(host, namespace)?).map(|object| &**object)
+    }
+
     /// Whom clients of other namespaces mean.
     pub(super) fn is_canonical(&self, key: &ObjectKey, host: &str) -> bool {
         let claimants = self.claims.get(host).into_iter().flatten();

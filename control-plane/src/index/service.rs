@@ -19,13 +19,14 @@ impl ClusterIndex {
     pub(super) fn service(&self, key: &ObjectKey, service: &objects::Service) -> Option<Service> {
         let network = self.network();
         let vip = |ip: &IpAddr| NetworkAddress::new(network.clone(), *ip);
-        (!service.external_name).then(|| Service {
+        let made = (!service.external_name).then(|| Service {
             vips: service.addresses.iter().map(vip).collect(),
             ports: service.ports.iter().map(port).collect(),
             load_balancing: self.load_balancing(key, service),
             ip_families: families(&service.families),
             ..Service::new(key.namespace.clone(), key.name.clone(), self.hostname(key))
-        })
+        });
+        made.map(|service| self.bind_service(key, service))
     }
 
     pub(super) fn hostname(&self, key: &ObjectKey) -> String {

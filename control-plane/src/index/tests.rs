@@ -15,10 +15,12 @@ fn settings() -> Settings {
         trust_domain: "cluster.local".into(),
         cluster_id: "Kubernetes".into(),
         cluster_domain: "cluster.local".into(),
+        allow_from_waypoint: true,
     }
 }
 
 mod egress;
+mod waypoint;
 
 /// A catalogue and the index that follows it.
 struct World {
@@ -327,6 +329,7 @@ fn contents(index: &ClusterIndex) -> Vec<String> {
     let mut all: Vec<String> = model.workloads().map(|w| format!("{w:?}")).collect();
     all.extend(model.services().map(|s| format!("{s:?}")));
     all.extend(model.policies().map(|p| format!("{p:?}")));
+    all.extend(index.problems().map(ToString::to_string));
     all.sort();
     all
 }
@@ -360,6 +363,35 @@ fn any_entry() -> impl Strategy<Value = String> {
     ]
 }
 
+fn any_binding() -> impl Strategy<Value = String> {
+    let name = || proptest::sample::select(vec!["wp", "web"]);
+    let home = || proptest::sample::select(vec!["demo", "istio-system"]);
+    let label = proptest::sample::select(vec![
+        "istio.io/use-waypoint: wp",
+        "istio.io/use-waypoint: web",
+        "istio.io/use-waypoint: none",
+        "istio.io/use-waypoint: wp, istio.io/use-waypoint-namespace: istio-system",
+        "istio.io/use-waypoint: wp, istio.io/use-waypoint-canary: web",
+        "team: a",
+    ]);
+    let serves = proptest::sample::select(vec!["all", "service", "workload"]);
+    let from = proptest::sample::select(vec!["Same", "All", "Selector, selector: {matchLabels: {team: a}}"]);
+    let instance = |(name, gateway): (&str, &str)| {
+        let labels = format!("labels: {{app: {name}, gateway.networking.k8s.io/gateway-name: {gateway}}}");
+        pod(name, "10.0.0.7", "").replace(&format!("labels: {{app: {name}}}"), &labels)
+    };
+    prop_oneof![
+        (home(), name(), serves, from).prop_map(|(namespace, name, serves, from)| waypoint::gateway(
+            &format!("namespace: {namespace}, name: {name}, labels: {{istio.io/waypoint-for: {serves}}}"),
+            &format!(", allowedRoutes: {{namespaces: {{from: {from}}}}}"),
+        )),
+        (home(), label.clone()).prop_map(|(name, labels)| waypoint::namespace(name, labels)),
+        (home(), name(), label, name()).prop_map(|(namespace, name, labels, app)| format!("---\napiVersion: v1\nkind: Service\nmetadata: {{namespace: {namespace}, name: {name}, labels: {{{labels}}}}}\nspec: {{selector: {{app: {app}}}, ports: [{{port: 80}}]}}\n")),
+        (name(), name()).prop_map(instance),
+        proptest::sample::select(vec!["ALLOW_ANY", "REGISTRY_ONLY"]).prop_map(|mode| format!("---\napiVersion: v1\nkind: ConfigMap\nmetadata: {{namespace: istio-system, name: istio}}\ndata: {{mesh: \"outboundTrafficPolicy: {{mode: {mode}}}\"}}\n")),
+    ]
+}
+
 fn any_manifest() -> impl Strategy<Value = String> {
     let name = || proptest::sample::select(vec!["web", "else"]);
     let namespace = || proptest::sample::select(vec!["demo", "istio-system"]);
@@ -372,20 +404,20 @@ fn any_manifest() -> impl Strategy<Value = String> {
     };
     let mode = || proptest::sample::select(vec!["STRICT", "PERMISSIVE", "UNSET"]);
     prop_oneof![
-        (name(), 1..4u8).prop_map(|(n, ip)| pod(n, &format!("10.0.0.{ip}"), "")),
-        (name(), name()).prop_map(|(n, uid)| enrolment(n, &format!("uid-{uid}"), "enabled")),
-        name().prop_map(|app| service(&format!("{{selector: {{app: {app}}}, ports: [{{port: 80, targetPort: http}}]}}"))),
-        Just(service("{ports: [{name: http, port: 80}]}")),
-        (name(), name()).prop_map(|(n, p)| format!("---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{namespace: demo, name: {n}, labels: {{kubernetes.io/service-name: web}}}}\nports: [{{name: http, port: 9}}]\nendpoints: [{{addresses: [10.0.0.1], targetRef: {{kind: Pod, name: {p}}}}}, {{addresses: [192.0.2.1]}}]\n")),
-        proptest::sample::select(vec!["a", "b"]).prop_map(|zone| format!("---\napiVersion: v1\nkind: Node\nmetadata: {{name: n1, labels: {{topology.kubernetes.io/zone: {zone}}}}}\n")),
-        (namespace(), proptest::sample::select(vec!["PreferClose", "x"])).prop_map(|(n, d)| format!("---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: {n}, labels: {{topology.istio.io/network: {}}}, annotations: {{networking.istio.io/traffic-distribution: {d}}}}}\n", d.to_lowercase())),
-        (namespace(), name(), selector()).prop_map(|(ns, n, s)| authz(ns, n, &format!("{{{s}action: ALLOW}}"))),
-        (namespace(), name(), selector(), mode(), mode()).prop_map(|(ns, n, s, m, p)| {
+        1 => (name(), 1..4u8).prop_map(|(n, ip)| pod(n, &format!("10.0.0.{ip}"), "")),
+        1 => (name(), name()).prop_map(|(n, uid)| enrolment(n, &format!("uid-{uid}"), "enabled")),
+        1 => name().prop_map(|app| service(&format!("{{selector: {{app: {app}}}, ports: [{{port: 80, targetPort: http}}]}}"))),
+        1 => Just(service("{ports: [{name: http, port: 80}]}")),
+        1 => (name(), name()).prop_map(|(n, p)| format!("---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{namespace: demo, name: {n}, labels: {{kubernetes.io/service-name: web}}}}\nports: [{{name: http, port: 9}}]\nendpoints: [{{addresses: [10.0.0.1], targetRef: {{kind: Pod, name: {p}}}}}, {{addresses: [192.0.2.1]}}]\n")),
+        1 => proptest::sample::select(vec!["a", "b"]).prop_map(|zone| format!("---\napiVersion: v1\nkind: Node\nmetadata: {{name: n1, labels: {{topology.kubernetes.io/zone: {zone}}}}}\n")),
+        1 => (namespace(), proptest::sample::select(vec!["PreferClose", "x"])).prop_map(|(n, d)| format!("---\napiVersion: v1\nkind: Namespace\nmetadata: {{name: {n}, labels: {{topology.istio.io/network: {}}}, annotations: {{networking.istio.io/traffic-distribution: {d}}}}}\n", d.to_lowercase())),
+        1 => (namespace(), name(), selector()).prop_map(|(ns, n, s)| authz(ns, n, &format!("{{{s}action: ALLOW}}"))),
+        1 => (namespace(), name(), selector(), mode(), mode()).prop_map(|(ns, n, s, m, p)| {
             let ports = if s.is_empty() { String::new() } else { format!(", portLevelMtls: {{\"80\": {{mode: {p}}}}}") };
             peer(ns, n, &format!("{{{s}mtls: {{mode: {m}}}{ports}}}"))
         }),
-        any_entry(),
-        any_entry(),
+        2 => any_entry(),
+        4 => any_binding(),
     ]
 }
 

@@ -2,10 +2,10 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use mesh_core::workload::{Health, Locality, NetworkMode, PortMapping, TunnelProtocol, Workload};
+use mesh_core::workload::{Health, Locality, NetworkMode, OutboundPolicy, PortMapping, TunnelProtocol, Workload};
 
 use super::{ClusterIndex, matches};
-use crate::objects::{EndpointSlice, Kind, Labels, ObjectKey, Pod, Service, Spec, TargetPort};
+use crate::objects::{Binding, EndpointSlice, Kind, Labels, ObjectKey, Pod, Service, Spec, TargetPort, mesh_config};
 
 pub(super) type Ports = Vec<PortMapping>;
 
@@ -28,7 +28,7 @@ impl ClusterIndex {
         let hbone = !pod.host_network && (pod.native_tunnel || self.is_enrolled(key, pod));
         let (canonical_name, canonical_revision) = canonical_labels(&pod.labels, &pod.workload_name);
         let member = Member { key, labels: &pod.labels, ports: &pod.named_ports, pod_uid: Some(&pod.uid) };
-        Some(Workload {
+        let workload = Workload {
             service_account: pod.service_account.clone(),
             addresses: pod.addresses.clone(),
             node: pod.node.clone(),
@@ -43,8 +43,36 @@ impl ClusterIndex {
             workload_name: pod.workload_name.clone(),
             authorization_policies: self.policies_of(&key.namespace, &pod.labels),
             services: self.services_of(&member),
+            outbound_policy: self.outbound_policy(),
             ..self.workload(&format!("{}//Pod/{}/{}", self.settings.cluster_id, key.namespace, key.name), key)
-        })
+        };
+        let binding = self.objects.get(key).map(|o| o.binding.clone()).unwrap_or_default();
+        Some(self.bind_workload(key, &binding, &pod.labels, workload))
+    }
+
+    /// Sets what follows from waypoints.
+    pub(super) fn bind_workload(
+        &self,
+        key: &ObjectKey,
+        own: &Binding,
+        labels: &Labels,
+        mut workload: Workload,
+    ) -> Workload {
+        workload.waypoint = self.workload_waypoint(key, own, labels);
+        workload.application_tunnel = self.application_tunnel(&key.namespace, labels);
+        let implicit = self.waypoint_policies(key, own, labels, workload.services.keys());
+        workload.authorization_policies.extend(implicit);
+        workload.authorization_policies.sort();
+        workload
+    }
+
+    /// `None` leaves it to each proxy.
+    fn outbound_policy(&self) -> Option<OutboundPolicy> {
+        let key = ObjectKey::new(Kind::ConfigMap, &self.settings.root_namespace, &mesh_config::NAME.into());
+        match &self.objects.get(&key)?.spec {
+            Spec::MeshConfig(config) => config.registry_only.then_some(OutboundPolicy::RegistryOnly),
+            _ => None,
+        }
     }
 
     pub(super) fn workload(&self, uid: &str, key: &ObjectKey) -> Workload {

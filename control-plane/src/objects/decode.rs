@@ -9,8 +9,8 @@ use mesh_core::{
 };
 
 use super::{
-    EndpointSlice, Kind, Labels, Namespace, Object, ObjectKey, Pod, PodEnrolment, Service, ServicePort, Settings,
-    SliceEndpoint, Spec, TargetPort, egress, policy,
+    Binding, EndpointSlice, Kind, Labels, Namespace, Object, ObjectKey, Pod, PodEnrolment, Service, ServicePort,
+    Settings, SliceEndpoint, Spec, TargetPort, egress, gateway, mesh_config, policy,
 };
 use crate::{
     fields::{Cursor, Document, Fields},
@@ -62,7 +62,10 @@ impl Read {
         let found = object(&cursor, settings);
         self.unidentified |= found.is_none() && !document.is_usable();
         if let Some((meta, spec)) = found {
-            let object = |spec| Object { key: meta.key.clone(), file: file.clone(), line: cursor.line(), spec };
+            let object = |spec| {
+                let (key, file, binding) = (meta.key.clone(), file.clone(), meta.binding.clone());
+                Object { key, file, line: cursor.line(), binding, spec }
+            };
             match spec.filter(|_| document.is_usable()) {
                 Some(spec) => self.objects.push(object(spec)),
                 None => {
@@ -83,6 +86,7 @@ pub(super) struct Meta {
     pub(super) labels: Labels,
     pub(super) annotations: Labels,
     pub(super) created: Arc<str>,
+    pub(super) binding: Binding,
     deleting: bool,
     /// Kind and name of the controlling owner.
     owner: Option<(Arc<str>, Arc<str>)>,
@@ -108,9 +112,14 @@ fn object(cursor: &Cursor<'_>, settings: &Settings) -> Option<(Meta, Option<Spec
     let fields = cursor.fields()?;
     let kind = kind(&fields)?;
     let meta = meta(kind, &fields.required("metadata")?)?;
+    if kind == Kind::ConfigMap && !mesh_config::is_ours(&meta, settings) {
+        return None;
+    }
     let spec = match kind {
         Kind::AuthorizationPolicy => policy::authorization(&meta, &fields, settings).map(Spec::AuthorizationPolicy),
         Kind::EndpointSlice => Some(Spec::EndpointSlice(endpoint_slice(&meta, &fields))),
+        Kind::ConfigMap => mesh_config::mesh_config(&fields).map(Spec::MeshConfig),
+        Kind::Gateway => gateway::gateway(&meta, &fields).map(Spec::Gateway),
         Kind::Namespace => Some(Spec::Namespace(namespace(&meta))),
         Kind::Node => Some(Spec::Node(locality(&meta))),
         Kind::PeerAuthentication => policy::peer_authentication(&meta, &fields).map(Spec::PeerAuthentication),
@@ -125,9 +134,11 @@ fn object(cursor: &Cursor<'_>, settings: &Settings) -> Option<(Meta, Option<Spec
 }
 
 /// Kind and the API group that defines it.
-const KINDS: [(Kind, &str); 11] = [
+const KINDS: [(Kind, &str); 13] = [
     (Kind::AuthorizationPolicy, "security.istio.io"),
+    (Kind::ConfigMap, ""),
     (Kind::EndpointSlice, "discovery.k8s.io"),
+    (Kind::Gateway, "gateway.networking.k8s.io"),
     (Kind::Namespace, ""),
     (Kind::Node, ""),
     (Kind::PeerAuthentication, "security.istio.io"),
@@ -181,12 +192,16 @@ fn meta(kind: Kind, cursor: &Cursor<'_>) -> Option<Meta> {
     };
     let name = object_name(&name?)?;
     let text = |name| fields.get(name).and_then(|f| f.shared()).unwrap_or_default();
-    let labels = |name| fields.get(name).map(|f| f.string_map()).unwrap_or_default();
+    let map = |cursor: &Option<Cursor<'_>>| cursor.as_ref().map(|f| f.string_map()).unwrap_or_default();
+    let labels = fields.get("labels");
+    let annotations = map(&fields.get("annotations"));
+    let home = if kind == Kind::Namespace { &name } else { &namespace };
     Some(Meta {
-        key: ObjectKey { kind, namespace, name },
         uid: text("uid"),
-        labels: labels("labels"),
-        annotations: labels("annotations"),
+        binding: labels.as_ref().map(|l| Binding::read(l, &annotations, home)).unwrap_or_default(),
+        key: ObjectKey { kind, namespace, name },
+        labels: map(&labels),
+        annotations,
         created: text("creationTimestamp"),
         deleting: fields.get("deletionTimestamp").is_some(),
         owner: fields.get("ownerReferences").and_then(|owners| controller(&owners)),
@@ -213,6 +228,7 @@ fn controller(owners: &Cursor<'_>) -> Option<(Arc<str>, Arc<str>)> {
 
 fn namespace(meta: &Meta) -> Namespace {
     Namespace {
+        labels: meta.labels.clone(),
         network: meta.label("topology.istio.io/network").cloned(),
         traffic_distribution: meta.annotations.get("networking.istio.io/traffic-distribution").cloned(),
     }
@@ -321,6 +337,7 @@ fn service(meta: &Meta, fields: &Fields<'_>) -> Option<Service> {
     let is = |name, value| spec.get(name).and_then(|f| f.text()) == Some(value);
     let annotated = meta.annotations.get("networking.istio.io/traffic-distribution").cloned();
     Some(Service {
+        is_gateway: meta.label("gateway.istio.io/managed").is_some(),
         selector: spec.get("selector").map(|s| s.string_map()).unwrap_or_default(),
         addresses: cluster_ips(&spec),
         ports: list("ports")

@@ -8,7 +8,7 @@ use ipnet::IpNet;
 use mesh_core::{addr::canonical_ip, service::AppProtocol, service::Visibility, workload::Locality};
 
 use super::{
-    Labels,
+    Binding, Labels,
     decode::{Meta, app_protocol},
 };
 use crate::fields::{Cursor, Fields, excerpt};
@@ -66,6 +66,8 @@ pub(crate) struct Endpoint {
     pub(crate) address: EndpointAddress,
     pub(crate) ports: BTreeMap<Arc<str>, u16>,
     pub(crate) labels: Labels,
+    /// What its labels say about waypoints.
+    pub(crate) binding: Binding,
     pub(crate) network: Option<Arc<str>>,
     pub(crate) locality: Locality,
     /// 1 unless said otherwise.
@@ -86,7 +88,7 @@ pub(super) fn service_entry(meta: &Meta, fields: &Fields<'_>) -> Option<ServiceE
     let addresses = addresses(&spec, resolution);
     let ports = spec.get("ports").map(|l| l.items()).unwrap_or_default();
     let ports = ports.iter().filter_map(entry_port).collect();
-    let endpoints = endpoints(&spec, resolution);
+    let endpoints = endpoints(&spec, resolution, &meta.key.namespace);
     let selector = workload_selector(&spec);
     let names = spec.get("subjectAltNames").map(|l| l.texts()).unwrap_or_default();
     let visibility = visibility(&spec, &meta.key.namespace);
@@ -203,12 +205,12 @@ fn usable_port(cursor: &Cursor<'_>) -> Option<u16> {
     (port != 0).then_some(port)
 }
 
-fn endpoints(spec: &Fields<'_>, resolution: Option<Resolution>) -> Vec<Endpoint> {
+fn endpoints(spec: &Fields<'_>, resolution: Option<Resolution>, namespace: &Arc<str>) -> Vec<Endpoint> {
     let items = spec.get("endpoints").map(|l| l.items()).unwrap_or_default();
     let mut endpoints: Vec<Endpoint> = Vec::new();
     for item in &items {
         let Some(fields) = item.fields() else { continue };
-        let Some(endpoint) = endpoint(&fields) else { continue };
+        let Some(endpoint) = endpoint(&fields, namespace) else { continue };
         let address = fields.get("address").unwrap_or_else(|| item.clone());
         if resolution == Some(Resolution::Static) && matches!(endpoint.address, EndpointAddress::Host(_)) {
             address.reject("a host name is not static", "write an IP address, or use resolution DNS");
@@ -284,7 +286,7 @@ fn visibility(spec: &Fields<'_>, own: &str) -> Option<Visibility> {
 
 pub(super) fn workload_entry(meta: &Meta, fields: &Fields<'_>) -> Option<WorkloadEntry> {
     let spec = fields.required("spec")?.fields()?;
-    let mut endpoint = endpoint(&spec)?;
+    let mut endpoint = endpoint(&spec, &meta.key.namespace)?;
     let labels = std::mem::take(&mut endpoint.labels);
     endpoint.labels = meta.labels.clone().into_iter().chain(labels).collect();
     Some(WorkloadEntry {
@@ -295,10 +297,12 @@ pub(super) fn workload_entry(meta: &Meta, fields: &Fields<'_>) -> Option<Workloa
     })
 }
 
-fn endpoint(fields: &Fields<'_>) -> Option<Endpoint> {
+fn endpoint(fields: &Fields<'_>, namespace: &Arc<str>) -> Option<Endpoint> {
     let address = fields.required("address");
     let ports = fields.get("ports").and_then(|p| p.fields());
-    let labels = fields.get("labels").map(|l| l.string_map()).unwrap_or_default();
+    let labels = fields.get("labels");
+    let binding = labels.as_ref().map(|l| Binding::read(l, &Labels::new(), namespace)).unwrap_or_default();
+    let labels = labels.map(|l| l.string_map()).unwrap_or_default();
     let text = |name| fields.get(name).and_then(|f| f.shared()).filter(|text| !text.is_empty());
     let (network, locality, service_account) = (text("network"), text("locality"), text("serviceAccount"));
     let weight = fields.get("weight").and_then(|w| w.parse("a weight, 0 or more")).unwrap_or(0u32);
@@ -309,6 +313,7 @@ fn endpoint(fields: &Fields<'_>) -> Option<Endpoint> {
         address: endpoint_address(&address?)?,
         ports,
         labels,
+        binding,
         network,
         locality: locality.map(|text| parse_locality(&text)).unwrap_or_default(),
         weight: weight.max(1),

@@ -88,6 +88,7 @@ impl Server {
             workload_cert_ttl: Duration::from_secs(3600),
             server_names: Vec::new(),
             trusted_accounts: Vec::new(),
+            default_allow_from_waypoint: false,
         }));
         let running = running.expect("a control plane");
         let client = ControlPlane {

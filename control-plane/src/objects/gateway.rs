@@ -1,0 +1,212 @@
+//! Waypoints: the Gateways that are some, and the labels that ask for one.
+
+use std::{net::IpAddr, sync::Arc};
+
+use mesh_core::{addr::canonical_ip, workload::ApplicationTunnel};
+
+use super::{Kind, Labels, ObjectKey, decode::Meta};
+use crate::fields::{Cursor, Fields, excerpt};
+
+pub(crate) const USE_WAYPOINT: &str = "istio.io/use-waypoint";
+const HBONE_PORT: u16 = 15008;
+const CLASSES: [&str; 2] = ["istio-waypoint", "fairway-waypoint"];
+
+/// What an object's labels say about waypoints.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Binding {
+    /// `None` leaves it to the namespace.
+    pub(crate) waypoint: Option<Wanted>,
+    /// A second waypoint, and how many of 100 connections it gets.
+    pub(crate) canary: Option<(ObjectKey, u32)>,
+    /// Whether ingress gateways go through the waypoint as well; `None` leaves it to the namespace.
+    pub(crate) ingress: Option<bool>,
+    /// Of the label.
+    pub(crate) line: u32,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Wanted {
+    Gateway(ObjectKey),
+    /// None, whatever the namespace says.
+    Nothing,
+}
+
+impl Binding {
+    /// Labels that belong to `namespace`; `annotations` hold a canary's weight.
+    pub(super) fn read(labels: &Cursor<'_>, annotations: &Labels, namespace: &Arc<str>) -> Self {
+        let map = labels.string_map();
+        let label = |name: &str| map.get(name).filter(|value| !value.is_empty());
+        let gateway =
+            |name: &Arc<str>, home: &str| ObjectKey::new(Kind::Gateway, label(home).unwrap_or(namespace), name);
+        let fields = labels.fields();
+        let line = fields.and_then(|f| f.each().find(|(name, _)| *name == USE_WAYPOINT).map(|(_, l)| l.line()));
+        let waypoint = label(USE_WAYPOINT).map(|name| match &**name {
+            "none" => Wanted::Nothing,
+            _ => Wanted::Gateway(gateway(name, "istio.io/use-waypoint-namespace")),
+        });
+        let canary = label("istio.io/use-waypoint-canary").map(|name| {
+            let weight = annotations.get("istio.io/use-waypoint-canary-weight");
+            let read = weight.map_or(Some(0), |w| w.parse().ok().filter(|w| *w <= 100));
+            if read.is_none() {
+                labels.warn(
+                    format!(
+                        "annotation istio.io/use-waypoint-canary-weight `{}` is no weight",
+                        excerpt(weight.map_or("", |w| w))
+                    ),
+                    "expected a number, 0 to 100; until then the canary gets nothing",
+                );
+            }
+            (gateway(name, "istio.io/use-waypoint-canary-namespace"), read.unwrap_or(0))
+        });
+        let ingress = label("istio.io/ingress-use-waypoint").map(|value| **value == *"true");
+        Self { waypoint, canary, ingress, line: line.unwrap_or_default() }
+    }
+
+    pub(crate) fn names(&self, gateway: &ObjectKey) -> bool {
+        matches!(&self.waypoint, Some(Wanted::Gateway(named)) if named == gateway)
+            || self.canary.as_ref().is_some_and(|(named, _)| named == gateway)
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Gateway {
+    pub(crate) is_waypoint: bool,
+    pub(crate) listeners: Vec<Listener>,
+    /// The address its status lists: a host name before an IP address.
+    pub(crate) address: Option<GatewayHost>,
+    pub(crate) serves_services: bool,
+    pub(crate) serves_workloads: bool,
+    /// For the proxy in its pods, where that leaves HBONE to ztunnel.
+    pub(crate) application_tunnel: Option<ApplicationTunnel>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Listener {
+    pub(crate) port: u16,
+    pub(crate) protocol: Arc<str>,
+    pub(crate) from: AllowedFrom,
+}
+
+/// Namespaces whose objects may use a listener.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum AllowedFrom {
+    All,
+    /// The gateway's own.
+    Same,
+    Selector(Labels),
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum GatewayHost {
+    Ip(IpAddr),
+    Name(Arc<str>),
+}
+
+impl Gateway {
+    /// The listener that says who may use the waypoint.
+    pub(crate) fn admits(&self) -> &AllowedFrom {
+        let inbound = |l: &&Listener| match self.application_tunnel.as_ref()?.port {
+            Some(port) => (l.port == port).then_some(()),
+            None => (*l.protocol == *"istio.io/PROXY").then_some(()),
+        };
+        let hbone = |l: &&Listener| l.port == HBONE_PORT && *l.protocol == *"HBONE";
+        let found = self.listeners.iter().find(|l| inbound(l).is_some()).or_else(|| self.listeners.iter().find(hbone));
+        found.map_or(&AllowedFrom::Same, |listener| &listener.from)
+    }
+}
+
+pub(super) fn gateway(meta: &Meta, fields: &Fields<'_>) -> Option<Gateway> {
+    let spec = fields.required("spec")?.fields()?;
+    let class = spec.required("gatewayClassName")?;
+    let application_tunnel = inbound_binding(meta, &class);
+    let listeners = spec.get("listeners").map(|l| l.items()).unwrap_or_default();
+    let listeners: Vec<Listener> = listeners.iter().filter_map(listener).collect();
+    let of_class = class.text().is_some_and(|class| CLASSES.contains(&class));
+    let is_hbone = |l: &Listener| l.port == HBONE_PORT && *l.protocol == *"HBONE";
+    if of_class && application_tunnel.is_none() && !listeners.iter().any(is_hbone) {
+        class.reject(
+            "a waypoint needs a listener for HBONE",
+            "add `- {name: mesh, port: 15008, protocol: HBONE}` to spec.listeners",
+        );
+    }
+    let (serves_services, serves_workloads) = waypoint_for(meta, &class);
+    let status = fields.get("status").and_then(|s| s.fields());
+    Some(Gateway {
+        is_waypoint: of_class || application_tunnel.is_some(),
+        listeners,
+        address: status.and_then(|s| s.get("addresses")).and_then(|l| status_address(&l)),
+        serves_services,
+        serves_workloads,
+        application_tunnel,
+    })
+}
+
+fn waypoint_for(meta: &Meta, place: &Cursor<'_>) -> (bool, bool) {
+    match meta.label("istio.io/waypoint-for").map(|value| &**value) {
+        None | Some("service") => (true, false),
+        Some("workload") => (false, true),
+        Some("all") => (true, true),
+        Some("none") => (false, false),
+        Some(other) => {
+            place.reject(
+                format!("label istio.io/waypoint-for `{}` is not a kind of traffic", excerpt(other)),
+                "expected service, workload, all or none",
+            );
+            (false, false)
+        }
+    }
+}
+
+/// `<PROTOCOL>` or `<PROTOCOL>/<port>`.
+fn inbound_binding(meta: &Meta, place: &Cursor<'_>) -> Option<ApplicationTunnel> {
+    let text = meta.annotations.get("ambient.istio.io/waypoint-inbound-binding")?;
+    let (protocol, port) = text.split_once('/').map_or((&**text, None), |(protocol, port)| (protocol, Some(port)));
+    let proxy_protocol = match protocol {
+        "NONE" => Some(false),
+        "PROXY" => Some(true),
+        _ => None,
+    };
+    let number = port.map(str::parse::<u16>).transpose();
+    let (Some(proxy_protocol), Ok(port)) = (proxy_protocol, number) else {
+        place.reject(
+            format!("annotation ambient.istio.io/waypoint-inbound-binding `{}` cannot be read", excerpt(text)),
+            "expected NONE or PROXY, and a port if it is not the original one: PROXY/15088",
+        );
+        return None;
+    };
+    Some(ApplicationTunnel { proxy_protocol, port: port.filter(|port| *port != 0) })
+}
+
+fn listener(cursor: &Cursor<'_>) -> Option<Listener> {
+    let fields = cursor.fields()?;
+    let (port, protocol) = (fields.required("port")?.port()?, fields.required("protocol")?.shared()?);
+    let allowed = fields.get("allowedRoutes").and_then(|a| a.fields()).and_then(|a| a.get("namespaces"));
+    let allowed = allowed.and_then(|n| n.fields());
+    let from = allowed.as_ref().and_then(|n| n.get("from"));
+    let from = match from.as_ref().and_then(|f| f.text()) {
+        None | Some("Same") => AllowedFrom::Same,
+        Some("All") => AllowedFrom::All,
+        Some("Selector") => {
+            let selector = allowed?.required("selector")?.fields()?;
+            let labels = selector.get("matchLabels").map(|l| l.string_map()).unwrap_or_default();
+            selector.deny_unknown();
+            AllowedFrom::Selector(labels)
+        }
+        Some(_) => from?.one_of(&[("All", ()), ("Same", ()), ("Selector", ())]).map(|()| AllowedFrom::Same)?,
+    };
+    Some(Listener { port, protocol, from })
+}
+
+fn status_address(list: &Cursor<'_>) -> Option<GatewayHost> {
+    let hosts = list.items().into_iter().filter_map(|item| {
+        let fields = item.fields()?;
+        let value = fields.required("value")?;
+        match fields.get("type").and_then(|t| t.text()) {
+            Some("Hostname") => Some(GatewayHost::Name(value.shared()?)),
+            _ => value.parse("an IP address").map(canonical_ip).map(GatewayHost::Ip),
+        }
+    });
+    let hosts: Vec<GatewayHost> = hosts.collect();
+    let name = hosts.iter().find(|host| matches!(host, GatewayHost::Name(_)));
+    name.or_else(|| hosts.first()).cloned()
+}
