@@ -20,6 +20,7 @@ fn settings() -> Settings {
 }
 
 mod egress;
+mod policy;
 mod waypoint;
 
 /// A catalogue and the index that follows it.

@@ -42,7 +42,7 @@ impl ClusterIndex {
     pub(super) fn bind_service(&self, key: &ObjectKey, service: Service) -> Service {
         let Some(object) = self.objects.get(key) else { return service };
         let of_namespace = self.namespace_binding(&key.namespace);
-        let ingress = object.binding.ingress.or(of_namespace.and_then(|b| b.ingress)).unwrap_or(false);
+        let ingress = object.binding.ingress.or_else(|| of_namespace?.ingress).unwrap_or(false);
         let Some((waypoint, canary)) = self.service_waypoints(object) else {
             return Service { ingress_use_waypoint: ingress, ..service };
         };

@@ -13,7 +13,7 @@ use mesh_core::{
 
 use super::{AuthorizationPolicy, Kind, Labels, PeerAuthentication, Spec, decode::Meta};
 use crate::{
-    fields::{Cursor, Document, Fields},
+    fields::{Cursor, Document, Fields, excerpt},
     problem::Problem,
 };
 
@@ -39,8 +39,10 @@ pub(super) fn authorization(meta: &Meta, fields: &Fields<'_>, settings: &Setting
     let action = spec.get("action");
     let translator = Translator { meta, action: action_of(action.as_ref()) };
     let rules = spec.get("rules").map(|rules| rules.items()).unwrap_or_default();
-    let rules = rules.iter().filter_map(|rule| translator.rule(rule)).collect();
+    let mut omitted = Vec::new();
+    let rules = rules.iter().filter_map(|rule| translator.rule(rule, &mut omitted)).collect();
     spec.deny_unknown();
+    let origin = if omitted.is_empty() { origin } else { noted(origin, &omitted, "left out, so it allows nothing") };
     if let Some(target) = targets.into_iter().flatten().next() {
         target.warn("a policy with targetRefs is enforced by waypoints only, not here", "use `selector` for layer 4");
         return Some(AuthorizationPolicy { policy: None, selector });
@@ -150,14 +152,25 @@ fn origin(meta: &Meta, place: &Cursor<'_>, field: Option<String>) -> Origin {
     }
 }
 
+/// The origin of what lacks some of its conditions: who is denied by it must be told that it is not as written.
+fn noted(origin: Origin, layer7: &[String], effect: &str) -> Origin {
+    /// More would only repeat the first ones.
+    const SHOWN: usize = 3;
+    let shown: Vec<&str> = layer7.iter().take(SHOWN).map(|field| &**field).collect();
+    let more = if layer7.len() > SHOWN { ", …" } else { "" };
+    let needs = if layer7.len() == 1 { "needs" } else { "need" };
+    let object = format!("{} ({}{more} {needs} a waypoint: {effect})", origin.object, shown.join(", "));
+    Origin { object: object.into(), ..origin }
+}
+
 struct Translator<'a> {
     meta: &'a Meta,
     action: Option<Action>,
 }
 
 impl Translator<'_> {
-    /// `None` leaves the rule out.
-    fn rule(&self, cursor: &Cursor<'_>) -> Option<Rule> {
+    /// `None` leaves the rule out, and says in `omitted` for which fields.
+    fn rule(&self, cursor: &Cursor<'_>, omitted: &mut Vec<String>) -> Option<Rule> {
         let fields = cursor.fields()?;
         let (to, from, when) = (fields.get("to"), fields.get("from"), fields.get("when"));
         fields.deny_unknown();
@@ -172,8 +185,14 @@ impl Translator<'_> {
         if !layer7.is_empty() {
             self.report_layer7(cursor, &layer7, &clauses);
         }
+        if omit {
+            omitted.extend(layer7);
+            return None;
+        }
         let origin = origin(self.meta, cursor, Some(cursor.path().to_owned()));
-        (!omit).then_some(Rule { clauses, origin })
+        let effect = "left out, so the rule denies more than written";
+        let origin = if layer7.is_empty() { origin } else { noted(origin, &layer7, effect) };
+        Some(Rule { clauses, origin })
     }
 
     fn report_layer7(&self, rule: &Cursor<'_>, layer7: &[String], clauses: &[Clause]) {
@@ -252,7 +271,7 @@ impl Translator<'_> {
             "destination.port" => {
                 (m.destination_ports, m.not_destination_ports) = (values(given, port), values(not, port))
             }
-            other if is_layer7_key(other) => layer7.push(other.to_owned()),
+            other if is_layer7_key(other) => layer7.push(format!("{} {}", key.path(), excerpt(other))),
             other => key.reject(
                 format!("`{other}` is not a known condition"),
                 "expected source.ip, source.namespace, source.principal, destination.ip or destination.port",
@@ -279,8 +298,9 @@ fn is_layer7_key(key: &str) -> bool {
     ["request.", "connection.", "experimental.", "remote.ip"].iter().any(|prefix| key.starts_with(prefix))
 }
 
+/// The places of the fields that need layer 7.
 fn note_layer7(fields: &Fields<'_>, names: &[&'static str], layer7: &mut Vec<String>) {
-    layer7.extend(names.iter().filter(|name| fields.get(name).is_some()).map(|name| (*name).to_owned()));
+    layer7.extend(names.iter().filter_map(|name| fields.get(name)).map(|field| field.path().to_owned()));
 }
 
 /// A list whose every entry must be readable, and which must not be empty: an empty list would mean "any".

@@ -109,7 +109,7 @@ fn each_mistake_is_told_with_its_place_and_remedy() {
         (
             "layer 7",
             policy("spec: {rules: [{to: [{operation: {methods: [GET]}}]}]}\n"),
-            "f.yaml:4: spec.rules[0]: layer-7 conditions (methods) are not known at layer 4: the rule is left out, so it allows nothing; use a waypoint, or ports and sources only",
+            "f.yaml:4: spec.rules[0]: layer-7 conditions (spec.rules[0].to[0].operation.methods) are not known at layer 4: the rule is left out, so it allows nothing; use a waypoint, or ports and sources only",
         ),
         (
             "mode",
