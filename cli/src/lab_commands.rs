@@ -25,7 +25,7 @@ pub(crate) fn run(command: Lab) -> anyhow::Result<ExitCode> {
             let options = Options { nodes, certificate_ttl, ztunnels: ztunnel, log };
             return up(&name, &options, &files);
         }
-        Lab::Apply { name, files } => apply(&Running::find(&name)?, &files)?,
+        Lab::Apply { name, files } => return apply(&Running::find(&name)?, &files),
         Lab::Delete { name, pod, file } => {
             anyhow::ensure!(pod.is_some() || file.is_some(), "say which pod, or -f which file");
             let file = file.map(|f| f.display().to_string());
@@ -63,11 +63,15 @@ fn up(name: &str, options: &Options, files: &[PathBuf]) -> anyhow::Result<ExitCo
     let started = Instant::now();
     let lab = Running::start(name, options)?;
     for (file, text) in texts {
-        if let Err(error) = lab.ask(&Request::Apply { file, text }) {
-            eprintln!("fairway: {error}");
-            eprintln!("  the lab stays up; correct the file and `fairway lab apply -f` it, or `fairway lab down`");
-            return Ok(ExitCode::FAILURE);
-        }
+        let outcome = lab.ask(&Request::Apply { file: file.clone(), text }).and_then(|_| lab.problems(&file));
+        let told = match outcome {
+            Ok(problems) if problems.is_empty() => continue,
+            Ok(problems) => problems.join("\n"),
+            Err(error) => format!("fairway: {error}"),
+        };
+        eprintln!("{told}");
+        eprintln!("  the lab stays up; correct the file and `fairway lab apply -f` it, or `fairway lab down`");
+        return Ok(ExitCode::FAILURE);
     }
     crate::output::say!("lab `{name}` is up ({})", output::took(started.elapsed()));
     print_pods(&lab.status()?, Output::Text)?;
@@ -79,12 +83,18 @@ pub(crate) fn read(file: &Path) -> anyhow::Result<(String, String)> {
     Ok((file.display().to_string(), text))
 }
 
-fn apply(lab: &Running, files: &[PathBuf]) -> anyhow::Result<()> {
+/// Fails when the control plane finds fault with a file, though the rest of it is in force.
+fn apply(lab: &Running, files: &[PathBuf]) -> anyhow::Result<ExitCode> {
+    let mut wrong = false;
     for file in files {
         let (file, text) = read(file)?;
-        crate::output::say!("{}", lab.ask(&Request::Apply { file, text })?.text);
+        crate::output::say!("{}", lab.ask(&Request::Apply { file: file.clone(), text })?.text);
+        for problem in lab.problems(&file)? {
+            eprintln!("{problem}");
+            wrong = true;
+        }
     }
-    Ok(())
+    Ok(if wrong { ExitCode::FAILURE } else { ExitCode::SUCCESS })
 }
 
 fn label_request(object: &str, label: &str) -> anyhow::Result<Request> {

@@ -1,7 +1,7 @@
 //! The running control plane: source → index → publish in one task, the gRPC services, the admin server.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeSet, HashSet},
     io,
     net::SocketAddr,
     path::PathBuf,
@@ -38,7 +38,7 @@ use crate::{
     objects,
     problem::Problem,
     publish,
-    source::Folder,
+    source::{Folder, Version},
     state,
     tls::{self, Certificate, CertificateError},
     token::{TokenKey, TokenKeyError},
@@ -52,6 +52,8 @@ const STOP_DEADLINE: Duration = Duration::from_secs(5);
 const QUIET: Duration = Duration::from_millis(50);
 /// A start waits this long for files it cannot read to be corrected: policies in them may still be in force at the nodes.
 const UNREAD_LIMIT: Duration = Duration::from_secs(30);
+/// Who asks for the problems of a version of a file waits this long for it to be read.
+const READ_WITHIN: Duration = Duration::from_secs(4);
 const ROOT_NAMESPACE: &str = "istio-system";
 
 /// What `fairwayd run` is told.
@@ -97,6 +99,8 @@ pub enum StartError {
 pub(crate) struct Snapshot {
     pub(crate) index: Index,
     pub(crate) problems: Arc<[Problem]>,
+    /// What was read for it.
+    pub(crate) versions: Arc<HashSet<Version>>,
 }
 
 /// A control plane that serves until stopped.
@@ -253,7 +257,11 @@ struct Pipeline {
 impl Pipeline {
     fn new(config: &Config, cache: Arc<Cache>, metrics: Metrics, readiness: Readiness) -> Self {
         let index = ClusterIndex::new(index_settings(config.trust_domain.as_str(), config.default_allow_from_waypoint));
-        let snapshot = watch::Sender::new(Snapshot { index: index.model().clone(), problems: Arc::default() });
+        let snapshot = watch::Sender::new(Snapshot {
+            index: index.model().clone(),
+            problems: Arc::default(),
+            versions: Arc::default(),
+        });
         let folder = Folder::new(config.manifests.clone(), manifest_settings());
         let starting = Some(readiness.pending("first full state"));
         let (reported, unread, unread_until) = Default::default();
@@ -350,7 +358,11 @@ impl Pipeline {
         self.metrics.services.set(count(model.services().count()));
         self.metrics.workloads.set(count(model.workloads().count()));
         self.metrics.policies.set(count(model.policies().count()));
-        self.snapshot.send_replace(Snapshot { index: model.clone(), problems: problems.iter().cloned().collect() });
+        self.snapshot.send_replace(Snapshot {
+            index: model.clone(),
+            problems: problems.iter().cloned().collect(),
+            versions: Arc::new(self.folder.versions().collect()),
+        });
         self.reported = problems;
     }
 }
@@ -404,12 +416,38 @@ fn admin_server(
     let server = AdminServer::new()
         .metrics(registry)
         .readiness("/healthz/ready", readiness)
-        .route("/debug/problems", move |_| std::future::ready(json(&serde_json::json!(*problems.borrow().problems))))
+        .route("/debug/problems", move |request| problems_page(problems.clone(), request, READ_WITHIN))
         .route("/debug/state", move |_| {
             let index = model.borrow().index.clone();
             std::future::ready(json(&state::describe(&index)))
         });
     async move { server.serve(listener, drain).await.map_err(failed("the admin server")) }
+}
+
+/// With `?version=<inode>-<seconds>-<nanoseconds>`, the change time of a manifest: not before that version of it has been read.
+async fn problems_page(
+    mut state: watch::Receiver<Snapshot>,
+    request: admin::Request,
+    within: Duration,
+) -> admin::Response {
+    if let Some(text) = request.query("version") {
+        let Some(version) = version(text) else {
+            let told = "`version` is <inode>-<seconds>-<nanoseconds> of a manifest's last change\n";
+            return admin::text(http::StatusCode::BAD_REQUEST, told);
+        };
+        let read = state.wait_for(|snapshot| snapshot.versions.contains(&version));
+        if !matches!(tokio::time::timeout(within, read).await, Ok(Ok(_))) {
+            let told = format!("no manifest of that version was read within {within:?}\n");
+            return admin::text(http::StatusCode::GATEWAY_TIMEOUT, told);
+        }
+    }
+    let problems = state.borrow().problems.clone();
+    admin::json(http::StatusCode::OK, serde_json::json!(*problems).to_string())
+}
+
+fn version(text: &str) -> Option<Version> {
+    let mut parts = text.splitn(3, '-');
+    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
 #[cfg(test)]

@@ -36,6 +36,9 @@ pub(crate) struct Folder {
 /// Tells whether a file was replaced or changed.
 type Stamp = (u64, u64, u64, i64, i64);
 
+/// Names one version of one file: its inode, and the seconds and nanoseconds of its last change.
+pub(crate) type Version = (u64, i64, i64);
+
 impl Folder {
     pub(crate) fn new(root: PathBuf, settings: Settings) -> Self {
         Self { root, stamps: BTreeMap::new(), unreadable: None, catalogue: Catalogue::new(settings) }
@@ -103,6 +106,11 @@ impl Folder {
     /// Whether the last scan saw the whole folder.
     pub(crate) fn is_readable(&self) -> bool {
         self.unreadable.is_none()
+    }
+
+    /// The versions of files that the objects in force, and the problems, come from.
+    pub(crate) fn versions(&self) -> impl Iterator<Item = Version> {
+        self.stamps.values().map(|(_, inode, _, seconds, nanoseconds)| (*inode, *seconds, *nanoseconds))
     }
 
     pub(crate) fn problems(&self) -> Vec<Problem> {

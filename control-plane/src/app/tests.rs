@@ -1,4 +1,4 @@
-use std::{fs, path::Path};
+use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
 
 use super::*;
 
@@ -73,4 +73,29 @@ fn a_start_goes_on_once_the_broken_file_is_corrected_or_removed() {
         let pipeline = pipeline.step(now);
         assert!(cache.is_ready() && !tells_unread(&pipeline));
     }
+}
+
+/// As `/debug/problems` names it.
+fn version_of(path: &Path) -> String {
+    let meta = fs::metadata(path).unwrap();
+    format!("{}-{}-{}", meta.ino(), meta.ctime(), meta.ctime_nsec())
+}
+
+#[tokio::test]
+async fn problems_of_a_version_are_told_once_it_has_been_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p.yaml");
+    let (pipeline, _, _) = pipeline(dir.path());
+    let ask = |version: String, within: Duration| {
+        let query = [("version".to_owned(), version)].into();
+        let request = admin::Request { method: http::Method::GET, path: "/debug/problems".to_owned(), query };
+        problems_page(pipeline.snapshot.subscribe(), request, within)
+    };
+    assert_eq!(ask("12".to_owned(), READ_WITHIN).await.status(), 400);
+    fs::write(&path, BROKEN).unwrap();
+    assert_eq!(ask(version_of(&path), Duration::ZERO).await.status(), 504, "nobody has read it");
+    let answer = tokio::spawn(ask(version_of(&path), READ_WITHIN));
+    let pipeline = pipeline.step(Instant::now());
+    assert_eq!(answer.await.unwrap().status(), 200);
+    drop(pipeline);
 }

@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::Context as _;
 use mesh_net::{NetNs, SocketOptions, isolate::kill_group, link::Netlink};
 use nix::{
     sys::signal::{Signal, kill},
@@ -21,6 +22,7 @@ use tokio::{
 };
 
 use crate::{
+    applied::{self, Applied},
     components::{self, Options, Paths},
     kubeproxy,
     manifest::{key, split},
@@ -70,6 +72,7 @@ pub struct Cluster {
     next_vip: u8,
     next_host: BTreeMap<String, u8>,
     pub urls: BTreeMap<String, String>,
+    applied: Applied,
 }
 
 impl Cluster {
@@ -95,6 +98,7 @@ impl Cluster {
             next_vip: 10,
             next_host: BTreeMap::new(),
             urls: BTreeMap::new(),
+            applied: Applied::default(),
         };
         for name in ["default", "istio-system", "kube-system"] {
             cluster.put_namespace(json!({"metadata": {"name": name}}))?;
@@ -252,9 +256,8 @@ impl Cluster {
     /// What is wrong, with file and line; or the pod that could not be started.
     pub async fn apply(&mut self, file: &str, text: &str) -> Result<String> {
         let parts = split(file, text)?;
-        let name = file.rsplit('/').next().unwrap_or("applied.yaml");
-        let name =
-            if name.ends_with(".yaml") || name.ends_with(".yml") { name.to_owned() } else { format!("{name}.yaml") };
+        self.applied.take(file, &parts);
+        let name = applied::name_of(file);
         let mut report = Vec::new();
         for namespace in parts.namespaces {
             self.put_namespace(namespace)?;
@@ -265,7 +268,7 @@ impl Cluster {
                 self.put_namespace(json!({"metadata": {"name": namespace}}))?;
             }
         }
-        if parts.rest.lines().any(|l| !l.trim().is_empty() && !l.starts_with("---")) {
+        if applied::has_documents(&parts.rest) {
             write_whole(&self.paths.manifests().join("applied").join(&name), &parts.rest)?;
             report.push(format!("{name} applied"));
         }
@@ -280,6 +283,23 @@ impl Cluster {
         }
         self.refresh_names()?;
         Ok(report.join("\n"))
+    }
+
+    /// What the control plane finds wrong with what a file put there, at the lines of that file.
+    ///
+    /// # Errors
+    /// When something of it is gone, or the control plane does not read it in time.
+    pub async fn problems(&self, file: &str) -> Result<String> {
+        let program = self.programs.get("fairwayd").ok_or_else(|| self.no_program("fairwayd"))?;
+        let admin = SocketAddr::from((Ipv4Addr::LOCALHOST, components::CONTROL_ADMIN_PORT));
+        let mut found = Vec::new();
+        for version in self.applied.versions(file, &self.paths.manifests())? {
+            let answer = http_get(&program.ns, admin, &format!("/debug/problems?version={version}")).await;
+            let (status, body) = answer.context("the control plane does not answer")?;
+            anyhow::ensure!(status == 200, "the control plane says: {}", body.trim());
+            found = serde_json::from_str(&body).context("the control plane's problems cannot be read")?;
+        }
+        Ok(self.applied.told(file, &found).join("\n"))
     }
 
     /// Takes back what `apply` of a file left in the manifests' folder.

@@ -143,6 +143,15 @@ impl Lab {
         Ok(self.ask(&Request::Status)?.status.unwrap_or_default())
     }
 
+    /// What the control plane finds wrong with a file that was applied, a line each.
+    ///
+    /// # Errors
+    /// As [`Self::ask`]; and when the control plane does not read the file.
+    pub fn problems(&self, file: &str) -> Result<Vec<String>> {
+        let text = self.ask(&Request::Problems { file: file.to_owned() })?.text;
+        Ok(text.lines().map(str::to_owned).collect())
+    }
+
     /// Runs a command and returns its exit status and what it printed.
     ///
     /// # Errors

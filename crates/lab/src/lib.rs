@@ -14,6 +14,7 @@
 
 #![forbid(unsafe_code)]
 
+mod applied;
 pub mod apps;
 pub mod cluster;
 pub mod components;

@@ -1,6 +1,8 @@
 //! Users' manifests, as the lab's kubelet reads them: it takes Pods, Services and Namespaces out (it has to fill in what an API
 //! server would) and leaves every other document in place, on its own lines, for the control plane to read.
 
+use std::collections::BTreeMap;
+
 use serde_json::{Map, Value, json};
 
 /// One file, taken apart.
@@ -11,6 +13,8 @@ pub struct Split {
     pub namespaces: Vec<Value>,
     pub pods: Vec<Value>,
     pub services: Vec<Value>,
+    /// The line each of these starts on, by kind, namespace and name.
+    pub lines: BTreeMap<(String, String, String), usize>,
 }
 
 /// Why a manifest was not taken; nothing of its file is applied.
@@ -34,12 +38,12 @@ pub fn split(file: &str, text: &str) -> Result<Split, ManifestError> {
             out.rest.push_str(&document.blank());
             continue;
         }
-        let kind = value["kind"].as_str().ok_or_else(|| fail("`kind` is missing".to_owned()))?;
+        let kind = value["kind"].as_str().ok_or_else(|| fail("`kind` is missing".to_owned()))?.to_owned();
         check_name(&value["metadata"]["name"], "metadata.name").map_err(&fail)?;
         if !value["metadata"]["namespace"].is_null() {
             check_name(&value["metadata"]["namespace"], "metadata.namespace").map_err(&fail)?;
         }
-        let list = match kind {
+        let list = match &*kind {
             "Namespace" => &mut out.namespaces,
             "Pod" => {
                 check_pod(&value).map_err(&fail)?;
@@ -54,7 +58,10 @@ pub fn split(file: &str, text: &str) -> Result<Split, ManifestError> {
                 continue;
             }
         };
-        list.push(with_defaults(value));
+        let value = with_defaults(value);
+        let (namespace, name) = key(&value);
+        out.lines.insert((kind, namespace, name), document.line);
+        list.push(value);
         out.rest.push_str(&document.blank());
     }
     Ok(out)
@@ -173,6 +180,8 @@ metadata: {name: s}
         let split = split("f.yaml", FILE).unwrap();
         assert_eq!((split.pods.len(), split.services.len()), (1, 1));
         assert_eq!(key(&split.services[0]), ("default".to_owned(), "s".to_owned()));
+        let lines: Vec<(&str, usize)> = split.lines.iter().map(|((kind, ..), line)| (&**kind, *line)).collect();
+        assert_eq!(lines, [("Pod", 1), ("Service", 14)]);
         let line = split.rest.lines().position(|l| l.contains("AuthorizationPolicy")).unwrap();
         assert_eq!(FILE.lines().nth(line).unwrap(), "kind: AuthorizationPolicy");
         assert!(!split.rest.contains("kind: Pod") && !split.rest.contains("Service"));
