@@ -4,7 +4,7 @@ use mesh_core::{
     index::Index,
     policy::Policy,
     service::Service,
-    workload::{Health, TunnelProtocol, Workload},
+    workload::{GatewayAddress, GatewayDestination, Health, OutboundPolicy, TunnelProtocol, Workload},
 };
 use serde_json::{Value, json};
 
@@ -31,15 +31,28 @@ fn workload(w: &Workload) -> Value {
         "healthy": w.health == Health::Healthy,
         "workload": *w.workload_name,
         "services": w.services.keys().map(|key| key.to_string()).collect::<Vec<_>>(),
+        "hostname": *w.hostname,
+        "waypoint": w.waypoint.as_ref().map(gateway),
+        "registryOnly": w.outbound_policy == Some(OutboundPolicy::RegistryOnly),
         "policies": w.authorization_policies.iter().map(|key| key.to_string()).collect::<Vec<_>>(),
     })
 }
 
 fn service(s: &Service) -> Value {
+    let ranges = s.cidr_vips.iter().map(|(network, range)| format!("{network}/{range}"));
     json!({
-        "vips": s.vips.iter().map(|vip| vip.to_string()).collect::<Vec<_>>(),
+        "vips": s.vips.iter().map(|vip| vip.to_string()).chain(ranges).collect::<Vec<_>>(),
+        "waypoint": s.waypoint.as_ref().map(gateway),
+        "visibility": format!("{:?}", s.visibility),
         "ports": s.ports.iter().map(|p| format!("{}→{}", p.mapping.service_port, p.mapping.target_port)).collect::<Vec<_>>(),
     })
+}
+
+fn gateway(g: &GatewayAddress) -> String {
+    match &g.destination {
+        GatewayDestination::Address(address) => address.to_string(),
+        GatewayDestination::Hostname { namespace, hostname } => format!("{namespace}/{hostname}"),
+    }
 }
 
 fn policy(p: &Policy) -> Value {

@@ -60,8 +60,7 @@ impl ClusterIndex {
         let Some(Wanted::Gateway(wanted)) = &level.waypoint else { return None };
         let follow = |gateway: &ObjectKey| self.follow(gateway, object, Traffic::Service).ok();
         let waypoint = follow(wanted)?;
-        let canary = level.canary.as_ref().filter(|(gateway, _)| gateway != wanted);
-        Some((waypoint, canary.and_then(|(gateway, weight)| Some((follow(gateway)?, *weight)))))
+        Some((waypoint, level.canary.as_ref().and_then(|(gateway, weight)| Some((follow(gateway)?, *weight)))))
     }
 
     /// The labels that count for a service; a gateway's own has none.

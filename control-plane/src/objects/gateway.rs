@@ -44,19 +44,23 @@ impl Binding {
             "none" => Wanted::Nothing,
             _ => Wanted::Gateway(gateway(name, "istio.io/use-waypoint-namespace")),
         });
-        let canary = label("istio.io/use-waypoint-canary").map(|name| {
-            let weight = annotations.get("istio.io/use-waypoint-canary-weight");
-            let read = weight.map_or(Some(0), |w| w.parse().ok().filter(|w| *w <= 100));
-            if read.is_none() {
+        let canary = label("istio.io/use-waypoint-canary").and_then(|name| {
+            let canary = gateway(name, "istio.io/use-waypoint-canary-namespace");
+            if waypoint == Some(Wanted::Gateway(canary.clone())) {
+                labels
+                    .warn("the canary is the waypoint itself", "name another Gateway in istio.io/use-waypoint-canary");
+                return None;
+            }
+            let written = annotations.get("istio.io/use-waypoint-canary-weight");
+            let weight = written.map_or(Some(0), |w| w.parse().ok().filter(|w| *w <= 100));
+            if weight.is_none() {
+                let written = written.map_or("", |written| written);
                 labels.warn(
-                    format!(
-                        "annotation istio.io/use-waypoint-canary-weight `{}` is no weight",
-                        excerpt(weight.map_or("", |w| w))
-                    ),
+                    format!("annotation istio.io/use-waypoint-canary-weight `{}` is no weight", excerpt(written)),
                     "expected a number, 0 to 100; until then the canary gets nothing",
                 );
             }
-            (gateway(name, "istio.io/use-waypoint-canary-namespace"), read.unwrap_or(0))
+            Some((canary, weight?))
         });
         let ingress = label("istio.io/ingress-use-waypoint").map(|value| **value == *"true");
         Self { waypoint, canary, ingress, line: line.unwrap_or_default() }
