@@ -12,7 +12,6 @@ use std::{
 use mesh_core::index::Index;
 use mesh_identity::authority::{AuthorityError, SigningAuthority};
 use mesh_runtime::{
-    admin::{self, AdminServer},
     drain::{self, DrainTrigger, DrainWatcher, Drained},
     folder::Watch,
     metrics::Registry,
@@ -35,11 +34,10 @@ use crate::{
     ca::{CertificateService, IssuePolicy, TokenAuthenticator},
     index::{self, ClusterIndex},
     metrics::Metrics,
-    objects,
+    objects, pages,
     problem::Problem,
     publish,
     source::{Folder, Version},
-    state,
     tls::{self, Certificate, CertificateError},
     token::{TokenKey, TokenKeyError},
 };
@@ -52,8 +50,6 @@ const STOP_DEADLINE: Duration = Duration::from_secs(5);
 const QUIET: Duration = Duration::from_millis(50);
 /// A start waits this long for files it cannot read to be corrected: policies in them may still be in force at the nodes.
 const UNREAD_LIMIT: Duration = Duration::from_secs(30);
-/// Who asks for the problems of a version of a file waits this long for it to be read.
-const READ_WITHIN: Duration = Duration::from_secs(4);
 const ROOT_NAMESPACE: &str = "istio-system";
 
 /// What `fairwayd run` is told.
@@ -166,7 +162,8 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
 
     let mut tasks = JoinSet::new();
     tasks.spawn(serve(router, listener, certificate, drain.clone()));
-    tasks.spawn(admin_server(&registry, &readiness, state, admin, drain.clone()));
+    let (pages, watcher) = (pages::server(&registry, &readiness, state), drain.clone());
+    tasks.spawn(async move { pages.serve(admin, watcher).await.map_err(failed("the admin server")) });
     tasks.spawn(pipeline.run(config.manifests.clone(), drain));
     tracing::info!(%address, admin = %admin_address, manifests = %config.manifests.display(), "control plane started");
     Ok(Running { address, admin_address, trigger, tasks })
@@ -402,52 +399,6 @@ async fn serve(
     };
     let ((), served, ()) = tokio::join!(accepting, serving, ending);
     served.map_err(failed("the gRPC server"))
-}
-
-fn admin_server(
-    registry: &Registry,
-    readiness: &Readiness,
-    state: watch::Receiver<Snapshot>,
-    listener: std::net::TcpListener,
-    drain: DrainWatcher,
-) -> impl Future<Output = Result<(), TaskFailed>> + use<> {
-    let json = |value: &serde_json::Value| admin::json(http::StatusCode::OK, value.to_string());
-    let (problems, model) = (state.clone(), state);
-    let server = AdminServer::new()
-        .metrics(registry)
-        .readiness("/healthz/ready", readiness)
-        .route("/debug/problems", move |request| problems_page(problems.clone(), request, READ_WITHIN))
-        .route("/debug/state", move |_| {
-            let index = model.borrow().index.clone();
-            std::future::ready(json(&state::describe(&index)))
-        });
-    async move { server.serve(listener, drain).await.map_err(failed("the admin server")) }
-}
-
-/// With `?version=<inode>-<seconds>-<nanoseconds>`, the change time of a manifest: not before that version of it has been read.
-async fn problems_page(
-    mut state: watch::Receiver<Snapshot>,
-    request: admin::Request,
-    within: Duration,
-) -> admin::Response {
-    if let Some(text) = request.query("version") {
-        let Some(version) = version(text) else {
-            let told = "`version` is <inode>-<seconds>-<nanoseconds> of a manifest's last change\n";
-            return admin::text(http::StatusCode::BAD_REQUEST, told);
-        };
-        let read = state.wait_for(|snapshot| snapshot.versions.contains(&version));
-        if !matches!(tokio::time::timeout(within, read).await, Ok(Ok(_))) {
-            let told = format!("no manifest of that version was read within {within:?}\n");
-            return admin::text(http::StatusCode::GATEWAY_TIMEOUT, told);
-        }
-    }
-    let problems = state.borrow().problems.clone();
-    admin::json(http::StatusCode::OK, serde_json::json!(*problems).to_string())
-}
-
-fn version(text: &str) -> Option<Version> {
-    let mut parts = text.splitn(3, '-');
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
 }
 
 #[cfg(test)]

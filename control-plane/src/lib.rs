@@ -16,6 +16,7 @@ mod fields;
 mod index;
 mod metrics;
 mod objects;
+mod pages;
 pub mod problem;
 mod publish;
 mod source;

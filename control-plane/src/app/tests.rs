@@ -75,27 +75,17 @@ fn a_start_goes_on_once_the_broken_file_is_corrected_or_removed() {
     }
 }
 
-/// As `/debug/problems` names it.
-fn version_of(path: &Path) -> String {
-    let meta = fs::metadata(path).unwrap();
-    format!("{}-{}-{}", meta.ino(), meta.ctime(), meta.ctime_nsec())
-}
-
-#[tokio::test]
-async fn problems_of_a_version_are_told_once_it_has_been_read() {
+#[test]
+fn what_was_read_is_known_by_its_version() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("p.yaml");
-    let (pipeline, _, _) = pipeline(dir.path());
-    let ask = |version: String, within: Duration| {
-        let query = [("version".to_owned(), version)].into();
-        let request = admin::Request { method: http::Method::GET, path: "/debug/problems".to_owned(), query };
-        problems_page(pipeline.snapshot.subscribe(), request, within)
+    let (pipeline, ..) = pipeline(dir.path());
+    let version = || {
+        let meta = fs::metadata(&path).unwrap();
+        (meta.ino(), meta.ctime(), meta.ctime_nsec())
     };
-    assert_eq!(ask("12".to_owned(), READ_WITHIN).await.status(), 400);
     fs::write(&path, BROKEN).unwrap();
-    assert_eq!(ask(version_of(&path), Duration::ZERO).await.status(), 504, "nobody has read it");
-    let answer = tokio::spawn(ask(version_of(&path), READ_WITHIN));
+    assert!(!pipeline.snapshot.borrow().versions.contains(&version()));
     let pipeline = pipeline.step(Instant::now());
-    assert_eq!(answer.await.unwrap().status(), 200);
-    drop(pipeline);
+    assert!(pipeline.snapshot.borrow().versions.contains(&version()));
 }
