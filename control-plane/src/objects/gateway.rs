@@ -72,7 +72,7 @@ impl Binding {
     }
 }
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Gateway {
     pub(crate) is_waypoint: bool,
     pub(crate) listeners: Vec<Listener>,
@@ -89,6 +89,12 @@ pub(crate) struct Listener {
     pub(crate) port: u16,
     pub(crate) protocol: Arc<str>,
     pub(crate) from: AllowedFrom,
+}
+
+impl Listener {
+    fn is_hbone(&self) -> bool {
+        self.port == HBONE_PORT && *self.protocol == *"HBONE"
+    }
 }
 
 /// Namespaces whose objects may use a listener.
@@ -109,12 +115,12 @@ pub(crate) enum GatewayHost {
 impl Gateway {
     /// The listener that says who may use the waypoint.
     pub(crate) fn admits(&self) -> &AllowedFrom {
-        let inbound = |l: &&Listener| match self.application_tunnel.as_ref()?.port {
-            Some(port) => (l.port == port).then_some(()),
-            None => (*l.protocol == *"istio.io/PROXY").then_some(()),
+        let tunnel = self.application_tunnel.as_ref();
+        let inbound = |l: &&Listener| {
+            tunnel.is_some_and(|t| t.port.map_or(*l.protocol == *"istio.io/PROXY", |port| l.port == port))
         };
-        let hbone = |l: &&Listener| l.port == HBONE_PORT && *l.protocol == *"HBONE";
-        let found = self.listeners.iter().find(|l| inbound(l).is_some()).or_else(|| self.listeners.iter().find(hbone));
+        let hbone = || self.listeners.iter().find(|l| l.is_hbone());
+        let found = self.listeners.iter().find(inbound).or_else(hbone);
         found.map_or(&AllowedFrom::Same, |listener| &listener.from)
     }
 }
@@ -123,11 +129,14 @@ pub(super) fn gateway(meta: &Meta, fields: &Fields<'_>) -> Option<Gateway> {
     let spec = fields.required("spec")?.fields()?;
     let class = spec.required("gatewayClassName")?;
     let application_tunnel = inbound_binding(meta, &class);
+    let of_class = class.text().is_some_and(|class| CLASSES.contains(&class));
+    if !of_class && application_tunnel.is_none() {
+        // Another controller's: what it says is between the two.
+        return Some(Gateway::default());
+    }
     let listeners = spec.get("listeners").map(|l| l.items()).unwrap_or_default();
     let listeners: Vec<Listener> = listeners.iter().filter_map(listener).collect();
-    let of_class = class.text().is_some_and(|class| CLASSES.contains(&class));
-    let is_hbone = |l: &Listener| l.port == HBONE_PORT && *l.protocol == *"HBONE";
-    if of_class && application_tunnel.is_none() && !listeners.iter().any(is_hbone) {
+    if application_tunnel.is_none() && !listeners.iter().any(Listener::is_hbone) {
         class.reject(
             "a waypoint needs a listener for HBONE",
             "add `- {name: mesh, port: 15008, protocol: HBONE}` to spec.listeners",
@@ -135,14 +144,8 @@ pub(super) fn gateway(meta: &Meta, fields: &Fields<'_>) -> Option<Gateway> {
     }
     let (serves_services, serves_workloads) = waypoint_for(meta, &class);
     let status = fields.get("status").and_then(|s| s.fields());
-    Some(Gateway {
-        is_waypoint: of_class || application_tunnel.is_some(),
-        listeners,
-        address: status.and_then(|s| s.get("addresses")).and_then(|l| status_address(&l)),
-        serves_services,
-        serves_workloads,
-        application_tunnel,
-    })
+    let address = status.and_then(|s| s.get("addresses")).and_then(|l| status_address(&l));
+    Some(Gateway { is_waypoint: true, listeners, address, serves_services, serves_workloads, application_tunnel })
 }
 
 fn waypoint_for(meta: &Meta, place: &Cursor<'_>) -> (bool, bool) {

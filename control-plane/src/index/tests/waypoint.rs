@@ -206,7 +206,8 @@ fn a_wrong_gateway_is_told() {
         let found: Vec<String> = world.catalogue.problems().iter().map(ToString::to_string).collect();
         assert!(found.iter().any(|p| p.contains(expected)), "{expected}: {found:?}");
     }
-    let other = gateway("namespace: demo, name: wp", "").replace("istio-waypoint", "nginx").replace("HBONE", "HTTP");
+    let strange = ", allowedRoutes: {namespaces: {from: Selector, selector: {matchExpressions: []}}}";
+    let other = gateway("namespace: demo, name: wp", strange).replace("istio-waypoint", "nginx");
     assert_eq!(problems(&World::of(&(other + &any_service("demo", "web", USE)))).len(), 1, "it is no waypoint");
 }
 
