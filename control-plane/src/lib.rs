@@ -5,7 +5,7 @@
 //!    └──── problems ──▶ log, /debug/problems, `fairwayd check`   └──▶ ca: who runs where, as whom
 //! ```
 //! Stateless but for its keys: everything is rebuilt from the manifests. Deliberately absent: decisions about connections, which are
-//! `mesh-core`'s, and anything that waypoints need.
+//! `mesh-core`'s, and the configuration of waypoints themselves: only who goes through which is known here.
 
 #![forbid(unsafe_code)]
 
