@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use mesh_identity::{CaClient, GrpcCa, GrpcCaConfig, Manager as Identities};
+use mesh_identity::{CaClient, GrpcCa, GrpcCaConfig, Manager as Identities, Trust};
 use mesh_net::{NetNs, SocketOptions, limits, sockets};
 use mesh_runtime::{
     admin::AdminServer,
@@ -31,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     admin,
     config::{Config, ProxyMode},
+    crl::RevocationLists,
     discovery,
     inpod::manager::{Manager, PodTable, StartPod},
     local::Local,
@@ -182,7 +183,9 @@ impl App {
         drop(waiting);
         let metrics = ControlMetrics::new(&registry, &config.version);
         let workers = Workers::spawn(config.workers, "ztunnel").context("cannot start the worker threads")?;
-        let (identities, certificates) = Identities::new(mesh_identity::Config::default(), ca);
+        let trust = Arc::new(Trust::new(config.trust_domains(), config.trust.compliance));
+        let settings = mesh_identity::Config { trust: trust.clone(), ..mesh_identity::Config::default() };
+        let (identities, certificates) = Identities::new(settings, ca);
         let state = State::new(config.node.clone());
         let shared = Arc::new(Shared {
             config: config.clone(),
@@ -197,6 +200,12 @@ impl App {
         let (pods, quit) = (PodTable::default(), CancellationToken::new());
         let mut tasks = JoinSet::new();
         tasks.spawn(certificates);
+        if let Some(path) = &config.trust.crl_path {
+            let mut lists = RevocationLists::new(path.clone(), trust, metrics.crl_loads.clone());
+            // Before the first handshake.
+            lists.load().await;
+            tasks.spawn(lists.follow(services_watcher.clone()));
+        }
 
         let mut ports = PortServer { tasks: &mut tasks, drain: &services_watcher };
         let context = admin::Context { shared: shared.clone(), pods: pods.clone(), quit: quit.clone() };

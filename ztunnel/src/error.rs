@@ -72,7 +72,8 @@ impl ProxyError {
             Self::Identity(_) => Reason::Identity,
             Self::Connect { source, .. } => connect_reason(source),
             Self::Tunnel(error) => error.reason(),
-            Self::Tls(_) | Self::HandshakeTimeout(_) | Self::PeerExpired => Reason::Tls,
+            Self::Tls(error) => tls_reason(error),
+            Self::HandshakeTimeout(_) | Self::PeerExpired => Reason::Tls,
             Self::TooManyHandshakes(_) | Self::BadRequest(_) => Reason::BadRequest,
             Self::Denied(decision) | Self::PolicyChange(decision) => decision.reason.unwrap_or(Reason::Denied),
             Self::Reset(_) | Self::Copy { .. } => Reason::Reset,
@@ -120,12 +121,21 @@ pub(crate) fn connect_reason(error: &io::Error) -> Reason {
     }
 }
 
+/// What a failed handshake stands for.
+pub(crate) fn tls_reason(error: &io::Error) -> Reason {
+    if mesh_identity::is_revocation(error) { Reason::Revoked } else { Reason::Tls }
+}
+
 /// How a copied flow ended.
 pub(crate) fn flow_result(outcome: CopyOutcome) -> Result<(), ProxyError> {
     match outcome.end {
         End::Clean => Ok(()),
         End::Reset(side) => Err(ProxyError::Reset(side)),
-        End::Error(side, source) => Err(ProxyError::Copy { side, source }),
+        End::Error(side, source) => Err(match source.get_ref().and_then(|inner| inner.downcast_ref()) {
+            // Ours: no copying failed.
+            Some(cut @ mesh_hbone::Error::Cut { .. }) => ProxyError::Tunnel(cut.clone()),
+            _ => ProxyError::Copy { side, source },
+        }),
     }
 }
 

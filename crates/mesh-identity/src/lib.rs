@@ -8,17 +8,20 @@
 
 pub mod authority;
 pub mod ca;
+pub mod crl;
 pub mod csr;
 mod grpc;
 mod manager;
 mod schedule;
 pub mod svid;
 pub mod tls;
+mod trust;
 pub mod verify;
 
 pub use ca::{CaClient, CaError};
 pub use grpc::{ControlPlane, ControlPlaneError, GrpcCa, GrpcCaConfig, RootSource, TokenSource};
 pub use manager::{Config, Entry, EntryState, FetchError, IdentityError, Manager, Priority};
 pub use svid::{Svid, SvidError};
-pub use tls::{client_config, peer_name, server_config};
-pub use verify::peer_identity;
+pub use tls::{Compliance, client_config, peer_name, server_config};
+pub use trust::Trust;
+pub use verify::{Distrust, PeerRole, distrust, is_revocation, peer_identity};

@@ -24,20 +24,23 @@ use crate::{
     csr::{Csr, CsrError},
     schedule::Schedule,
     svid::{Svid, SvidError},
+    trust::Trust,
 };
 
 /// Commands waiting for the task; askers wait beyond it.
 const COMMANDS: usize = 1024;
 
-/// Where the manager gets time from; certificates are judged by the wall clock.
+/// Where the manager gets time from (certificates are judged by the wall clock), and what goes for all its certificates.
 #[derive(Clone)]
 pub struct Config {
     pub clock: Arc<dyn Fn() -> SystemTime + Send + Sync>,
+    /// How the certificates are used.
+    pub trust: Arc<Trust>,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { clock: Arc::new(SystemTime::now) }
+        Self { clock: Arc::new(SystemTime::now), trust: Arc::default() }
     }
 }
 
@@ -121,6 +124,7 @@ impl Manager {
         let task = Task {
             ca,
             clock: config.clock.clone(),
+            trust: config.trust.clone(),
             started: Instant::now(),
             shared: shared.clone(),
             schedule: Schedule::default(),
@@ -154,6 +158,11 @@ impl Manager {
         entries.get(identity)?.svid.clone().filter(|svid| svid.is_valid_at((self.config.clock)()))
     }
 
+    /// What all its certificates are used by.
+    pub fn trust(&self) -> &Arc<Trust> {
+        &self.config.trust
+    }
+
     /// Fetches ahead of need. A full queue loses the hint, which costs a later connection the wait.
     pub fn warm(&self, identity: Identity) {
         self.hint(Command::Want { identity, priority: Priority::Warmup, reply: None });
@@ -182,6 +191,7 @@ impl Manager {
 struct Task {
     ca: Arc<dyn CaClient>,
     clock: Arc<dyn Fn() -> SystemTime + Send + Sync>,
+    trust: Arc<Trust>,
     started: Instant,
     shared: Arc<Shared>,
     schedule: Schedule,
@@ -245,7 +255,8 @@ impl Task {
         while let Some(identity) = self.schedule.start(self.started.elapsed()) {
             self.generation += 1;
             let (ca, generation, wanted) = (self.ca.clone(), self.generation, identity.clone());
-            let attempt = self.attempts.spawn(async move { fetch(&*ca, &wanted, generation).await });
+            let trust = self.trust.clone();
+            let attempt = self.attempts.spawn(async move { fetch(&*ca, &wanted, generation, trust).await });
             self.in_flight.insert(attempt.id(), identity);
         }
     }
@@ -270,9 +281,13 @@ impl Task {
         }
         tracing::debug!(%identity, ?life, "certificate ready");
         self.answer(&identity, &Ok(svid.clone()));
+        let roots = svid.roots.clone();
         let entry = Entry { identity: identity.clone(), state: EntryState::Available, svid: Some(svid) };
-        self.entries.insert(identity, entry);
+        let before = self.entries.insert(identity, entry).and_then(|entry| entry.svid);
         self.publish();
+        if before.is_none_or(|before| before.roots != roots) {
+            self.trust.changed();
+        }
     }
 
     fn failed(&mut self, identity: Identity, error: Arc<FetchError>, now: SystemTime) {
@@ -302,10 +317,10 @@ impl Task {
     }
 }
 
-async fn fetch(ca: &dyn CaClient, identity: &Identity, generation: u64) -> Result<Svid, FetchError> {
+async fn fetch(ca: &dyn CaClient, identity: &Identity, generation: u64, trust: Arc<Trust>) -> Result<Svid, FetchError> {
     let csr = Csr::generate(identity)?;
     let answer = ca.sign(identity, csr.pem).await?;
-    Ok(Svid::new(identity.clone(), csr.key, &answer, generation)?)
+    Ok(Svid::trusting(identity.clone(), csr.key, &answer, generation, trust)?)
 }
 
 async fn sleep_until(due: Option<Instant>) {
@@ -356,7 +371,7 @@ mod tests {
         let authority = SigningAuthority::generate("cluster.local").unwrap();
         let ca =
             Arc::new(FakeCa { authority, clock: clock.clone(), asked: AtomicUsize::new(0), down: Mutex::new(false) });
-        let (manager, task) = Manager::new(Config { clock }, ca.clone());
+        let (manager, task) = Manager::new(Config { clock, ..Config::default() }, ca.clone());
         (manager, ca, tokio::spawn(task))
     }
 

@@ -12,7 +12,7 @@ use std::{
 
 use foldhash::HashMap;
 use http::{HeaderMap, StatusCode};
-use mesh_core::{identity::Identity, workload::Workload};
+use mesh_core::{identity::Identity, reason::Reason, workload::Workload};
 use mesh_hbone::{
     LocalBoxFuture, Secured, TunnelStream,
     server::{self, Handler, Malformed, Request, Responder},
@@ -42,6 +42,7 @@ use crate::{
         resolve::{self, BAGGAGE, Told},
         upstream::{CONNECT_TIMEOUT, HANDSHAKE_TIMEOUT, Upstream},
     },
+    tunnels::Judged,
 };
 
 /// Handshakes one address may have pending on one worker of a pod. Proxies open few tunnels at once; only a flood needs more.
@@ -95,13 +96,19 @@ async fn authenticate(pod: &PodContext, client: TcpStream, peer: SocketAddr) -> 
     let local = resolve::local_workload(pod).await?;
     let started = Instant::now();
     let handshake = async {
-        let certificate = pod.shared.identities.certificate(&local.identity(), Priority::RealTime).await;
-        let config = server_config(&certificate.map_err(ProxyError::Identity)?);
-        tls::accept(client, &config).await.map_err(ProxyError::Tls)
+        let (identities, identity) = (&pod.shared.identities, local.identity());
+        let certificate = identities.certificate(&identity, Priority::RealTime).await.map_err(ProxyError::Identity)?;
+        let (since, judged) = (SystemTime::now(), Judged::by(&certificate, identities));
+        let secured = tls::accept(client, &server_config(&certificate)).await.map_err(ProxyError::Tls)?;
+        pod.tunnels.add(&secured, Direction::Inbound, &identity, since, judged);
+        Ok(secured)
     };
     let done = timeout(HANDSHAKE_TIMEOUT, handshake).await;
     let done = done.unwrap_or(Err(ProxyError::HandshakeTimeout(HANDSHAKE_TIMEOUT)));
     pod.shared.outcomes.handshake(Direction::Inbound, started.elapsed(), done.is_ok());
+    if done.as_ref().is_err_and(|error| error.reason() == Reason::Revoked) {
+        pod.shared.outcomes.revoked(Direction::Inbound);
+    }
     done
 }
 

@@ -3,8 +3,9 @@
 use std::{
     io,
     net::{IpAddr, SocketAddr},
+    rc::Rc,
     sync::Arc,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use mesh_core::{identity::Identity, reason::Reason};
@@ -18,11 +19,12 @@ use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
     config::Config,
-    error::{ProxyError, connect_reason, shared_cause},
+    error::{ProxyError, connect_reason, shared_cause, tls_reason},
     flow::Direction,
     outcome::Outcomes,
     pods::PodContext,
     proxy::forward::FlowSocket,
+    tunnels::{Judged, Tunnels},
 };
 
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -77,6 +79,7 @@ async fn open(
 
 /// Dials tunnels for one pod's pool.
 pub(crate) struct Dialer {
+    pub(crate) tunnels: Rc<Tunnels>,
     pub(crate) config: Arc<Config>,
     pub(crate) identities: Manager,
     pub(crate) outcomes: Outcomes,
@@ -92,13 +95,17 @@ impl Connector for Dialer {
             let certificate = certificate(&self.identities, &key.source_identity).await?;
             let tcp = self.dial(&key).await?;
             let config = client_config(&certificate, &key.accepted);
+            let (since, judged) = (SystemTime::now(), Judged::by(&certificate, &self.identities));
             let started = Instant::now();
             let handshake = timeout(HANDSHAKE_TIMEOUT, tls::connect(tcp, &config, peer_name())).await;
             let finished = matches!(handshake, Ok(Ok(_)));
             self.outcomes.handshake(Direction::Outbound, started.elapsed(), finished);
             match handshake {
-                Ok(Ok(secured)) => Ok(secured),
-                Ok(Err(error)) => Err(tls_failed(&key, error)),
+                Ok(Ok(secured)) => {
+                    self.tunnels.add(&secured, Direction::Outbound, &key.source_identity, since, judged);
+                    Ok(secured)
+                }
+                Ok(Err(error)) => Err(self.tls_failed(&key, error)),
                 Err(_) => Err(Error::dial(Reason::Tls, format!("no TLS handshake within {HANDSHAKE_TIMEOUT:?}"), None)),
             }
         })
@@ -124,6 +131,14 @@ impl Dialer {
             reason => Error::dial(reason, format!("connection to {to} failed"), shared_cause(error)),
         })
     }
+
+    fn tls_failed(&self, key: &TunnelKey, error: io::Error) -> Error {
+        let reason = tls_reason(&error);
+        if reason == Reason::Revoked {
+            self.outcomes.revoked(Direction::Outbound);
+        }
+        Error::dial(reason, format!("tls handshake with {} failed", key.destination), shared_cause(error))
+    }
 }
 
 /// Everyone who wants the tunnel waits for this, so it has an end.
@@ -138,10 +153,6 @@ async fn certificate(identities: &Manager, identity: &Identity) -> Result<Arc<Sv
             Err(Error::dial(Reason::Identity, message, None))
         }
     }
-}
-
-fn tls_failed(key: &TunnelKey, error: io::Error) -> Error {
-    Error::dial(Reason::Tls, format!("tls handshake with {} failed", key.destination), shared_cause(error))
 }
 
 #[cfg(test)]
