@@ -123,3 +123,89 @@ fn read(path: &Path) -> Result<Crls, LoadError> {
     }
     Ok(Crls::parse(&std::fs::read(path)?)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use mesh_runtime::drain;
+    use prometheus::Opts;
+    use rcgen::{
+        BasicConstraints, CertificateParams, CertificateRevocationListParams, IsCa, Issuer, KeyIdMethod, KeyPair,
+        KeyUsagePurpose, SerialNumber, date_time_ymd,
+    };
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    /// So many lists, of which nobody is on any.
+    fn lists(count: usize) -> String {
+        let key = KeyPair::generate().unwrap();
+        let mut params = CertificateParams::default();
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::CrlSign];
+        let issuer = Issuer::new(params, key);
+        let list = CertificateRevocationListParams {
+            this_update: date_time_ymd(2025, 1, 1),
+            next_update: date_time_ymd(2025, 2, 1),
+            crl_number: SerialNumber::from(1_u64),
+            issuing_distribution_point: None,
+            revoked_certs: Vec::new(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        list.signed_by(&issuer).unwrap().pem().unwrap().repeat(count)
+    }
+
+    fn watched(path: PathBuf) -> (RevocationLists, Arc<Trust>, IntCounterVec) {
+        let trust = Arc::new(Trust::default());
+        let loads = IntCounterVec::new(Opts::new("loads", "help"), &["result"]).unwrap();
+        (RevocationLists::new(path, trust.clone(), loads.clone()), trust, loads)
+    }
+
+    #[tokio::test]
+    async fn a_file_that_is_missing_or_damaged_changes_nothing_and_is_counted() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("ca-crl.pem");
+        let (mut followed, trust, loads) = watched(path.clone());
+        followed.load().await;
+        followed.load().await;
+        assert_eq!((trust.crls().len(), loads.with_label_values(&["missing"]).get()), (0, 1));
+        std::fs::write(&path, lists(2)).unwrap();
+        followed.load().await;
+        assert_eq!((trust.crls().len(), loads.with_label_values(&["ok"]).get()), (2, 1));
+        std::fs::write(&path, "nonsense").unwrap();
+        followed.load().await;
+        assert_eq!((trust.crls().len(), loads.with_label_values(&["failed"]).get()), (2, 1));
+        std::fs::remove_file(&path).unwrap();
+        followed.load().await;
+        assert_eq!((trust.crls().len(), loads.with_label_values(&["missing"]).get()), (2, 2));
+    }
+
+    /// As kubelet does: the file is a link through `..data`, which is what changes.
+    #[tokio::test]
+    async fn a_swapped_link_on_the_way_to_the_file_is_followed() {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |version: &str, count| {
+            std::fs::create_dir(dir.path().join(version)).unwrap();
+            std::fs::write(dir.path().join(version).join("ca-crl.pem"), lists(count)).unwrap();
+            symlink(version, dir.path().join("..new")).unwrap();
+            std::fs::rename(dir.path().join("..new"), dir.path().join("..data")).unwrap();
+        };
+        put("..1", 1);
+        symlink("..data/ca-crl.pem", dir.path().join("ca-crl.pem")).unwrap();
+        let (followed, trust, _) = watched(dir.path().join("ca-crl.pem"));
+        let mut changes = trust.changes();
+        let (stop, watcher) = drain::channel();
+        let task = tokio::spawn(followed.follow(watcher));
+        for count in [1, 2] {
+            if count == 2 {
+                put("..2", 2);
+            }
+            tokio::time::timeout(PATIENCE, changes.changed()).await.expect("followed").unwrap();
+            assert_eq!(trust.crls().len(), count);
+        }
+        stop.drain(PATIENCE).await;
+        task.await.unwrap();
+    }
+}

@@ -171,6 +171,15 @@ mod tests {
     }
 
     #[test]
+    fn a_flow_whose_tunnel_we_cut_says_why_and_nothing_else() {
+        let cut = mesh_hbone::Error::Cut { reason: Reason::Revoked, message: crate::tunnels::REVOKED };
+        let end = End::Error(Side::Second, io::Error::other(cut));
+        let error = flow_result(CopyOutcome { sent: 0, received: 0, end }).unwrap_err();
+        assert_eq!(error.chain(), "connection closed: peer certificate revoked by CRL");
+        assert_eq!(error.reason().response_flag(), "CERT_REVOKED");
+    }
+
+    #[test]
     fn a_verdict_is_final_and_an_unreachable_endpoint_is_not() {
         let denied = ProxyError::Denied(Box::new(Decision::deny(Reason::Denied, "no", 1)));
         assert!(!denied.retryable());

@@ -16,7 +16,7 @@ const BATCH: usize = 16;
 /// Below this many nothing is swept out.
 const FEW: usize = 16;
 
-const REVOKED: &str = "connection closed: peer certificate revoked by CRL";
+pub(crate) const REVOKED: &str = "connection closed: peer certificate revoked by CRL";
 const ROOT_GONE: &str = "connection closed: the trust root of the peer's certificate is gone";
 
 /// What a handshake was judged by.

@@ -4,6 +4,7 @@ mod captured;
 mod hostile;
 mod mesh;
 mod policy;
+mod trust;
 
 use std::net::IpAddr;
 
