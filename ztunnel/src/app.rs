@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use mesh_identity::{CaClient, GrpcCa, GrpcCaConfig, Manager as Identities, Trust};
+use mesh_identity::{CaClient, GrpcCa, GrpcCaConfig, KeyStore, Manager as Identities, Trust};
 use mesh_net::{NetNs, SocketOptions, limits, sockets};
 use mesh_runtime::{
     admin::AdminServer,
@@ -176,6 +176,11 @@ impl App {
         if config.is_shared() {
             check_privileges(config.packet_mark)?;
         }
+        if config.trust.control_tls12 {
+            tracing::info!(
+                "TLS12_ENABLED: TLS 1.2 is offered to the control plane and the CA; tunnels stay with TLS 1.3"
+            );
+        }
         let config = Arc::new(config);
         let (registry, ready) = (Registry::new(), Readiness::default());
         let mut waiting = Role::Owner.waits_for().iter().map(|task| ready.pending(*task));
@@ -184,7 +189,9 @@ impl App {
         let metrics = ControlMetrics::new(&registry, &config.version);
         let workers = Workers::spawn(config.workers, "ztunnel").context("cannot start the worker threads")?;
         let trust = Arc::new(Trust::new(config.trust_domains(), config.trust.compliance));
-        let settings = mesh_identity::Config { trust: trust.clone(), ..mesh_identity::Config::default() };
+        let store = config.trust.keys_dir.as_deref().map(KeyStore::open).transpose().context("FAIRWAY_KEYS_DIR")?;
+        let store = store.map(Arc::new);
+        let settings = mesh_identity::Config { trust: trust.clone(), store, ..mesh_identity::Config::default() };
         let (identities, certificates) = Identities::new(settings, ca);
         let state = State::new(config.node.clone());
         let shared = Arc::new(Shared {
@@ -255,7 +262,7 @@ impl App {
 
 fn certificate_authority(config: &Config) -> Result<GrpcCa> {
     let config = GrpcCaConfig {
-        server: config.ca.control_plane(),
+        server: config.ca.control_plane(config.trust.control_tls()),
         ttl: config.secret_ttl,
         // A node proxy asks on behalf of its pods; a dedicated one is what its token says.
         impersonate: config.is_shared(),

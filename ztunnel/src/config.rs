@@ -11,7 +11,7 @@ use std::{
 };
 
 use mesh_core::workload::OutboundPolicy;
-use mesh_identity::{ControlPlane, RootSource, TokenSource};
+use mesh_identity::{ControlPlane, ControlTls, RootSource, TokenSource};
 use mesh_net::{KeepAlive, SocketOptions, Transparent};
 use mesh_runtime::{
     env::{Problems, Reader, Vars},
@@ -153,13 +153,14 @@ pub struct Upstream {
 
 impl Upstream {
     /// The address with everything that is needed to connect.
-    pub fn control_plane(&self) -> ControlPlane {
+    pub fn control_plane(&self, tls: ControlTls) -> ControlPlane {
         ControlPlane {
             address: self.address.clone(),
             roots: self.roots.clone(),
             token: self.token.clone(),
             headers: self.headers.clone(),
             alternative_name: self.alternative_name.clone(),
+            tls,
         }
     }
 }

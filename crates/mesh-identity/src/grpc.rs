@@ -1,6 +1,11 @@
 //! The certificate service of a control plane: `istio.v1.auth.IstioCertificateService` over TLS.
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    io,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use hyper_util::rt::TokioIo;
 use mesh_core::identity::Identity;
@@ -23,7 +28,7 @@ use tonic::{
 
 use crate::{
     ca::{BoxFuture, CaClient, CaError},
-    tls::provider,
+    tls::{ControlTls, control_client},
 };
 
 /// For one request, connecting included.
@@ -62,6 +67,7 @@ pub struct ControlPlane {
     pub headers: Vec<(String, String)>,
     /// Accepted when the serving certificate does not name the address's host.
     pub alternative_name: Option<String>,
+    pub tls: ControlTls,
 }
 
 /// An address, header or name in the configuration that cannot be used.
@@ -112,7 +118,8 @@ impl ControlPlane {
             .http2_keep_alive_interval(Duration::from_secs(30))
             .keep_alive_timeout(Duration::from_secs(10))
             .keep_alive_while_idle(true);
-        Ok((endpoint, Dialer { roots: self.roots.clone(), name, alternative: alternative.transpose()? }))
+        let alternative = alternative.transpose()?;
+        Ok((endpoint, Dialer { roots: self.roots.clone(), name, alternative, tls: self.tls }))
     }
 
     /// What goes with each request: the headers, and the token as it is now.
@@ -159,7 +166,14 @@ pub struct GrpcCaConfig {
 #[derive(Clone, Debug)]
 pub struct GrpcCa {
     config: Arc<GrpcCaConfig>,
+    connection: Arc<Mutex<Connection>>,
+}
+
+#[derive(Debug)]
+struct Connection {
     channel: Channel,
+    /// The file of roots when the channel was made; unknown before the first request.
+    roots: Option<Vec<u8>>,
 }
 
 impl GrpcCa {
@@ -169,7 +183,24 @@ impl GrpcCa {
     /// Names what in the configuration cannot be used.
     pub fn new(config: GrpcCaConfig) -> Result<Self, ControlPlaneError> {
         let channel = config.server.channel()?;
-        Ok(Self { config: Arc::new(config), channel })
+        Ok(Self { config: Arc::new(config), connection: Arc::new(Mutex::new(Connection { channel, roots: None })) })
+    }
+
+    /// The channel, or a new one when the file of roots is another since: what was dialled under the old ones is not trusted on their
+    /// word. A file that cannot be read, or holds no root, changes nothing yet.
+    async fn channel(&self) -> Channel {
+        let roots = match &self.config.server.roots {
+            RootSource::Pem(_) => None,
+            source => source.pem().await.ok().filter(|pem| !certificates(pem).is_empty()),
+        };
+        let connection = &mut *self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let replaced = roots.is_some() && connection.roots.is_some() && roots != connection.roots;
+        if replaced && let Ok(channel) = self.config.server.channel() {
+            tracing::info!(address = self.config.server.address, "the CA's trust roots have changed; connecting anew");
+            connection.channel = channel;
+        }
+        connection.roots = roots.or(connection.roots.take());
+        connection.channel.clone()
     }
 
     async fn request(&self, identity: Identity, csr: String) -> Result<Vec<String>, CaError> {
@@ -180,7 +211,7 @@ impl GrpcCa {
         };
         let mut request = Request::new(body);
         *request.metadata_mut() = self.config.server.metadata()?;
-        let mut client = IstioCertificateServiceClient::new(self.channel.clone());
+        let mut client = IstioCertificateServiceClient::new(self.channel().await);
         match tokio::time::timeout(DEADLINE, client.create_certificate(request)).await {
             Ok(Ok(answer)) => Ok(answer.into_inner().cert_chain),
             Ok(Err(status)) => Err(self.explain(&status)),
@@ -221,6 +252,7 @@ struct Dialer {
     roots: RootSource,
     name: ServerName<'static>,
     alternative: Option<ServerName<'static>>,
+    tls: ControlTls,
 }
 
 impl Dialer {
@@ -242,11 +274,12 @@ impl Dialer {
     async fn tls(&self) -> io::Result<Arc<ClientConfig>> {
         let mut roots = RootCertStore::empty();
         roots.add_parsable_certificates(self.roots().await?);
-        let strict = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider()).build();
+        let (provider, versions) = control_client(self.tls);
+        let strict = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build();
         let strict = strict.map_err(|_| io::Error::other(format!("no usable root in {:?}", self.roots)))?;
-        let mut config = ClientConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .expect("the provider has TLS 1.3 suites")
+        let mut config = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(versions)
+            .expect("the provider has suites of each version")
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(EitherName { strict, alternative: self.alternative.clone() }))
             .with_no_client_auth();
@@ -255,15 +288,24 @@ impl Dialer {
     }
 
     async fn roots(&self) -> io::Result<Vec<CertificateDer<'static>>> {
-        let pem = match &self.roots {
-            RootSource::Pem(pem) => pem.clone().into_bytes(),
-            RootSource::File(path) => tokio::fs::read(path)
-                .await
-                .map_err(|e| io::Error::new(e.kind(), format!("cannot read trust roots {}: {e}", path.display())))?,
-            RootSource::System => system_roots().await?,
-        };
-        Ok(CertificateDer::pem_slice_iter(&pem).filter_map(Result::ok).collect())
+        Ok(certificates(&self.roots.pem().await?))
     }
+}
+
+impl RootSource {
+    async fn pem(&self) -> io::Result<Vec<u8>> {
+        match self {
+            Self::Pem(pem) => Ok(pem.clone().into_bytes()),
+            Self::File(path) => tokio::fs::read(path)
+                .await
+                .map_err(|e| io::Error::new(e.kind(), format!("cannot read trust roots {}: {e}", path.display()))),
+            Self::System => system_roots().await,
+        }
+    }
+}
+
+fn certificates(pem: &[u8]) -> Vec<CertificateDer<'static>> {
+    CertificateDer::pem_slice_iter(pem).filter_map(Result::ok).collect()
 }
 
 async fn system_roots() -> io::Result<Vec<u8>> {
@@ -329,7 +371,7 @@ mod tests {
         IstioCertificateResponse,
         istio_certificate_service_server::{IstioCertificateService, IstioCertificateServiceServer},
     };
-    use rustls::ServerConfig;
+    use rustls::{ServerConfig, SupportedProtocolVersion};
     use rustls_pki_types::PrivateKeyDer;
     use tokio_rustls::TlsAcceptor;
     use tonic::Response;
@@ -363,11 +405,19 @@ mod tests {
     }
 
     async fn serve(authority: Arc<SigningAuthority>) -> std::net::SocketAddr {
+        serve_by(authority, ControlTls::default(), &rustls::version::TLS13).await
+    }
+
+    async fn serve_by(
+        authority: Arc<SigningAuthority>,
+        tls: ControlTls,
+        version: &'static SupportedProtocolVersion,
+    ) -> std::net::SocketAddr {
         let server = authority
             .server_certificate(&["istiod.test".to_owned()], Duration::from_secs(600), SystemTime::now())
             .unwrap();
-        let config = ServerConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])
+        let config = ServerConfig::builder_with_provider(control_client(tls).0)
+            .with_protocol_versions(&[version])
             .unwrap()
             .with_no_client_auth()
             .with_single_cert(server.chain, PrivateKeyDer::clone_key(&server.key))
@@ -409,6 +459,7 @@ mod tests {
                 token,
                 headers: vec![("ClusterID".to_owned(), "Kubernetes".to_owned())],
                 alternative_name: Some("istiod.test".to_owned()),
+                tls: ControlTls::default(),
             },
             ttl: Duration::from_secs(600),
             impersonate: true,
@@ -435,6 +486,41 @@ mod tests {
         assert_eq!(svid.identity, identity);
         drop(manager);
         task.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_changed_file_of_roots_decides_about_the_next_request() {
+        let authority = Arc::new(SigningAuthority::generate("cluster.local").unwrap());
+        let stranger = SigningAuthority::generate("cluster.local").unwrap();
+        let address = serve(authority.clone()).await;
+        let dir = tempfile::tempdir().unwrap();
+        let root = dir.path().join("root-cert.pem");
+        let mut config = config(address, &authority, TokenSource::Literal("secret".to_owned()));
+        config.server.roots = RootSource::File(root.clone());
+        let ca = GrpcCa::new(config).unwrap();
+        let identity = Identity::new("cluster.local", "demo", "client");
+        let sign = async || ca.sign(&identity, crate::csr::Csr::generate(&identity).unwrap().pem).await;
+        for (pem, trusted) in
+            [(authority.root_pem(), true), (stranger.root_pem(), false), (authority.root_pem(), true), ("", true)]
+        {
+            std::fs::write(&root, pem).unwrap();
+            assert_eq!(sign().await.is_ok(), trusted, "{pem}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_ca_with_tls_12_only_is_reached_when_that_is_allowed() {
+        let authority = Arc::new(SigningAuthority::generate("cluster.local").unwrap());
+        let allowed = ControlTls { tls12: true, ..ControlTls::default() };
+        let address = serve_by(authority.clone(), allowed, &rustls::version::TLS12).await;
+        let identity = Identity::new("cluster.local", "demo", "client");
+        for tls in [allowed, ControlTls::default()] {
+            let mut config = config(address, &authority, TokenSource::Literal("secret".to_owned()));
+            config.server.tls = tls;
+            let ca = GrpcCa::new(config).unwrap();
+            let signed = ca.sign(&identity, crate::csr::Csr::generate(&identity).unwrap().pem).await;
+            assert_eq!(signed.is_ok(), tls == allowed && crate::tls::HAS_TLS12);
+        }
     }
 
     #[tokio::test]

@@ -23,6 +23,7 @@ use crate::{
     ca::{CaClient, CaError},
     csr::{Csr, CsrError},
     schedule::Schedule,
+    store::KeyStore,
     svid::{Svid, SvidError},
     trust::Trust,
 };
@@ -36,11 +37,13 @@ pub struct Config {
     pub clock: Arc<dyn Fn() -> SystemTime + Send + Sync>,
     /// How the certificates are used.
     pub trust: Arc<Trust>,
+    /// Where certificates outlive the process.
+    pub store: Option<Arc<KeyStore>>,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { clock: Arc::new(SystemTime::now), trust: Arc::default() }
+        Self { clock: Arc::new(SystemTime::now), trust: Arc::default(), store: None }
     }
 }
 
@@ -121,10 +124,15 @@ impl Manager {
     pub fn new(config: Config, ca: Arc<dyn CaClient>) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (commands, queue) = mpsc::channel(COMMANDS);
         let shared = Arc::new(Shared::default());
+        let kept = config.store.iter().flat_map(|store| store.load((config.clock)(), &config.trust));
+        let kept: HashMap<Identity, Svid> = kept.map(|svid| (svid.identity.clone(), svid)).collect();
         let task = Task {
             ca,
             clock: config.clock.clone(),
             trust: config.trust.clone(),
+            store: config.store.clone(),
+            generation: kept.len() as u64,
+            kept,
             started: Instant::now(),
             shared: shared.clone(),
             schedule: Schedule::default(),
@@ -132,7 +140,6 @@ impl Manager {
             waiters: HashMap::new(),
             attempts: JoinSet::new(),
             in_flight: HashMap::new(),
-            generation: 0,
         };
         (Self { commands, shared, config }, task.run(queue))
     }
@@ -192,6 +199,9 @@ struct Task {
     ca: Arc<dyn CaClient>,
     clock: Arc<dyn Fn() -> SystemTime + Send + Sync>,
     trust: Arc<Trust>,
+    store: Option<Arc<KeyStore>>,
+    /// From before the start, until somebody wants them: their pods may be gone.
+    kept: HashMap<Identity, Svid>,
     started: Instant,
     shared: Arc<Shared>,
     schedule: Schedule,
@@ -233,6 +243,10 @@ impl Task {
             drop(reply.map(|reply| reply.send(Ok(svid))));
             return;
         }
+        if let Some(svid) = self.adopt(&identity) {
+            drop(reply.map(|reply| reply.send(Ok(svid))));
+            return;
+        }
         self.schedule.want(&identity, priority, self.started.elapsed());
         if let Some(reply) = reply {
             self.waiters.entry(identity.clone()).or_default().push(reply);
@@ -243,7 +257,34 @@ impl Task {
         }
     }
 
+    /// The certificate that was kept for this identity, taken into use.
+    fn adopt(&mut self, identity: &Identity) -> Option<Arc<Svid>> {
+        let now = (self.clock)();
+        let svid = Arc::new(self.kept.remove(identity).filter(|svid| svid.is_valid_at(now))?);
+        let life = svid.not_after.duration_since(now).unwrap_or_default();
+        self.schedule.adopt(identity, life, rand::random(), self.started.elapsed());
+        tracing::debug!(%identity, ?life, "certificate from before the start");
+        let entry = Entry { identity: identity.clone(), state: EntryState::Available, svid: Some(svid.clone()) };
+        self.entries.insert(identity.clone(), entry);
+        self.publish();
+        Some(svid)
+    }
+
+    /// What nobody wanted in time.
+    fn drop_expired(&mut self, now: SystemTime) {
+        let store = &self.store;
+        self.kept.retain(|identity, svid| {
+            let valid = svid.is_valid_at(now);
+            if !valid {
+                store.iter().for_each(|store| store.remove(identity));
+            }
+            valid
+        });
+    }
+
     fn forget(&mut self, identity: &Identity) {
+        self.kept.remove(identity);
+        self.store.iter().for_each(|store| store.remove(identity));
         self.schedule.forget(identity);
         self.answer(identity, &Err(IdentityError::Forgotten));
         if self.entries.remove(identity).is_some() {
@@ -266,6 +307,7 @@ impl Task {
         let (id, result) = done.unwrap_or_else(|error| (error.id(), Err(FetchError::Aborted)));
         let Some(identity) = self.in_flight.remove(&id) else { return };
         let now = (self.clock)();
+        self.drop_expired(now);
         match result {
             Ok(svid) if !svid.is_valid_at(now) => self.failed(identity, Arc::new(FetchError::Expired), now),
             Ok(svid) => self.succeeded(identity, Arc::new(svid), now),
@@ -281,6 +323,8 @@ impl Task {
         }
         tracing::debug!(%identity, ?life, "certificate ready");
         self.answer(&identity, &Ok(svid.clone()));
+        // A few kilobytes, to memory where the operator chose well: not worth another thread.
+        self.store.iter().for_each(|store| store.save(&svid));
         let roots = svid.roots.clone();
         let entry = Entry { identity: identity.clone(), state: EntryState::Available, svid: Some(svid) };
         let before = self.entries.insert(identity, entry).and_then(|entry| entry.svid);
@@ -366,12 +410,16 @@ mod tests {
     }
 
     fn start() -> (Manager, Arc<FakeCa>, tokio::task::JoinHandle<()>) {
+        start_with(None)
+    }
+
+    fn start_with(store: Option<Arc<KeyStore>>) -> (Manager, Arc<FakeCa>, tokio::task::JoinHandle<()>) {
         let (origin, base) = (Instant::now(), SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
         let clock: Arc<dyn Fn() -> SystemTime + Send + Sync> = Arc::new(move || base + origin.elapsed());
         let authority = SigningAuthority::generate("cluster.local").unwrap();
         let ca =
             Arc::new(FakeCa { authority, clock: clock.clone(), asked: AtomicUsize::new(0), down: Mutex::new(false) });
-        let (manager, task) = Manager::new(Config { clock, ..Config::default() }, ca.clone());
+        let (manager, task) = Manager::new(Config { clock, store, ..Config::default() }, ca.clone());
         (manager, ca, tokio::spawn(task))
     }
 
@@ -447,6 +495,30 @@ mod tests {
         tokio::time::sleep(Duration::from_secs(60)).await;
         assert_eq!(ca.asked.load(Ordering::SeqCst), 1);
         assert!(manager.entries().is_empty());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_restart_while_the_ca_is_away_costs_no_certificate_and_renewal_goes_on() {
+        let above = tempfile::tempdir().unwrap();
+        let store = Arc::new(KeyStore::open(&above.path().join("keys")).unwrap());
+        let (manager, _ca, task) = start_with(Some(store.clone()));
+        let (wanted, gone) = (identity(), Identity::new("cluster.local", "demo", "gone"));
+        let before = manager.certificate(&wanted, Priority::RealTime).await.unwrap();
+        manager.certificate(&gone, Priority::RealTime).await.unwrap();
+        manager.forget(&gone);
+        drop(manager);
+        task.await.unwrap();
+
+        let (manager, ca, _task) = start_with(Some(store));
+        *ca.down.lock().unwrap() = true;
+        assert!(manager.certificate(&gone, Priority::RealTime).await.is_err(), "forgotten");
+        assert!(manager.entries().iter().all(|entry| entry.identity == gone), "nobody has asked yet");
+        let after = manager.certificate(&wanted, Priority::RealTime).await.unwrap();
+        assert_eq!(after.chain, before.chain);
+        *ca.down.lock().unwrap() = false;
+        tokio::time::sleep(TTL).await;
+        let renewed = manager.cached(&wanted).expect("renewed in time");
+        assert!(renewed.generation > after.generation && renewed.chain != after.chain);
     }
 
     #[tokio::test(start_paused = true)]

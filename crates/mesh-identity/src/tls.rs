@@ -9,7 +9,8 @@ use std::{
 
 use mesh_core::identity::Identity;
 use rustls::{
-    ClientConfig, NamedGroup, RootCertStore, ServerConfig, SignatureScheme,
+    ClientConfig, NamedGroup, RootCertStore, ServerConfig, SignatureScheme, SupportedCipherSuite,
+    SupportedProtocolVersion,
     client::{ResolvesClientCert, Resumption},
     crypto::CryptoProvider,
     server::{ClientHello, NoServerSessionStorage, ResolvesServerCert},
@@ -40,6 +41,49 @@ pub enum Compliance {
     None,
     /// X25519MLKEM768 only: a recording made now stays secret from a quantum computer later.
     Pqc,
+}
+
+/// How control plane and CA are spoken to; tunnels are TLS 1.3 whatever this says.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ControlTls {
+    pub compliance: Compliance,
+    /// TLS 1.2 too, for servers that have no other. Of no effect unless [`HAS_TLS12`].
+    pub tls12: bool,
+}
+
+/// Whether this build can speak TLS 1.2 at all.
+pub const HAS_TLS12: bool = cfg!(not(feature = "boring"));
+
+/// A client towards the control plane, to be completed with a verifier.
+pub(crate) fn control_client(tls: ControlTls) -> (Arc<CryptoProvider>, &'static [&'static SupportedProtocolVersion]) {
+    use rustls::version::{TLS12, TLS13};
+    static EITHER: [&SupportedProtocolVersion; 2] = [&TLS13, &TLS12];
+    static STRICT: [&SupportedProtocolVersion; 1] = [&TLS13];
+    if tls.tls12 && HAS_TLS12 {
+        let mut provider = CryptoProvider::clone(&provider_of(tls.compliance));
+        provider.cipher_suites.extend(tls12_suites());
+        return (Arc::new(provider), &EITHER);
+    }
+    (provider_of(tls.compliance), &STRICT)
+}
+
+#[cfg(not(feature = "boring"))]
+fn tls12_suites() -> Vec<SupportedCipherSuite> {
+    use rustls::crypto::aws_lc_rs::cipher_suite::{
+        TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256, TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+        TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256, TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+    };
+    vec![
+        TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384,
+        TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256,
+        TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384,
+        TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256,
+    ]
+}
+
+#[cfg(feature = "boring")]
+fn tls12_suites() -> Vec<SupportedCipherSuite> {
+    Vec::new()
 }
 
 #[cfg(not(feature = "boring"))]

@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
-use mesh_identity::Compliance;
+use mesh_identity::{Compliance, ControlTls, tls::HAS_TLS12};
 use mesh_runtime::env::Reader;
 use serde::Serialize;
 
@@ -29,6 +29,11 @@ impl Config {
 }
 
 impl Trust {
+    /// How control plane and CA are spoken to.
+    pub fn control_tls(&self) -> ControlTls {
+        ControlTls { compliance: self.compliance, tls12: self.control_tls12 }
+    }
+
     pub(super) fn read(r: &Reader<'_>) -> Self {
         if r.bool("FAKE_CA", false) {
             r.problem(
@@ -41,6 +46,9 @@ impl Trust {
         let control_tls12 = r.bool("TLS12_ENABLED", false);
         if control_tls12 && compliance == Compliance::Pqc {
             r.problem("TLS12_ENABLED", "true", "unset with COMPLIANCE_POLICY=pqc: X25519MLKEM768 needs TLS 1.3");
+        }
+        if control_tls12 && !HAS_TLS12 {
+            r.problem("TLS12_ENABLED", "true", "unset: this build's cryptography has TLS 1.3 only");
         }
         Self {
             crl_path: r.optional("CRL_PATH").map(PathBuf::from),
