@@ -112,7 +112,7 @@ impl KeyStore {
     /// Keeps `svid` in place of what was kept for its identity.
     pub(crate) fn save(&self, svid: &Svid) {
         let path = self.path(&svid.identity);
-        if let Err(error) = replace(&path, &encode(svid)) {
+        if let Err(error) = replace(&path, &encode(&Kept::of(svid))) {
             tracing::warn!(path = %path.display(), %error, "certificate not kept for a restart");
         }
     }
@@ -168,6 +168,10 @@ const CHAIN: u8 = b'c';
 const ROOT: u8 = b'r';
 
 impl Kept {
+    fn of(svid: &Svid) -> Self {
+        Self { key: svid.key.clone_key(), chain: svid.chain.clone(), roots: svid.roots.to_vec() }
+    }
+
     fn into_svid(self, generation: u64, trust: Arc<Trust>) -> Result<Svid, SvidError> {
         let got = crate::peer_identity(&self.chain);
         let identity = got.ok_or(SvidError::Malformed(0))?;
@@ -175,11 +179,11 @@ impl Kept {
     }
 }
 
-/// After the magic: parts of a kind, a length (32 bits, big endian) and so many bytes of DER.
-fn encode(svid: &Svid) -> Vec<u8> {
-    let key = std::iter::once((KEY, svid.key.secret_pkcs8_der()));
-    let chain = svid.chain.iter().map(|certificate| (CHAIN, &**certificate));
-    let roots = svid.roots.iter().map(|certificate| (ROOT, &**certificate));
+/// After the magic, parts in the order of [`Kept`]'s fields: a kind, a length (32 bits, big endian) and so many bytes of DER.
+pub fn encode(kept: &Kept) -> Vec<u8> {
+    let key = std::iter::once((KEY, kept.key.secret_pkcs8_der()));
+    let chain = kept.chain.iter().map(|certificate| (CHAIN, &**certificate));
+    let roots = kept.roots.iter().map(|certificate| (ROOT, &**certificate));
     let mut bytes = MAGIC.to_vec();
     for (kind, der) in key.chain(chain).chain(roots) {
         bytes.push(kind);
@@ -197,9 +201,11 @@ pub fn decode(bytes: &[u8]) -> Option<Kept> {
         let (length, after) = after.split_first_chunk()?;
         let (der, after) = after.split_at_checked(usize::try_from(u32::from_be_bytes(*length)).ok()?)?;
         match *kind {
-            KEY if key.is_none() => key = Some(PrivatePkcs8KeyDer::from(der.to_vec())),
-            CHAIN => chain.push(CertificateDer::from(der.to_vec())),
-            ROOT => roots.push(CertificateDer::from(der.to_vec())),
+            KEY if key.is_none() && chain.is_empty() && roots.is_empty() => {
+                key = Some(PrivatePkcs8KeyDer::from(der.to_vec()))
+            }
+            CHAIN if roots.is_empty() && key.is_some() => chain.push(CertificateDer::from(der.to_vec())),
+            ROOT if key.is_some() => roots.push(CertificateDer::from(der.to_vec())),
             _ => return None,
         }
         if chain.len() + roots.len() > MAX_PARTS {
