@@ -85,7 +85,8 @@ impl RevocationLists {
 
     /// Follows the file until the drain begins to stop services.
     pub(crate) async fn follow(mut self, drain: DrainWatcher) {
-        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let folder =
+            self.path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
         let folder = folder.to_owned();
         let mut watch = Watch::new(&folder, QUIET);
         let signalled = drain.signalled();

@@ -6,7 +6,7 @@ use std::{cell::RefCell, sync::Arc, time::SystemTime};
 
 use mesh_core::{identity::Identity, reason::Reason};
 use mesh_hbone::{Cut, Secured};
-use mesh_identity::{Distrust, Manager, PeerRole, Svid, crl::Crls, distrust};
+use mesh_identity::{Anchors, Distrust, Manager, PeerRole, Svid, crl::Crls, distrust};
 use rustls_pki_types::CertificateDer;
 
 use crate::{flow::Direction, outcome::Outcomes};
@@ -22,18 +22,19 @@ const ROOT_GONE: &str = "connection closed: the trust root of the peer's certifi
 /// What a handshake was judged by.
 #[derive(Clone)]
 pub(crate) struct Judged {
-    roots: Arc<Vec<CertificateDer<'static>>>,
+    anchors: Arc<Anchors>,
     crls: Arc<Crls>,
 }
 
 impl Judged {
     /// To be taken before the handshake with `svid`, so that no change falls between the two.
     pub(crate) fn by(svid: &Svid, identities: &Manager) -> Self {
-        Self { roots: svid.roots.clone(), crls: identities.trust().crls() }
+        Self { anchors: svid.anchors().clone(), crls: identities.trust().crls() }
     }
 
     fn agrees(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.crls, &other.crls) && (Arc::ptr_eq(&self.roots, &other.roots) || self.roots == other.roots)
+        let same_roots = Arc::ptr_eq(&self.anchors, &other.anchors) || self.anchors.has_same_roots(&other.anchors);
+        same_roots && Arc::ptr_eq(&self.crls, &other.crls)
     }
 }
 
@@ -106,9 +107,10 @@ impl Tunnels {
 
     /// Whether the tunnel may stay.
     fn review(&self, tunnel: &mut Tunnel) -> bool {
-        // Without a certificate of our own there is nothing new to judge by.
-        let Some(svid) = self.identities.cached(&tunnel.identity) else { return true };
-        let now = Judged::by(&svid, &self.identities);
+        // A certificate of ours that has lapsed took no root with it.
+        let anchors = self.identities.cached(&tunnel.identity).map(|svid| svid.anchors().clone());
+        let anchors = anchors.unwrap_or_else(|| tunnel.judged.anchors.clone());
+        let now = Judged { anchors, crls: self.identities.trust().crls() };
         if now.agrees(&tunnel.judged) {
             return true;
         }
@@ -116,7 +118,7 @@ impl Tunnels {
             Direction::Inbound => PeerRole::Client,
             Direction::Outbound => PeerRole::Server,
         };
-        match distrust(&svid, &tunnel.chain, role, tunnel.since) {
+        match distrust(&now.anchors, &tunnel.chain, role, tunnel.since) {
             None => {
                 tunnel.judged = now;
                 return true;

@@ -156,7 +156,7 @@ mod tests {
     }
 
     fn verdict(by: &Svid, about: &Svid) -> Option<Distrust> {
-        distrust(by, &about.chain, PeerRole::Client, SystemTime::now())
+        distrust(by.anchors(), &about.chain, PeerRole::Client, SystemTime::now())
     }
 
     #[test]

@@ -199,7 +199,8 @@ impl GrpcCa {
             tracing::info!(address = self.config.server.address, "the CA's trust roots have changed; connecting anew");
             connection.channel = channel;
         }
-        connection.roots = roots.or(connection.roots.take());
+        let before = connection.roots.take();
+        connection.roots = roots.or(before);
         connection.channel.clone()
     }
 

@@ -26,4 +26,4 @@ pub use store::{KeyStore, StoreError};
 pub use svid::{Svid, SvidError};
 pub use tls::{Compliance, ControlTls, client_config, peer_name, server_config};
 pub use trust::Trust;
-pub use verify::{Distrust, PeerRole, distrust, is_revocation, peer_identity};
+pub use verify::{Anchors, Distrust, PeerRole, distrust, is_revocation, peer_identity};

@@ -131,7 +131,7 @@ impl Manager {
             clock: config.clock.clone(),
             trust: config.trust.clone(),
             store: config.store.clone(),
-            generation: kept.len() as u64,
+            generation: kept.values().map(|svid| svid.generation).max().unwrap_or(0),
             kept,
             started: Instant::now(),
             shared: shared.clone(),

@@ -9,7 +9,11 @@ use mesh_core::identity::Identity;
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, pem::PemObject};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use crate::{tls::ConfigCache, trust::Trust, verify::peer_identity};
+use crate::{
+    tls::ConfigCache,
+    trust::Trust,
+    verify::{Anchors, peer_identity},
+};
 
 /// One generation of an identity's certificate. TLS configurations made of it live exactly as long as it does.
 pub struct Svid {
@@ -105,6 +109,11 @@ impl Svid {
 
     pub fn is_valid_at(&self, now: SystemTime) -> bool {
         now < self.not_after
+    }
+
+    /// What peers of this workload are verified by.
+    pub fn anchors(&self) -> &Arc<Anchors> {
+        &self.configs.anchors
     }
 
     /// The private key, PKCS #8.

@@ -13,7 +13,7 @@ use rustls::{
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use webpki::{EndEntityCert, KeyUsage};
 
-use crate::{crl::Path, svid::Svid, trust::Trust};
+use crate::{crl::Path, trust::Trust};
 
 /// Whom a peer's chain (leaf first) speaks for: the leaf's only URI SAN, if it is a workload identity. X.509-SVID §2: a leaf with
 /// more than one URI SAN is not an SVID.
@@ -88,7 +88,7 @@ impl PeerRole {
 
 /// What a workload believes: the roots that came with its certificate, and the process's policy.
 #[derive(Debug)]
-pub(crate) struct Anchors {
+pub struct Anchors {
     pub(crate) roots: RootCertStore,
     pub(crate) trust: Arc<Trust>,
     /// The workload's own.
@@ -96,6 +96,10 @@ pub(crate) struct Anchors {
 }
 
 impl Anchors {
+    pub fn has_same_roots(&self, other: &Self) -> bool {
+        self.roots.roots == other.roots.roots
+    }
+
     fn verify_chain(
         &self,
         leaf: &CertificateDer<'_>,
@@ -147,14 +151,18 @@ pub enum Distrust {
     RootGone,
 }
 
-/// Whether `svid`'s roots and the lists in force still vouch for a peer whose chain (leaf first) was good `at` some moment. As of that
-/// moment: a certificate that has expired since says nothing against what was opened with it.
-pub fn distrust(svid: &Svid, chain: &[CertificateDer<'_>], role: PeerRole, at: SystemTime) -> Option<Distrust> {
+/// Whether `anchors` and the lists in force still vouch for a peer whose chain (leaf first) was good `at` some moment. As of that moment:
+/// a certificate that has expired since says nothing against what was opened with it.
+pub fn distrust(anchors: &Anchors, chain: &[CertificateDer<'_>], role: PeerRole, at: SystemTime) -> Option<Distrust> {
     let (leaf, intermediates) = chain.split_first()?;
     let at = UnixTime::since_unix_epoch(at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
-    match svid.configs.anchors.verify_chain(leaf, intermediates, role, at) {
+    match anchors.verify_chain(leaf, intermediates, role, at) {
         Ok(()) => None,
         Err(error) if is_revocation(&error) => Some(Distrust::Revoked),
+        // The handshake's moment was not exactly this one.
+        Err(Error::InvalidCertificate(
+            CertificateError::NotValidYetContext { .. } | CertificateError::ExpiredContext { .. },
+        )) => None,
         Err(_) => Some(Distrust::RootGone),
     }
 }
