@@ -1,6 +1,6 @@
 //! The command line's grammar.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
@@ -19,6 +19,10 @@ pub(crate) enum Command {
     /// Virtual nodes and pods on this machine, with the real mesh on them.
     #[command(subcommand)]
     Lab(Lab),
+    /// Everything a program of the mesh knows, as JSON.
+    Dump(Dump),
+    /// Live traffic by workload: connections, bytes, failures.
+    Top(Top),
     /// Say why a pod can or cannot reach a service or pod: the policy, file, line and field at fault.
     Why(Why),
     /// The small programs that the demo's pods run.
@@ -40,6 +44,9 @@ pub(crate) struct Demo {
     /// One JSON object per step instead of text.
     #[arg(long)]
     pub(crate) json: bool,
+    /// Another ztunnel binary on a node, as for `lab up`: `node2=/path/to/ztunnel`.
+    #[arg(long, value_name = "NODE=PATH", value_parser = node_and_path, conflicts_with = "loopback")]
+    pub(crate) ztunnel: Vec<(String, PathBuf)>,
     /// Run on loopback with SOCKS5 capture, as on kernels that refuse namespaces.
     #[arg(long)]
     pub(crate) loopback: bool,
@@ -62,6 +69,30 @@ pub(crate) struct Why {
     pub(crate) name: String,
     #[arg(short, long, value_enum, default_value_t)]
     pub(crate) output: Output,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Top {
+    #[arg(long, default_value = "default")]
+    pub(crate) name: String,
+    /// Between two looks.
+    #[arg(long, default_value = "2s", value_parser = interval)]
+    pub(crate) interval: Duration,
+    /// Look for one interval, and end.
+    #[arg(long)]
+    pub(crate) once: bool,
+    #[arg(short, long, value_enum, default_value_t)]
+    pub(crate) output: Output,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Dump {
+    /// `ztunnel/node1`, `agent/node1` or `fairwayd`.
+    pub(crate) program: String,
+    /// One part only, such as `workloads`, `services`, `policies`, `certificates` or `workloadState` of a ztunnel.
+    pub(crate) part: Option<String>,
+    #[arg(long, default_value = "default")]
+    pub(crate) name: String,
 }
 
 #[derive(Debug, Subcommand)]
@@ -191,6 +222,14 @@ pub(crate) enum Fault {
     Heal { node: String },
     /// Make everything a node sends arrive later; 0 ends it.
     Delay { node: String, milliseconds: u32 },
+    /// Drop connections to a port of a pod, as a NetworkPolicy would.
+    Block { pod: String, port: u16 },
+    /// Let them through again.
+    Unblock { pod: String },
+    /// Make a pod's readiness probe fail.
+    Unready { pod: String },
+    /// Make it succeed again.
+    Ready { pod: String },
     /// Replace a node's ztunnel by a new process, surge first.
     Upgrade { node: String, binary: Option<String> },
 }
@@ -306,6 +345,12 @@ pub(crate) enum Debug {
         /// `spiffe://…`.
         identity: String,
     },
+}
+
+fn interval(text: &str) -> Result<Duration, String> {
+    let interval: Duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let allowed = Duration::from_millis(100)..=Duration::from_secs(3600);
+    if allowed.contains(&interval) { Ok(interval) } else { Err("expected 100ms to 1h".to_owned()) }
 }
 
 fn node_and_path(text: &str) -> Result<(String, PathBuf), String> {

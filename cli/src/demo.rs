@@ -35,7 +35,8 @@ pub(crate) fn run(options: &args::Demo) -> anyhow::Result<ExitCode> {
         return Ok(report.finish());
     }
     let name = if options.keep { "default".to_owned() } else { format!("demo-{}", std::process::id()) };
-    let lab_options = Options { certificate_ttl: "10s".to_owned(), ..Options::default() };
+    let ztunnels = options.ztunnel.clone();
+    let lab_options = Options { certificate_ttl: "10s".to_owned(), ztunnels, ..Options::default() };
     let started = Instant::now();
     if options.keep {
         let lab = Lab::start(&name, &lab_options)?;

@@ -109,6 +109,10 @@ fn fault_request(fault: Fault) -> protocol::Fault {
         Fault::Partition { node } => protocol::Fault::Partition { node },
         Fault::Heal { node } => protocol::Fault::Heal { node },
         Fault::Delay { node, milliseconds } => protocol::Fault::Delay { node, milliseconds },
+        Fault::Block { pod, port } => protocol::Fault::Block { pod, port },
+        Fault::Unblock { pod } => protocol::Fault::Unblock { pod },
+        Fault::Unready { pod } => protocol::Fault::Unready { pod },
+        Fault::Ready { pod } => protocol::Fault::Ready { pod },
         Fault::Upgrade { node, binary } => protocol::Fault::Upgrade { node, binary },
     }
 }

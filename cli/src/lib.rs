@@ -9,9 +9,11 @@ mod apps;
 mod args;
 mod debug;
 mod demo;
+mod dump;
 mod lab_commands;
 mod loopback;
 mod output;
+mod top;
 mod why;
 
 use std::{ffi::OsString, path::Path, process::ExitCode};
@@ -72,7 +74,9 @@ fn command_line(arguments: Vec<OsString>) -> ExitCode {
         args::Command::App(app) => apps::run(app),
         args::Command::Debug(debug) => debug::run(&debug),
         args::Command::Demo(options) => demo::run(&options),
+        args::Command::Dump(query) => dump::run(&query),
         args::Command::Lab(command) => lab_commands::run(command),
+        args::Command::Top(query) => top::run(&query),
         args::Command::Why(query) => why::run(&query),
     };
     match outcome {

@@ -53,6 +53,47 @@ impl fmt::Display for Exclusion {
 
 const MODE: &str = "istio.io/dataplane-mode";
 
+/// What decides about a pod, for whoever has to change it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DecidedBy {
+    /// `Pod demo/client`, `Namespace demo`, or this node's own configuration.
+    pub object: String,
+    pub field: String,
+    /// What it says; none when it says nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub value: Option<String>,
+}
+
+/// The field behind [`decide`]'s answer.
+pub fn decided_by(pod: &Pod, namespace_labels: &Labels, verdict: Result<(), Exclusion>) -> DecidedBy {
+    let on_pod = |field: &str, value: Option<&String>| DecidedBy {
+        object: format!("Pod {}/{}", pod.namespace, pod.name),
+        field: field.to_owned(),
+        value: value.cloned(),
+    };
+    let on_namespace = || DecidedBy {
+        object: format!("Namespace {}", pod.namespace),
+        field: format!("metadata.labels[{MODE}]"),
+        value: namespace_labels.get(MODE).cloned(),
+    };
+    let mode = format!("metadata.labels[{MODE}]");
+    match verdict {
+        Err(Exclusion::ExcludedNamespace) => DecidedBy {
+            object: "the node agent".to_owned(),
+            field: "EXCLUDE_NAMESPACES".to_owned(),
+            value: Some(pod.namespace.clone()),
+        },
+        Err(Exclusion::HostNetwork) => on_pod("spec.hostNetwork", Some(&"true".to_owned())),
+        Err(Exclusion::Ztunnel) => on_pod("metadata.labels[app]", pod.labels.get("app")),
+        Err(Exclusion::Sidecar) => on_pod("metadata.annotations[sidecar.istio.io/status]", None),
+        Err(Exclusion::Terminal) => on_pod("status.phase", None),
+        Err(Exclusion::LabelledOut) => on_pod(&mode, pod.labels.get(MODE)),
+        // A value that means nothing is where the mistake is.
+        Ok(()) | Err(Exclusion::NotLabelled) if pod.labels.contains_key(MODE) => on_pod(&mode, pod.labels.get(MODE)),
+        Ok(()) | Err(Exclusion::NotLabelled) => on_namespace(),
+    }
+}
+
 /// `Ok` when the pod is to be captured.
 pub fn decide(pod: &Pod, namespace_labels: &Labels, excluded: &[String]) -> Result<(), Exclusion> {
     let pod_mode = pod.labels.get(MODE).map(String::as_str);
@@ -76,6 +117,23 @@ mod tests {
 
     fn labels(pairs: &[(&str, &str)]) -> Labels {
         pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+    }
+
+    #[test]
+    fn the_field_to_change_is_named_with_what_it_says() {
+        let named = |pod: &Pod, namespace: &Labels| {
+            let by = decided_by(pod, namespace, decide(pod, namespace, &[]));
+            (by.object, by.field, by.value)
+        };
+        let pod =
+            |l: &[(&str, &str)]| Pod { namespace: "a".into(), name: "p".into(), labels: labels(l), ..Pod::default() };
+        let field = "metadata.labels[istio.io/dataplane-mode]".to_owned();
+        let typo = labels(&[(MODE, "ambiant")]);
+        assert_eq!(named(&pod(&[]), &Labels::new()), ("Namespace a".to_owned(), field.clone(), None));
+        assert_eq!(named(&pod(&[]), &typo), ("Namespace a".to_owned(), field.clone(), Some("ambiant".to_owned())));
+        assert_eq!(named(&pod(&[(MODE, "none")]), &typo), ("Pod a/p".to_owned(), field, Some("none".to_owned())));
+        let host = Pod { host_network: true, ..pod(&[]) };
+        assert_eq!(named(&host, &typo).1, "spec.hostNetwork");
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //! | `demo` | the guided run, with and without namespaces |
 //! | `traffic` | what TCP can do, through the mesh: half-closes, resets, volume, many at once, both families |
 //! | `bad_days` | programs killed, restarted, upgraded; pods deleted; labels changed under load |
+//! | `watch` | what an operator sees of it |
+//! | `why` | seeded faults, named by `fairway why` and met by a connection |
 //! | `traces` | nothing is left behind |
 
 #[path = "lab/harness.rs"]
@@ -18,3 +20,7 @@ mod demo;
 mod traces;
 #[path = "lab/traffic.rs"]
 mod traffic;
+#[path = "lab/watch.rs"]
+mod watch;
+#[path = "lab/why.rs"]
+mod why;

@@ -19,8 +19,8 @@ pub mod why;
 
 const INDEX: &str = "ztunnel admin\n\n\
     GET  /config_dump\n\
-    GET  /debug/why/outbound?namespace=&pod=&destination=IP:PORT\n\
-    GET  /debug/why/inbound?namespace=&pod=&source_ip=&source_identity=&destination=IP:PORT\n\
+    GET  /debug/why/outbound?namespace=&pod=&destination=IP:PORT[&probe=true]\n\
+    GET  /debug/why/inbound?namespace=&pod=&source_ip=&source_identity=&destination=IP:PORT[&probe=true]\n\
     POST /logging?level=info,target=debug&reset\n\
     POST /quitquitquit\n";
 const LOGGING_HELP: &str = "use POST: no parameter lists; level=<off|error|warn|info|debug|trace> or \
@@ -41,11 +41,12 @@ pub fn server(context: Context) -> AdminServer {
         let context = context.clone();
         move |request: Request| -> Ready<Response> { ready(handler(&context, &request)) }
     };
+    let (outbound, inbound) = (context.clone(), context.clone());
     AdminServer::new()
         .route("/", route(|_, _| text(StatusCode::OK, INDEX)))
         .route("/config_dump", route(|context, _| config_dump::respond(context)))
-        .route("/debug/why/outbound", route(why::outbound))
-        .route("/debug/why/inbound", route(why::inbound))
+        .route("/debug/why/outbound", move |request| why::outbound(outbound.clone(), request))
+        .route("/debug/why/inbound", move |request| why::inbound(inbound.clone(), request))
         .route("/logging", route(|_, request| logging(request)))
         .route("/quitquitquit", route(quit))
 }

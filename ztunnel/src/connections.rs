@@ -20,6 +20,9 @@ const BATCH: usize = 128;
 /// How a connection is carried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub enum Protocol {
+    /// In a tunnel inside a tunnel, through a network's gateway.
+    #[serde(rename = "DOUBLEHBONE")]
+    DoubleHbone,
     #[serde(rename = "HBONE")]
     Hbone,
     #[serde(rename = "TCP")]
@@ -56,7 +59,11 @@ pub struct ConnectionsDump {
 
 impl ConnectionsDump {
     fn add(&mut self, flow: &Flow) {
-        let protocol = if flow.mutual_tls { Protocol::Hbone } else { Protocol::Tcp };
+        let protocol = match (flow.mutual_tls, &flow.beyond) {
+            (_, Some(_)) => Protocol::DoubleHbone,
+            (true, None) => Protocol::Hbone,
+            (false, None) => Protocol::Tcp,
+        };
         let src = flow.peer;
         match flow.direction {
             Direction::Inbound => {

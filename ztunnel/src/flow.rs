@@ -55,7 +55,16 @@ pub struct Flow {
     /// Inbound: whom the client's certificate names.
     pub peer_identity: Option<Arc<Identity>>,
     pub destination_workload: Option<Arc<Workload>>,
+    /// Outbound, in a tunnel inside a tunnel: what its far end, beyond a gateway, proved and said.
+    pub beyond: Option<Box<Beyond>>,
     pub service: Option<Arc<Service>>,
+}
+
+/// The far end of a tunnel inside a tunnel. Here, all that is known of it is which network it is on.
+#[derive(Clone, Debug, Default)]
+pub struct Beyond {
+    pub identity: Option<Identity>,
+    pub baggage: Option<Baggage>,
 }
 
 impl Flow {
@@ -73,6 +82,7 @@ impl Flow {
             source_baggage: None,
             peer_identity: None,
             destination_workload: None,
+            beyond: None,
             service: None,
         }
     }
@@ -88,6 +98,7 @@ impl Flow {
 
     /// Known even where the destination was reached in plain text.
     pub fn destination_identity(&self) -> Option<Identity> {
-        self.destination_workload.as_deref().map(Workload::identity)
+        let proven = self.beyond.as_deref().and_then(|beyond| beyond.identity.clone());
+        proven.or_else(|| self.destination_workload.as_deref().map(Workload::identity))
     }
 }

@@ -263,6 +263,8 @@ impl Collector for Traffic {
 
     fn collect(&self) -> Vec<MetricFamily> {
         let mut series = self.sweep(Instant::now());
+        // Connections that are still on their way to somebody have counted nothing yet.
+        series.retain(|(_, values)| values.iter().any(|value| *value > 0));
         series.sort_by(|(a, _), (b, _)| a.cmp(b));
         let pairs: Vec<Vec<LabelPair>> = series.iter().map(|(labels, _)| labels.pairs()).collect();
         let family = |(i, (name, help)): (usize, &(&str, &str))| {

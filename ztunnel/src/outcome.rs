@@ -1,6 +1,7 @@
 //! What became of a connection, said once: one line in the access log and one set of counters, whatever way it ends.
 
 use std::{
+    cell::Cell,
     net::SocketAddr,
     rc::Rc,
     sync::{Arc, atomic::Ordering::Relaxed},
@@ -33,17 +34,19 @@ impl Outcomes {
         Self(Arc::new(Metrics::new(registry)))
     }
 
-    /// The route is decided: counts an opened connection.
+    /// The route is decided: counts an opened connection, unless its far end is beyond a gateway. Who that is, the tunnel to it tells;
+    /// such a connection counts as opened when it is open, or has failed.
     pub(crate) fn opened(&self, entry: Arc<Entry>) -> OpenFlow {
         let meter = self.meter(&entry.flow);
-        OpenFlow { outcomes: self.clone(), entry, meter, since: Instant::now() }.log_opened()
+        let flow = OpenFlow { outcomes: self.clone(), entry, meter, counted: Cell::new(false), since: Instant::now() };
+        if flow.entry.flow.beyond.is_none() {
+            flow.count_opened();
+        }
+        flow
     }
 
-    /// Counts as opened what `flow` says.
     fn meter(&self, flow: &Flow) -> Rc<Meter> {
-        let series = self.0.traffic.series(TrafficLabels::of(flow));
-        series.opened.fetch_add(1, Relaxed);
-        Meter::new(series, flow.direction)
+        Meter::new(self.0.traffic.series(TrafficLabels::of(flow)), flow.direction)
     }
 
     /// A connection that failed before a route was decided.
@@ -95,6 +98,8 @@ pub(crate) struct OpenFlow {
     outcomes: Outcomes,
     entry: Arc<Entry>,
     meter: Rc<Meter>,
+    /// As opened.
+    counted: Cell<bool>,
     since: Instant,
 }
 
@@ -116,9 +121,20 @@ impl OpenFlow {
     /// The connection goes elsewhere before any byte was sent: another endpoint was tried. Counts as closed there and opened here, so
     /// that every series' opens and closes stay paired; the log keeps to one line, about where it went in the end.
     pub(crate) fn retarget(&mut self, entry: Arc<Entry>) {
-        self.meter.series().closed.fetch_add(1, Relaxed);
+        if self.counted.replace(false) {
+            self.meter.series().closed.fetch_add(1, Relaxed);
+        }
         self.meter = self.outcomes.meter(&entry.flow);
         self.entry = entry;
+        self.count_opened();
+    }
+
+    /// Once.
+    fn count_opened(&self) {
+        if !self.counted.replace(true) {
+            self.meter.series().opened.fetch_add(1, Relaxed);
+            self.log_opened();
+        }
     }
 
     /// The end.
@@ -134,6 +150,7 @@ impl OpenFlow {
         if !self.meter.end() {
             return;
         }
+        self.count_opened();
         let series = self.meter.series();
         match reason {
             None => drop(series.closed.fetch_add(1, Relaxed)),
@@ -148,7 +165,7 @@ impl OpenFlow {
         self.log_complete(error());
     }
 
-    fn log_opened(self) -> Self {
+    fn log_opened(&self) {
         if tracing::enabled!(target: "access", tracing::Level::DEBUG) {
             let flow = &self.entry.flow;
             let f = LogFields::of(flow);
@@ -160,7 +177,6 @@ impl OpenFlow {
                 direction = flow.direction.as_str(),
             }, "connection opened");
         }
-        self
     }
 
     /// One macro per level: a level is part of the call site's constant metadata.
@@ -211,6 +227,8 @@ impl<'a> LogFields<'a> {
     fn of(flow: &'a Flow) -> Self {
         let (src, dst) = (flow.source.as_deref(), flow.destination_workload.as_deref());
         let told = flow.source_baggage.as_ref().filter(|_| src.is_none());
+        // What the far end says of itself is nearer the truth than the record that stands for its network.
+        let beyond = flow.beyond.as_deref().and_then(|beyond| beyond.baggage.as_ref());
         let text = |identity: Identity| identity.to_string();
         Self {
             src_workload: src.and_then(name).or_else(|| told?.workload_name.as_deref()),
@@ -219,10 +237,12 @@ impl<'a> LogFields<'a> {
             src_cluster: src.and_then(|w| known(&w.cluster_id)).or_else(|| told?.cluster.as_deref()),
             hbone_addr: flow.authority.as_ref().map(tracing::field::display),
             service: flow.service.as_deref().and_then(|s| known(&s.hostname)),
-            dst_workload: dst.and_then(name),
-            dst_namespace: dst.and_then(|w| known(&w.namespace)),
+            dst_workload: beyond.and_then(|b| b.workload_name.as_deref()).or_else(|| dst.and_then(name)),
+            dst_namespace: beyond
+                .and_then(|b| b.namespace.as_deref())
+                .or_else(|| dst.and_then(|w| known(&w.namespace))),
             dst_identity: flow.destination_identity().filter(|_| flow.mutual_tls).map(text),
-            dst_cluster: dst.and_then(|w| known(&w.cluster_id)),
+            dst_cluster: beyond.and_then(|b| b.cluster.as_deref()).or_else(|| dst.and_then(|w| known(&w.cluster_id))),
         }
     }
 }

@@ -32,7 +32,7 @@ use crate::{
 pub use crate::{
     connections::{ConnectionsDump, InboundConnection, OutboundConnection, Protocol},
     error::StartError,
-    proxy::listeners::Kind,
+    proxy::{listeners::Kind, probe::Prober},
 };
 
 /// Accepted sockets on their way to a worker; beyond it they wait in the listener's backlog.
@@ -62,6 +62,7 @@ pub struct PodHandle {
     /// One part per worker.
     connections: Vec<Connections>,
     drain: DrainTrigger,
+    prober: Prober,
     /// So that the next pod finds another home.
     _home: Occupied,
 }
@@ -82,6 +83,11 @@ impl PodHandle {
             part.dump_into(&mut dump);
         }
         dump
+    }
+
+    /// Tries ways from where the pod's connections start.
+    pub fn prober(&self) -> &Prober {
+        &self.prober
     }
 
     /// Stops listening. [`DrainMode::Graceful`]: tells peers to go elsewhere, lets open flows end until `deadline`, then cuts the
@@ -132,6 +138,12 @@ async fn serve(shared: &Arc<Shared>, pod: Pod, kinds: &[Kind]) -> Result<PodHand
         listening: bound.addresses,
         connections: Vec::new(),
         drain: trigger,
+        prober: Prober {
+            shared: shared.clone(),
+            netns: pod.netns.clone(),
+            sockets: pod.sockets.clone(),
+            worker: home.clone(),
+        },
         _home: home.occupy(),
     };
     for (worker, arrivals) in shared.workers.iter().zip(receivers) {

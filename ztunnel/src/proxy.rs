@@ -35,6 +35,8 @@ pub(crate) mod authorize;
 pub(crate) mod proxy_protocol;
 pub(crate) mod resolve;
 
+pub(crate) mod probe;
+
 pub(crate) mod forward;
 pub(crate) mod upstream;
 

@@ -19,32 +19,19 @@ const FEW: usize = 16;
 pub(crate) const REVOKED: &str = "connection closed: peer certificate revoked by CRL";
 const ROOT_GONE: &str = "connection closed: the trust root of the peer's certificate is gone";
 
-/// What a handshake was judged by.
-#[derive(Clone)]
+/// What a handshake is judged by.
 pub(crate) struct Judged {
+    /// Of this side.
+    identity: Identity,
     anchors: Arc<Anchors>,
     crls: Arc<Crls>,
-}
-
-impl Judged {
-    /// To be taken before the handshake with `svid`, so that no change falls between the two.
-    pub(crate) fn by(svid: &Svid, identities: &Manager) -> Self {
-        Self { anchors: svid.anchors().clone(), crls: identities.trust().crls() }
-    }
-
-    fn agrees(&self, other: &Self) -> bool {
-        let same_roots = Arc::ptr_eq(&self.anchors, &other.anchors) || self.anchors.has_same_roots(&other.anchors);
-        same_roots && Arc::ptr_eq(&self.crls, &other.crls)
-    }
+    at: SystemTime,
 }
 
 struct Tunnel {
     cut: Cut,
     chain: Vec<CertificateDer<'static>>,
     direction: Direction,
-    /// Of this side.
-    identity: Identity,
-    since: SystemTime,
     judged: Judged,
 }
 
@@ -66,17 +53,15 @@ impl Tunnels {
         Self { identities, outcomes, live: RefCell::default() }
     }
 
-    /// Watches over the tunnel that will run on `secured`, for as long as it lives. `since` and `judged` are from before its handshake.
-    pub(crate) fn add(
-        &self,
-        secured: &Secured,
-        direction: Direction,
-        identity: &Identity,
-        since: SystemTime,
-        judged: Judged,
-    ) {
-        let chain = secured.peer_certificates().to_vec();
-        let mut tunnel = Tunnel { cut: secured.cut(), chain, direction, identity: identity.clone(), since, judged };
+    /// What holds now for who speaks as `svid`. To be taken before a handshake, so that no change falls between the two.
+    pub(crate) fn judged_by(&self, svid: &Svid) -> Judged {
+        let crls = self.identities.trust().crls();
+        Judged { identity: svid.identity.clone(), anchors: svid.anchors().clone(), crls, at: SystemTime::now() }
+    }
+
+    /// Watches over the tunnel that will run on `secured`, for as long as it lives.
+    pub(crate) fn add(&self, secured: &Secured, direction: Direction, judged: Judged) {
+        let mut tunnel = Tunnel { cut: secured.cut(), chain: secured.peer_certificates().to_vec(), direction, judged };
         // What changed during the handshake announced itself before we were here.
         self.review(&mut tunnel);
         let live = &mut *self.live.borrow_mut();
@@ -107,20 +92,22 @@ impl Tunnels {
 
     /// Whether the tunnel may stay.
     fn review(&self, tunnel: &mut Tunnel) -> bool {
+        let judged = &mut tunnel.judged;
         // A certificate of ours that has lapsed took no root with it.
-        let anchors = self.identities.cached(&tunnel.identity).map(|svid| svid.anchors().clone());
-        let anchors = anchors.unwrap_or_else(|| tunnel.judged.anchors.clone());
-        let now = Judged { anchors, crls: self.identities.trust().crls() };
-        if now.agrees(&tunnel.judged) {
+        let anchors = self.identities.cached(&judged.identity).map(|svid| svid.anchors().clone());
+        let anchors = anchors.unwrap_or_else(|| judged.anchors.clone());
+        let crls = self.identities.trust().crls();
+        let same_roots = Arc::ptr_eq(&anchors, &judged.anchors) || anchors.has_same_roots(&judged.anchors);
+        if same_roots && Arc::ptr_eq(&crls, &judged.crls) {
             return true;
         }
         let role = match tunnel.direction {
             Direction::Inbound => PeerRole::Client,
             Direction::Outbound => PeerRole::Server,
         };
-        match distrust(&now.anchors, &tunnel.chain, role, tunnel.since) {
+        match distrust(&anchors, &tunnel.chain, role, judged.at) {
             None => {
-                tunnel.judged = now;
+                (judged.anchors, judged.crls) = (anchors, crls);
                 return true;
             }
             Some(Distrust::Revoked) => {

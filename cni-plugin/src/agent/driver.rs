@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     decision::{Decisions, Listed, REFRESH},
-    eligibility::{Exclusion, Labels, Pod, decide},
+    eligibility::{Exclusion, Labels, Pod, decide, decided_by},
     request::{AddAnswer, AddRequest},
     rules::{self, Options},
 };
@@ -195,8 +195,12 @@ impl Driver {
     }
 
     fn verdict(&self, pod: &Pod) -> Result<(), Exclusion> {
-        let none = Labels::new();
-        decide(pod, self.view.namespaces.get(&pod.namespace).unwrap_or(&none), &self.settings.excluded_namespaces)
+        decide(pod, self.labels_of(&pod.namespace), &self.settings.excluded_namespaces)
+    }
+
+    fn labels_of(&self, namespace: &str) -> &Labels {
+        static NONE: Labels = Labels::new();
+        self.view.namespaces.get(namespace).unwrap_or(&NONE)
     }
 
     /// After a restart, a ztunnel that serves the pod must keep it, also while its namespace has not been found again.
@@ -385,6 +389,7 @@ impl Driver {
             uid: pod.uid.clone(),
             state: shown,
             reason,
+            decided_by: decided_by(pod, self.labels_of(&pod.namespace), self.verdict(pod)),
             rules: state.is_some_and(State::has_rules),
             announced: state.is_some_and(State::is_announced),
             older_flows: self.older_flows.get(uid).copied(),

@@ -6,6 +6,8 @@ use mesh_runtime::metrics::Registry;
 use prometheus::{IntCounterVec, IntGauge, Opts};
 use serde::Serialize;
 
+use crate::eligibility::DecidedBy;
+
 /// One pod of the node, as `/debug/pods` shows it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -17,6 +19,8 @@ pub struct PodReport {
     /// Why it is outside, or what keeps it from being enrolled.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// Where it says whether the pod belongs to the mesh.
+    pub decided_by: DecidedBy,
     pub rules: bool,
     pub announced: bool,
     /// Flows that were open when the pod was enrolled and stay as they were.

@@ -548,6 +548,13 @@ impl Cluster {
                 Ok(format!("{node} sends {milliseconds} ms late"))
             }
             Fault::Upgrade { node, binary } => self.upgrade(&node, binary).await,
+            Fault::Block { pod, port } => {
+                let text = format!("{pod} drops connections to port {port}");
+                self.running(&pod)?.block(port).map(|()| text)
+            }
+            Fault::Unblock { pod } => self.running(&pod)?.unblock().map(|()| format!("{pod} drops nothing")),
+            Fault::Unready { pod } => self.set_ready(&pod, false).map(|()| format!("{pod} is not ready")),
+            Fault::Ready { pod } => self.set_ready(&pod, true).map(|()| format!("{pod} is ready")),
             Fault::CertificateTtl { ttl } => {
                 self.options.certificate_ttl = ttl;
                 self.kill("fairwayd", true).await?;
@@ -555,6 +562,18 @@ impl Cluster {
                 Ok("fairwayd restarted".to_owned())
             }
         }
+    }
+
+    fn running(&mut self, pod: &str) -> Result<&mut Pod> {
+        let full = if pod.contains('/') { pod.to_owned() } else { format!("default/{pod}") };
+        self.pods.get_mut(&full).ok_or_else(|| anyhow::anyhow!("no pod {full}"))
+    }
+
+    fn set_ready(&mut self, pod: &str, ready: bool) -> Result<()> {
+        let paths = self.paths.clone();
+        let pod = self.running(pod)?;
+        pod.ready = ready;
+        Ok(write_whole(&pod.manifest_file(&paths), &pod.object(pod.sandbox.is_some()).to_string())?)
     }
 
     fn signal(&mut self, program: &str, signal: Signal) -> Result<()> {
@@ -743,9 +762,9 @@ fn new_uid() -> String {
 /// A small HTTP GET from inside a namespace: status and body.
 ///
 /// # Errors
-/// Connection errors, or no complete answer within two seconds.
+/// Connection errors, or no complete answer within ten seconds: some pages try things out first.
 pub async fn http_get(ns: &NetNs, address: SocketAddr, path: &str) -> io::Result<(u16, String)> {
-    const WITHIN: Duration = Duration::from_secs(5);
+    const WITHIN: Duration = Duration::from_secs(10);
     let socket = mesh_net::sockets::tcp_socket(Some(ns), None, address, &SocketOptions::default())?;
     let mut stream = mesh_net::sockets::connect(socket, address, WITHIN).await?;
     let request = format!("GET {path} HTTP/1.1\r\nhost: {address}\r\nconnection: close\r\n\r\n");

@@ -8,7 +8,11 @@ use std::{
     process::{Command, Stdio},
 };
 
-use mesh_net::{NetNs, isolate::PodSandbox};
+use mesh_net::{
+    NetNs,
+    isolate::PodSandbox,
+    nft::{Batch, Chain, ChainType, Family, Hook, Nft, Rule},
+};
 use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt, process::Child};
 
@@ -17,6 +21,10 @@ use crate::{
     manifest::key,
     topology::{Member, host},
 };
+
+/// Holds what a fault blocks.
+const BLOCK: &str = "lab-block";
+const BEFORE_OTHERS: i32 = -300;
 
 /// A pod on a node.
 #[derive(Debug)]
@@ -30,6 +38,8 @@ pub struct Pod {
     pub manifest: Value,
     pub sandbox: Option<NetNs>,
     pub containers: Vec<Container>,
+    /// What its readiness probe says.
+    pub ready: bool,
     /// Why it does not run.
     pub problem: Option<String>,
 }
@@ -43,7 +53,8 @@ pub struct Container {
 impl Pod {
     pub fn new(manifest: Value, uid: String, node: String, addresses: Vec<IpAddr>) -> Self {
         let (namespace, name) = key(&manifest);
-        Self { namespace, name, uid, node, addresses, manifest, sandbox: None, containers: Vec::new(), problem: None }
+        let (sandbox, containers, problem) = (None, Vec::new(), None);
+        Self { namespace, name, uid, node, addresses, manifest, sandbox, containers, ready: true, problem }
     }
 
     pub fn key(&self) -> String {
@@ -72,12 +83,38 @@ impl Pod {
                 "phase": "Running",
                 "podIP": self.addresses.first(),
                 "podIPs": ips,
-                "conditions": [{"type": "Ready", "status": "True"}],
+                "conditions": [{"type": "Ready", "status": if self.ready { "True" } else { "False" }}],
             })
         } else {
             json!({"phase": "Pending"})
         };
         object
+    }
+
+    /// Drops what opens TCP connections to `port`.
+    ///
+    /// # Errors
+    /// When the pod has no sandbox, or the kernel refuses.
+    pub fn block(&self, port: u16) -> anyhow::Result<()> {
+        let mut batch = Batch::new(Family::Inet);
+        batch.replace_table(BLOCK);
+        batch.add_chain(BLOCK, &Chain::base("input", ChainType::Filter, Hook::Input, BEFORE_OTHERS));
+        batch.add_rule(BLOCK, "input", &Rule::new("blocked").tcp().dport(port).syn().drop());
+        Ok(Nft::in_ns(self.netns()?)?.apply(batch)?)
+    }
+
+    /// Ends [`Self::block`].
+    ///
+    /// # Errors
+    /// As for [`Self::block`].
+    pub fn unblock(&self) -> anyhow::Result<()> {
+        let mut batch = Batch::new(Family::Inet);
+        batch.remove_table(BLOCK);
+        Ok(Nft::in_ns(self.netns()?)?.apply(batch)?)
+    }
+
+    fn netns(&self) -> anyhow::Result<&NetNs> {
+        self.sandbox.as_ref().ok_or_else(|| anyhow::anyhow!("pod {} has no sandbox", self.key()))
     }
 
     pub fn manifest_file(&self, paths: &Paths) -> PathBuf {

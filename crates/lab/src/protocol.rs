@@ -77,6 +77,21 @@ pub enum Fault {
         node: String,
         binary: Option<String>,
     },
+    /// Drop what opens TCP connections to a port of a pod, as a NetworkPolicy would; `Unblock` ends it.
+    Block {
+        pod: String,
+        port: u16,
+    },
+    Unblock {
+        pod: String,
+    },
+    /// The pod's readiness probe fails from now on; `Ready` ends it.
+    Unready {
+        pod: String,
+    },
+    Ready {
+        pod: String,
+    },
     /// Restart the control plane with other certificate lifetimes.
     CertificateTtl {
         ttl: String,

@@ -25,6 +25,7 @@ use crate::delay::Delay;
 pub const UPLINK: &str = "eth0";
 /// The control plane's place on the wire.
 pub const CONTROL: &str = "control";
+const SERVICES_V6: Ipv6Addr = Ipv6Addr::new(0xfd96, 0, 0, 0, 0, 0, 0, 0);
 
 /// Why the network could not be built or changed.
 #[derive(Debug, thiserror::Error)]
@@ -204,7 +205,13 @@ impl Topology {
         let uplink = netlink.index(UPLINK).step("find the uplink")?;
         netlink.set_up(uplink).step("raise the uplink")?;
         netlink.add_address(uplink, prefix(one.v4.into(), 24)).step("address the uplink")?;
-        netlink.add_address(uplink, prefix(one.v6.into(), 64)).step("address the uplink")
+        netlink.add_address(uplink, prefix(one.v6.into(), 64)).step("address the uplink")?;
+        // The node's own connections to services need a way, which they leave when their destination is translated.
+        for services in [prefix(Ipv4Addr::new(10, 96, 0, 0).into(), 16), prefix(SERVICES_V6.into(), 112)] {
+            let route = Route { dev: Some(uplink), ..Route::new(services) };
+            netlink.add_route(&route).step(format!("route {services} on {}", one.name))?;
+        }
+        Ok(())
     }
 }
 

@@ -1,6 +1,6 @@
 //! Which endpoint of a service: eligibility, locality rank, weighted draw.
 
-use std::sync::Arc;
+use std::{fmt, sync::Arc};
 
 use rand::RngExt as _;
 use smallvec::SmallVec;
@@ -41,9 +41,8 @@ pub fn pick(
     let key = service.key();
     let mut best: SmallVec<[(&Arc<Workload>, u16); 16]> = SmallVec::new();
     let mut best_rank = 0;
-    for workload in index.endpoints(&key).filter(|w| !exclude.contains(&w.uid) && is_usable(service, source, w)) {
-        let Some(port) = target_port(service, &key, workload, port, purpose) else { continue };
-        let Some(rank) = rank(service, source, workload) else { continue };
+    for workload in index.endpoints(&key).filter(|w| !exclude.contains(&w.uid)) {
+        let Ok((port, rank)) = eligible(service, &key, source, workload, port, purpose) else { continue };
         if rank > best_rank {
             best.clear();
             best_rank = rank;
@@ -56,12 +55,61 @@ pub fn pick(
     best.get(chosen).map(|&(workload, port)| Endpoint { workload: workload.clone(), port })
 }
 
-/// Healthy enough, and reachable: by address, by name, or through its network's gateway.
-fn is_usable(service: &Service, source: &Workload, workload: &Workload) -> bool {
+/// Why an endpoint is not drawn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ineligible {
+    /// The service's locality rules forbid it to this source.
+    Elsewhere,
+    /// It does not serve the port.
+    NoPort,
+    /// No address, no name, no gateway.
+    Unreachable,
+    Unhealthy,
+}
+
+impl fmt::Display for Ineligible {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Elsewhere => "it is not where the service's traffic policy asks for",
+            Self::NoPort => "it does not serve the port",
+            Self::Unreachable => "it has neither an address nor a host name nor a gateway",
+            Self::Unhealthy => "it is not ready",
+        })
+    }
+}
+
+/// Every endpoint of a service, and the port it serves `port` on, or why [`pick`] would not draw it.
+pub fn examine<'a>(
+    index: &'a Index,
+    service: &Service,
+    source: &Workload,
+    port: u16,
+) -> Vec<(&'a Arc<Workload>, Result<u16, Ineligible>)> {
+    let key = service.key();
+    let judge = |w| eligible(service, &key, source, w, port, Purpose::Standard).map(|(port, _)| port);
+    index.endpoints(&key).map(|workload| (workload, judge(workload))).collect()
+}
+
+/// The port to use and the rank, higher being nearer.
+fn eligible(
+    service: &Service,
+    key: &str,
+    source: &Workload,
+    workload: &Workload,
+    port: u16,
+    purpose: Purpose,
+) -> Result<(u16, usize), Ineligible> {
     let any_health = service.load_balancing.as_ref().is_some_and(|lb| lb.health_policy == HealthPolicy::AllowAll);
+    if !any_health && workload.health != Health::Healthy {
+        return Err(Ineligible::Unhealthy);
+    }
     let via_gateway = workload.network != source.network && workload.network_gateway.is_some();
-    (any_health || workload.health == Health::Healthy)
-        && (!workload.addresses.is_empty() || !workload.hostname.is_empty() || via_gateway)
+    if workload.addresses.is_empty() && workload.hostname.is_empty() && !via_gateway {
+        return Err(Ineligible::Unreachable);
+    }
+    let port = target_port(service, key, workload, port, purpose).ok_or(Ineligible::NoPort)?;
+    let rank = rank(service, source, workload).ok_or(Ineligible::Elsewhere)?;
+    Ok((port, rank))
 }
 
 /// The port `workload` serves the service's `port` on. A service's target 0 is a named port, which the endpoint itself must map.

@@ -15,16 +15,22 @@ pub struct Origin {
     pub field: Option<Arc<str>>,
 }
 
+impl Origin {
+    /// `policies.yaml:12`, when it was a file.
+    pub fn place(&self) -> Option<String> {
+        match (&self.file, self.line) {
+            (Some(file), Some(line)) => Some(format!("{file}:{line}")),
+            (Some(file), None) => Some(file.to_string()),
+            (None, _) => None,
+        }
+    }
+}
+
 /// `AuthorizationPolicy demo/allow-client (policies.yaml:12, spec.rules[0])`.
 impl fmt::Display for Origin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(if self.object.is_empty() { "built-in" } else { &self.object })?;
-        let place = match (&self.file, self.line) {
-            (Some(file), Some(line)) => Some(format!("{file}:{line}")),
-            (Some(file), None) => Some(file.to_string()),
-            (None, _) => None,
-        };
-        match (place, &self.field) {
+        match (self.place(), &self.field) {
             (Some(place), Some(field)) => write!(f, " ({place}, {field})"),
             (Some(place), None) => write!(f, " ({place})"),
             (None, Some(field)) => write!(f, " ({field})"),

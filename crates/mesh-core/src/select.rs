@@ -121,17 +121,27 @@ pub fn select(index: &Index, request: &Request<'_>, rng: &mut impl rand::Rng) ->
             None => selector.beyond_the_registry(),
         },
     };
-    let (next_hop, destination_workload) = found.unwrap_or_else(|instead| (instead, None));
+    let (next_hop, destination_workload) = found.unwrap_or_else(|instead| (instead.into(), None));
     let decision = explain(&next_hop, service, destination_workload.as_ref(), index.version());
     Selection { next_hop, destination_workload, service: service.cloned(), decision }
 }
 
-/// Or what to do instead: a rejection or a look-up.
-type Found = Result<(NextHop, Option<Arc<Workload>>), NextHop>;
-
-fn reject(reason: Reason, detail: String) -> NextHop {
-    NextHop::Reject { reason, detail }
+/// Why there is no next hop to dial.
+enum Instead {
+    Lookup(Arc<str>),
+    Reject(Reason, String),
 }
+
+impl From<Instead> for NextHop {
+    fn from(instead: Instead) -> Self {
+        match instead {
+            Instead::Lookup(host) => Self::Lookup { host },
+            Instead::Reject(reason, detail) => Self::Reject { reason, detail },
+        }
+    }
+}
+
+type Found = Result<(NextHop, Option<Arc<Workload>>), Instead>;
 
 /// A waypoint or gateway that a reference resolved to.
 struct Resolved<'a> {
@@ -160,7 +170,7 @@ impl<'a, R: rand::Rng> Selector<'a, R> {
         }
         let endpoint = self.pick(service, self.destination.port(), Purpose::Standard).ok_or_else(|| {
             let (host, port) = (&service.hostname, self.destination.port());
-            reject(Reason::NoEndpoint, format!("no healthy upstream: {} ({host}:{port})", self.destination))
+            Instead::Reject(Reason::NoEndpoint, format!("no healthy upstream: {} ({host}:{port})", self.destination))
         })?;
         self.toward_endpoint(&endpoint, Some(service))
     }
@@ -180,7 +190,7 @@ impl<'a, R: rand::Rng> Selector<'a, R> {
             OutboundPolicy::AllowAny => Ok((NextHop::Passthrough { address }, None)),
             OutboundPolicy::RegistryOnly => {
                 let detail = format!("{address} is not in the registry, and outboundTrafficPolicy is REGISTRY_ONLY");
-                Err(reject(Reason::NotInRegistry, detail))
+                Err(Instead::Reject(Reason::NotInRegistry, detail))
             }
         }
     }
@@ -216,7 +226,10 @@ impl<'a, R: rand::Rng> Selector<'a, R> {
     /// To a workload of another network. Addresses mean nothing there, so the service's name goes in both tunnels.
     fn through_gateway(&mut self, workload: &Arc<Workload>, service: Option<&Arc<Service>>) -> Found {
         let no_route = |why: &str| {
-            reject(Reason::NoRoute, format!("no valid routing destination for workload {}: {why}", workload.uid))
+            Instead::Reject(
+                Reason::NoRoute,
+                format!("no valid routing destination for workload {}: {why}", workload.uid),
+            )
         };
         let service = service.ok_or_else(|| no_route("it is on another network and was not addressed as a service"))?;
         let reference = workload.network_gateway.as_ref();
@@ -233,7 +246,7 @@ impl<'a, R: rand::Rng> Selector<'a, R> {
         Ok((NextHop::DoubleHbone { outer, inner }, Some(workload.clone())))
     }
 
-    fn tunnel_to(&mut self, hop: &Resolved<'_>, authority: Authority) -> Result<Tunnel, NextHop> {
+    fn tunnel_to(&mut self, hop: &Resolved<'_>, authority: Authority) -> Result<Tunnel, Instead> {
         let Endpoint { workload, port } = &hop.endpoint;
         let families = hop.service.map_or(IpFamilies::Automatic, |s| s.ip_families);
         let ip = self.address_of(workload, hop.steer.unwrap_or_else(|| self.destination.ip()), families)?;
@@ -297,7 +310,7 @@ impl<'a, R: rand::Rng> Selector<'a, R> {
 
     /// The address of `workload` to dial: the very one asked for; else, of those the service's families leave, one of the same family.
     /// A workload without any is looked up by its host name.
-    fn address_of(&mut self, workload: &Workload, asked: IpAddr, families: IpFamilies) -> Result<IpAddr, NextHop> {
+    fn address_of(&mut self, workload: &Workload, asked: IpAddr, families: IpFamilies) -> Result<IpAddr, Instead> {
         if workload.addresses.contains(&asked) {
             return Ok(asked);
         }
@@ -310,7 +323,7 @@ impl<'a, R: rand::Rng> Selector<'a, R> {
         if workload.addresses.is_empty() && !workload.hostname.is_empty() {
             let host = &workload.hostname;
             let Some(lookup) = self.request.lookups.iter().find(|lookup| lookup.host == *host) else {
-                return Err(NextHop::Lookup { host: host.clone() });
+                return Err(Instead::Lookup(host.clone()));
             };
             let usable = || lookup.addresses.iter().filter(fits);
             let mut choice: Vec<&IpAddr> = usable().filter(same_family).collect();
@@ -319,7 +332,7 @@ impl<'a, R: rand::Rng> Selector<'a, R> {
             }
             let drawn = balance::draw(choice.iter().map(|_| 1), self.rng).map(|drawn| *choice[drawn]);
             let no_address = || format!("no ip addresses were resolved for workload: {} ({host})", workload.uid);
-            return drawn.ok_or_else(|| reject(Reason::Lookup, no_address()));
+            return drawn.ok_or_else(|| Instead::Reject(Reason::Lookup, no_address()));
         }
         let usable = || workload.addresses.iter().filter(fits);
         usable().find(same_family).or_else(|| usable().next()).copied().ok_or_else(|| {
@@ -327,7 +340,7 @@ impl<'a, R: rand::Rng> Selector<'a, R> {
                 true => "it has none",
                 false => "none of its addresses is of a family the service allows",
             };
-            reject(Reason::NoRoute, format!("no ip address for workload {}: {why}", workload.uid))
+            Instead::Reject(Reason::NoRoute, format!("no ip address for workload {}: {why}", workload.uid))
         })
     }
 
@@ -348,13 +361,16 @@ fn accepted(workload: Option<&Arc<Workload>>, service: Option<&Arc<Service>>) ->
     accepted.into()
 }
 
-fn unresolved(what: &str, reference: &GatewayAddress) -> NextHop {
+fn unresolved(what: &str, reference: &GatewayAddress) -> Instead {
     let port = reference.hbone_mtls_port;
     let name = match &reference.destination {
         GatewayDestination::Address(address) => address.to_string(),
         GatewayDestination::Hostname { namespace, hostname } => format!("{namespace}/{hostname}"),
     };
-    reject(Reason::NoRoute, format!("unknown {what}: {name}, port {port}, is not known or has no healthy endpoint"))
+    Instead::Reject(
+        Reason::NoRoute,
+        format!("unknown {what}: {name}, port {port}, is not known or has no healthy endpoint"),
+    )
 }
 
 fn explain(hop: &NextHop, service: Option<&Arc<Service>>, workload: Option<&Arc<Workload>>, version: u64) -> Decision {

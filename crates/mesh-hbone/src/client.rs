@@ -88,9 +88,10 @@ impl Sender {
 pub async fn connect_once(
     secured: Secured,
     settings: &Settings,
+    budget: Budget,
     request: &ConnectRequest,
 ) -> Result<(TunnelStream, ConnectResponse), Error> {
-    let (sender, driver) = handshake(secured, settings, Budget::default()).await?;
+    let (sender, driver) = handshake(secured, settings, budget).await?;
     let driver =
         Private { task: tokio::task::spawn_local(async move { drop(driver.await) }), link: sender.link.clone() };
     let (mut stream, response) = sender.connect(request).await?;

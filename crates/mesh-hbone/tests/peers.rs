@@ -833,7 +833,7 @@ async fn a_peer_that_gives_up_the_connection_breaks_its_streams() {
             while let Some(Ok(_)) = connection.accept().await {}
         });
         let secured = support::connect(near).await;
-        let (mut stream, _) = client::connect_once(secured, &quiet(), &request()).await.unwrap();
+        let (mut stream, _) = client::connect_once(secured, &quiet(), Budget::default(), &request()).await.unwrap();
         let mut data = [0; 4];
         stream.read_exact(&mut data).await.unwrap();
         assert_eq!(stream.read(&mut data).await.unwrap_err().kind(), ErrorKind::ConnectionReset);

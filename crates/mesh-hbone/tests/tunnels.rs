@@ -636,7 +636,7 @@ async fn a_tunnel_nobody_wants_any_more_still_delivers_what_was_said() {
             };
             tokio::join!(driving, reading).1
         });
-        let (mut stream, _) = client::connect_once(near, &quiet(), &request()).await.unwrap();
+        let (mut stream, _) = client::connect_once(near, &quiet(), Budget::default(), &request()).await.unwrap();
         assert_eq!(stream.read(&mut [0]).await.unwrap(), 0);
         answered.send(()).unwrap();
         told_stopped.await.unwrap();
@@ -658,7 +658,7 @@ async fn a_tunnel_runs_inside_another_and_ends_with_its_stream() {
         let (_drain, watcher) = drain::channel();
         let serving =
             spawn_local(async move { server::serve(far, &quiet(), Budget::default(), watcher, handler).await });
-        let (mut near, _) = client::connect_once(near, &quiet(), &request()).await.unwrap();
+        let (mut near, _) = client::connect_once(near, &quiet(), Budget::default(), &request()).await.unwrap();
         let mut far = accepted.recv().await.unwrap();
         ping(&mut near, &mut far).await;
         let sent = pattern(1, 3 << 20);
@@ -689,7 +689,7 @@ async fn a_tunnel_that_is_cut_ends_its_streams_with_the_reason_and_those_of_tunn
             let (_drain, watcher) = drain::channel();
             server::serve(far, &quiet(), Budget::default(), watcher, handler).await
         });
-        let (stream, _) = client::connect_once(near, &quiet(), &request()).await.unwrap();
+        let (stream, _) = client::connect_once(near, &quiet(), Budget::default(), &request()).await.unwrap();
         (stream, accepted.recv().await.unwrap())
     }
     local(async {

@@ -6,11 +6,13 @@ use http::StatusCode;
 use mesh_core::{
     addr::NetworkAddress,
     authorize::{Connection, Decision, Verdict, authorize},
+    balance::{Ineligible, examine},
     headers::Authority,
     identity::Identity,
     index::Index,
     reason::Reason,
     select::{InnerTunnel, NextHop, Selection, Tunnel, select},
+    service::Service,
     workload::Workload,
 };
 use mesh_identity::{EntryState, Manager};
@@ -18,15 +20,65 @@ use mesh_runtime::admin::{Request, Response, text};
 use serde_json::{Value, json};
 
 use super::{Context, answer};
+use crate::proxy::probe::{Blocked, Way};
 
-/// What would this pod's connection to `destination` do?
-pub fn outbound(context: &Context, request: &Request) -> Response {
-    respond(explain_outbound(context, request))
+/// What would this pod's connection to `destination` do? With `probe=true`, the way is tried as well.
+pub async fn outbound(context: Context, request: Request) -> Response {
+    let explained = explain_outbound(&context, &request);
+    respond(match explained {
+        Ok((mut answer, source, hop)) => {
+            if let Some(way) = way_of(hop, source)
+                && wants_probe(&request)
+            {
+                answer["probe"] = probe(&context, &request, way).await;
+            }
+            Ok(answer)
+        }
+        Err(unanswerable) => Err(unanswerable),
+    })
 }
 
-/// May this peer reach this pod at `destination`?
-pub fn inbound(context: &Context, request: &Request) -> Response {
-    respond(explain_inbound(context, request))
+/// May this peer reach this pod at `destination`? With `probe=true`, the application is knocked at as well.
+pub async fn inbound(context: Context, request: Request) -> Response {
+    let explained = explain_inbound(&context, &request);
+    respond(match explained {
+        Ok((mut answer, destination)) => {
+            if wants_probe(&request) {
+                answer["probe"] = probe(&context, &request, Way::Tcp(destination)).await;
+            }
+            Ok(answer)
+        }
+        Err(unanswerable) => Err(unanswerable),
+    })
+}
+
+fn wants_probe(request: &Request) -> bool {
+    request.query("probe") == Some("true")
+}
+
+/// Beyond waypoints and gateways the way is not ours to try.
+fn way_of(hop: NextHop, source: Arc<Workload>) -> Option<Way> {
+    match hop {
+        NextHop::Hbone(tunnel) | NextHop::Waypoint(tunnel) | NextHop::DoubleHbone { outer: tunnel, .. } => {
+            Some(Way::Tunnel(source, tunnel))
+        }
+        NextHop::Passthrough { address } | NextHop::Tcp { address } => Some(Way::Tcp(address)),
+        NextHop::Lookup { .. } | NextHop::Reject { .. } => None,
+    }
+}
+
+async fn probe(context: &Context, request: &Request, way: Way) -> Value {
+    let (namespace, name) = (request.query("namespace").unwrap_or_default(), request.query("pod").unwrap_or_default());
+    let Some(prober) = context.pods.prober(namespace, name) else {
+        return json!({ "open": false, "reason": Reason::UnknownWorkload.as_str(), "remedy": Reason::UnknownWorkload.remedy(),
+            "detail": format!("this ztunnel does not serve pod {namespace}/{name}") });
+    };
+    match prober.probe(way).await {
+        Ok(()) => json!({ "open": true }),
+        Err(Blocked { reason, detail }) => {
+            json!({ "open": false, "reason": reason.as_str(), "remedy": reason.remedy(), "detail": detail })
+        }
+    }
 }
 
 /// Status and text of a question that cannot be answered.
@@ -39,7 +91,7 @@ fn respond(result: Result<Value, Unanswerable>) -> Response {
     }
 }
 
-fn explain_outbound(context: &Context, request: &Request) -> Result<Value, Unanswerable> {
+fn explain_outbound(context: &Context, request: &Request) -> Result<(Value, Arc<Workload>, NextHop), Unanswerable> {
     let destination: SocketAddr = required(request, "destination", "IP:PORT")?;
     let index = context.shared.state.snapshot();
     let source = pod(context, &index, request)?;
@@ -54,18 +106,33 @@ fn explain_outbound(context: &Context, request: &Request) -> Result<Value, Unans
     };
     let selection = select(&index, &asked, &mut rand::rng());
     let identity = source.identity();
-    Ok(json!({
+    let answer = json!({
         "direction": "outbound",
         "source": party(&source),
         "destination": destination,
         "service": selection.service.as_ref().map(|service| service.key()),
+        "servicePorts": selection.service.as_ref().map(|s| s.ports.iter().map(|p| p.mapping.service_port).collect::<Vec<_>>()),
+        "endpoints": selection.service.as_ref().map(|service| endpoints(&index, service, &source, destination.port())),
         "destinationWorkload": selection.destination_workload.as_deref().map(party),
         "nextHop": next_hop(&selection.next_hop),
         "decision": decision(&selection.decision),
         "farSide": far_side(&index, &selection, source_ip, &identity),
         "certificate": certificate(&context.shared.identities, &identity),
         "version": index.version(),
-    }))
+    });
+    Ok((answer, source, selection.next_hop))
+}
+
+fn endpoints(index: &Index, service: &Service, source: &Workload, port: u16) -> Vec<Value> {
+    let one = |(workload, judged): (&Arc<Workload>, Result<u16, Ineligible>)| {
+        let mut out = party(workload);
+        match judged {
+            Ok(port) => out["port"] = json!(port),
+            Err(why) => out["ineligible"] = json!(why.to_string()),
+        }
+        out
+    };
+    examine(index, service, source, port).into_iter().map(one).collect()
 }
 
 /// What the destination's own proxy would say, as far as this one knows its policies: the same state reaches both.
@@ -80,7 +147,7 @@ fn far_side(index: &Index, selection: &Selection, source_ip: IpAddr, source: &Id
     Some(decision(&authorize(&policies, &Connection { source_ip, source_identity, destination })))
 }
 
-fn explain_inbound(context: &Context, request: &Request) -> Result<Value, Unanswerable> {
+fn explain_inbound(context: &Context, request: &Request) -> Result<(Value, SocketAddr), Unanswerable> {
     let destination: SocketAddr = required(request, "destination", "IP:PORT")?;
     let source_ip: IpAddr = required(request, "source_ip", "an IP address")?;
     let source_identity: Option<Identity> = optional(request, "source_identity", "spiffe://<td>/ns/<ns>/sa/<sa>")?;
@@ -89,7 +156,7 @@ fn explain_inbound(context: &Context, request: &Request) -> Result<Value, Unansw
     let connection = Connection { source_ip, source_identity: source_identity.as_ref(), destination };
     let policies = index.policies_for(&workload);
     let source = index.workload_by_address(&NetworkAddress::new(workload.network.clone(), source_ip));
-    Ok(json!({
+    let answer = json!({
         "direction": "inbound",
         "source": source.map(|workload| party(workload)),
         "sourceIdentity": source_identity.as_ref().map(ToString::to_string),
@@ -101,7 +168,8 @@ fn explain_inbound(context: &Context, request: &Request) -> Result<Value, Unansw
         "policiesComplete": policies.complete,
         "certificate": certificate(&context.shared.identities, &workload.identity()),
         "version": index.version(),
-    }))
+    });
+    Ok((answer, destination))
 }
 
 /// The pod asked about, preferably this node's of that name.
@@ -180,6 +248,9 @@ fn decision(d: &Decision) -> Value {
         "remedy": d.reason.map(Reason::remedy),
         "policy": d.policy,
         "origin": d.origin.as_ref().map(ToString::to_string),
+        "object": d.origin.as_ref().map(|origin| &origin.object),
+        "place": d.origin.as_ref().and_then(|origin| origin.place()),
+        "field": d.origin.as_ref().and_then(|origin| origin.field.as_deref()),
         "explanation": d.explanation,
         "version": d.version,
         "dryRun": d.dry_run,

@@ -32,7 +32,7 @@ use crate::{
     error::StartError,
     local::Local,
     metrics::ControlMetrics,
-    pods::{ConnectionsDump, PodHandle},
+    pods::{ConnectionsDump, PodHandle, Prober},
 };
 
 /// Upstream's messages stay below 1 KiB; a longer one is refused by the kernel's truncation flag.
@@ -340,6 +340,14 @@ impl PodTable {
     pub async fn stop_all(&self, mode: DrainMode, deadline: Duration) {
         let table = std::mem::take(&mut *self.lock());
         join_all(table.up.into_values().map(|up| up.handle.stop(mode, deadline))).await;
+    }
+
+    /// For trying ways of a pod that is being served.
+    pub fn prober(&self, namespace: &str, name: &str) -> Option<Prober> {
+        let table = self.lock();
+        let handles = table.up.values().map(|up| &up.handle);
+        let of_pod = |handle: &&PodHandle| *handle.info().namespace == *namespace && *handle.info().name == *name;
+        handles.into_iter().find(of_pod).map(|handle| handle.prober().clone())
     }
 
     /// Every pod by uid.

@@ -92,7 +92,12 @@ impl TrafficLabels {
             (None, None) => Party::default(),
         };
         labels.source.principal = flow.source_identity();
-        labels.destination = flow.destination_workload.as_deref().map(Party::of).unwrap_or_default();
+        let told = flow.beyond.as_deref().and_then(|beyond| beyond.baggage.as_ref());
+        labels.destination = match (told, &flow.destination_workload) {
+            (Some(baggage), _) => Party::from_baggage(baggage),
+            (None, Some(workload)) => Party::of(workload),
+            (None, None) => Party::default(),
+        };
         labels.destination.principal = flow.destination_identity();
         if let Some(Service { hostname, namespace, name, .. }) = flow.service.as_deref() {
             labels.service = [hostname.clone(), namespace.clone(), name.clone()];

@@ -18,7 +18,7 @@ use crate::{
 };
 
 /// Between two counts of a long flow's bytes.
-const INTERVAL: Duration = Duration::from_secs(30);
+const INTERVAL: Duration = Duration::from_secs(5);
 
 thread_local! {
     /// Of this worker: as many as open flows.

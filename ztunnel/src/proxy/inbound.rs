@@ -42,7 +42,6 @@ use crate::{
         resolve::{self, BAGGAGE, Told},
         upstream::{CONNECT_TIMEOUT, HANDSHAKE_TIMEOUT, Upstream},
     },
-    tunnels::Judged,
 };
 
 /// Handshakes one address may have pending on one worker of a pod. Proxies open few tunnels at once; only a flood needs more.
@@ -96,11 +95,11 @@ async fn authenticate(pod: &PodContext, client: TcpStream, peer: SocketAddr) -> 
     let local = resolve::local_workload(pod).await?;
     let started = Instant::now();
     let handshake = async {
-        let (identities, identity) = (&pod.shared.identities, local.identity());
-        let certificate = identities.certificate(&identity, Priority::RealTime).await.map_err(ProxyError::Identity)?;
-        let (since, judged) = (SystemTime::now(), Judged::by(&certificate, identities));
+        let certificate = pod.shared.identities.certificate(&local.identity(), Priority::RealTime).await;
+        let certificate = certificate.map_err(ProxyError::Identity)?;
+        let judged = pod.tunnels.judged_by(&certificate);
         let secured = tls::accept(client, &server_config(&certificate)).await.map_err(ProxyError::Tls)?;
-        pod.tunnels.add(&secured, Direction::Inbound, &identity, since, judged);
+        pod.tunnels.add(&secured, Direction::Inbound, judged);
         Ok(secured)
     };
     let done = timeout(HANDSHAKE_TIMEOUT, handshake).await;

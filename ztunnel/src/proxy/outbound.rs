@@ -4,7 +4,7 @@ use std::{cell::Cell, net::SocketAddr, sync::Arc};
 
 use http::{HeaderName, HeaderValue};
 use mesh_core::{
-    headers::{TraceParent, encode_forwarded},
+    headers::{Authority, TraceParent, encode_forwarded},
     select::Tunnel,
 };
 use mesh_hbone::{ConnectRequest, TunnelKey};
@@ -18,8 +18,8 @@ use crate::{
     pods::PodContext,
     proxy::{
         forward::{Carried, FlowSocket},
-        resolve::{self, BAGGAGE, FORWARDED, Hop, Route, TRACEPARENT, baggage_header},
-        upstream::Upstream,
+        resolve::{self, BAGGAGE, FORWARDED, FORWARDED_NETWORK, Hop, Route, TRACEPARENT, baggage_header},
+        upstream::{Upstream, open_inside},
     },
 };
 
@@ -60,7 +60,7 @@ pub(crate) async fn carry(
     let mut live = pod.connections.add(flow.entry().clone());
     let first = route.hop.clone();
     let established = establish(pod, &mut route).await;
-    if route.hop != first {
+    if route.hop != first || route.beyond.is_some() {
         let entry = describe(&route);
         live.retarget(entry.clone());
         flow.retarget(entry);
@@ -80,9 +80,13 @@ fn describe(route: &Route) -> Arc<Entry> {
     flow.source = Some(route.source.clone());
     flow.destination_workload = route.workload.clone();
     flow.service = route.service.clone();
-    if let Hop::Tunnel(tunnel) = &route.hop {
-        flow.authority = Some(tunnel.authority.clone());
-        flow.mutual_tls = true;
+    match &route.hop {
+        Hop::Tcp(_) => {}
+        Hop::Tunnel(tunnel) => (flow.authority, flow.mutual_tls) = (Some(tunnel.authority.clone()), true),
+        Hop::Beyond { gateway, .. } => {
+            (flow.authority, flow.mutual_tls) = (Some(gateway.authority.clone()), true);
+            flow.beyond = Some(Box::new(route.beyond.clone().unwrap_or_default()));
+        }
     }
     Entry::new(flow)
 }
@@ -116,11 +120,27 @@ fn broke_underneath(error: &ProxyError) -> bool {
     matches!(error, ProxyError::Tunnel(GoAway | Lost { .. } | Refused))
 }
 
-async fn attempt(pod: &PodContext, route: &Route) -> Result<Upstream, ProxyError> {
+async fn attempt(pod: &PodContext, route: &mut Route) -> Result<Upstream, ProxyError> {
+    route.beyond = None;
     match &route.hop {
         Hop::Tcp(address) => Ok(Upstream::Tcp(pod.connect(*address).await?)),
         Hop::Tunnel(tunnel) => {
-            let (stream, _response) = pod.pool.open(&key(pod, route, tunnel), &request(route, tunnel)).await?;
+            let request = request(route, &tunnel.authority);
+            let (stream, _response) = pod.pool.open(&key(pod, route, tunnel), &request).await?;
+            Ok(Upstream::Tunnel(stream))
+        }
+        Hop::Beyond { gateway, inner } => {
+            let asked = request(route, &gateway.authority);
+            let (outer, _response) = pod.pool.open(&key(pod, route, gateway), &asked).await?;
+            let mut asked = request(route, &inner.authority);
+            // Tells the far side that its TCP peer, a gateway, is not the source.
+            let network = HeaderValue::try_from(&*pod.shared.config.network);
+            asked.headers.extend(network.ok().map(|network| (HeaderName::from_static(FORWARDED_NETWORK), network)));
+            let source = route.source.identity();
+            // Boxed: few connections need it, and every one's future would have room for it.
+            let opening = Box::pin(open_inside(pod, outer, &source, &inner.accepted, &asked));
+            let (stream, beyond) = opening.await?;
+            route.beyond = Some(beyond);
             Ok(Upstream::Tunnel(stream))
         }
     }
@@ -141,7 +161,7 @@ fn key(pod: &PodContext, route: &Route, tunnel: &Tunnel) -> TunnelKey {
     }
 }
 
-fn request(route: &Route, tunnel: &Tunnel) -> ConnectRequest {
+fn request(route: &Route, authority: &Authority) -> ConnectRequest {
     let host = route.service.as_ref().map(|service| &*service.hostname);
     let forwarded = encode_forwarded(SocketAddr::new(route.source_ip, route.peer.port()), host);
     let headers = [
@@ -150,7 +170,7 @@ fn request(route: &Route, tunnel: &Tunnel) -> ConnectRequest {
         (TRACEPARENT, HeaderValue::try_from(TraceParent::random(&mut rand::rng()).to_string()).ok()),
     ];
     let headers = headers.into_iter().filter_map(|(name, value)| Some((HeaderName::from_static(name), value?)));
-    ConnectRequest { authority: tunnel.authority.clone(), headers: headers.collect() }
+    ConnectRequest { authority: authority.clone(), headers: headers.collect() }
 }
 
 /// Retries a pod's flows may cost on one worker: a fifth of its connections, and a few more at first. A destination that is down must

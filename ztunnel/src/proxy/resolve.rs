@@ -12,12 +12,12 @@ use mesh_core::{
     headers::{Authority, Baggage, encode_baggage, parse_baggage, parse_forwarded_host},
     index::Index,
     reason::Reason,
-    select::{NextHop, Request, Selection, Tunnel, select},
+    select::{InnerTunnel, NextHop, Request, Selection, Tunnel, select},
     service::Service,
     workload::{GatewayAddress, GatewayDestination, Workload},
 };
 
-use crate::{config::Config, error::ProxyError, pods::PodContext};
+use crate::{config::Config, error::ProxyError, flow::Beyond, pods::PodContext};
 
 /// How long a pod may be ahead of its own record.
 const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
@@ -27,7 +27,7 @@ const BAGGAGE_LINES: usize = 8;
 pub(crate) const BAGGAGE: &str = "baggage";
 pub(crate) const FORWARDED: &str = "forwarded";
 pub(crate) const TRACEPARENT: &str = "traceparent";
-const FORWARDED_NETWORK: &str = "x-forwarded-network";
+pub(crate) const FORWARDED_NETWORK: &str = "x-forwarded-network";
 
 /// The pod's own record, to call out with.
 pub(crate) async fn local_workload(pod: &PodContext) -> Result<Arc<Workload>, ProxyError> {
@@ -54,6 +54,8 @@ pub(crate) struct Route {
     pub(crate) hop: Hop,
     pub(crate) workload: Option<Arc<Workload>>,
     pub(crate) service: Option<Arc<Service>>,
+    /// Who is behind the gateway, once the way is open.
+    pub(crate) beyond: Option<Beyond>,
     /// Endpoints given up on, by uid.
     tried: Vec<Arc<str>>,
 }
@@ -61,6 +63,11 @@ pub(crate) struct Route {
 /// The next hops that can be dialled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Hop {
+    /// A tunnel through another, which ends at a network's gateway.
+    Beyond {
+        gateway: Tunnel,
+        inner: InnerTunnel,
+    },
     Tcp(SocketAddr),
     Tunnel(Tunnel),
 }
@@ -69,7 +76,7 @@ impl Hop {
     pub(crate) fn address(&self) -> SocketAddr {
         match self {
             Self::Tcp(address) => *address,
-            Self::Tunnel(tunnel) => tunnel.address,
+            Self::Beyond { gateway: tunnel, .. } | Self::Tunnel(tunnel) => tunnel.address,
         }
     }
 }
@@ -90,7 +97,7 @@ pub(crate) async fn outbound(pod: &PodContext, peer: SocketAddr, destination: So
     let selection = choose(pod, &source, source_ip, destination, &[]);
     let hop = dialable(selection.next_hop)?;
     let (workload, service) = (selection.destination_workload, selection.service);
-    Ok(Route { source, source_ip, peer, destination, hop, workload, service, tried: Vec::new() })
+    Ok(Route { source, source_ip, peer, destination, hop, workload, service, beyond: None, tried: Vec::new() })
 }
 
 impl Route {
@@ -132,10 +139,7 @@ fn dialable(hop: NextHop) -> Result<Hop, ProxyError> {
             let detail = format!("{host} would have to be looked up");
             Err(ProxyError::NoRoute { reason: Reason::Lookup, detail })
         }
-        NextHop::DoubleHbone { outer, .. } => {
-            let detail = format!("destinations behind a network gateway ({}) are not supported yet", outer.address);
-            Err(ProxyError::NoRoute { reason: Reason::NoRoute, detail })
-        }
+        NextHop::DoubleHbone { outer, inner } => Ok(Hop::Beyond { gateway: outer, inner }),
     }
 }
 
@@ -241,13 +245,18 @@ pub(crate) struct Told {
 
 pub(crate) fn told(config: &Config, headers: &HeaderMap) -> Told {
     let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
-    let lines = headers.get_all(BAGGAGE).iter().take(BAGGAGE_LINES).filter_map(|value| value.to_str().ok());
-    let baggage = lines.collect::<Vec<_>>().join(",");
     Told {
-        baggage: (config.response_baggage && !baggage.is_empty()).then(|| parse_baggage(&baggage)),
+        baggage: baggage(config, headers),
         host: text(FORWARDED).and_then(parse_forwarded_host),
         remote: text(FORWARDED_NETWORK).is_some_and(|network| !network.eq_ignore_ascii_case(&config.network)),
     }
+}
+
+/// What either end of a CONNECT said of itself.
+pub(crate) fn baggage(config: &Config, headers: &HeaderMap) -> Option<Baggage> {
+    let lines = headers.get_all(BAGGAGE).iter().take(BAGGAGE_LINES).filter_map(|value| value.to_str().ok());
+    let text = lines.collect::<Vec<_>>().join(",");
+    (config.response_baggage && !text.is_empty()).then(|| parse_baggage(&text))
 }
 
 /// The workload at an address of the pod's own network.

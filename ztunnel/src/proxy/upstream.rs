@@ -1,16 +1,20 @@
 //! What a flow is carried on: a TCP connection from inside the pod's namespace, or a tunnel on one.
 
 use std::{
-    io,
+    fmt, io,
     net::{IpAddr, SocketAddr},
     rc::Rc,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use mesh_core::{identity::Identity, reason::Reason};
-use mesh_hbone::{Connector, Error, LocalBoxFuture, Secured, TunnelKey, TunnelStream, tls};
-use mesh_identity::{Manager, Priority, Svid, client_config, peer_name};
+use mesh_hbone::{
+    ConnectRequest, Connector, Error, LocalBoxFuture, Secured, TunnelKey, TunnelStream,
+    client::connect_once,
+    tls::{self, Transport},
+};
+use mesh_identity::{Manager, Priority, Svid, client_config, peer_identity, peer_name};
 use mesh_net::{
     NetNs, SocketOptions,
     sockets::{connect, limit_unsent, tcp_socket},
@@ -20,11 +24,11 @@ use tokio::{net::TcpStream, time::timeout};
 use crate::{
     config::Config,
     error::{ProxyError, connect_reason, shared_cause, tls_reason},
-    flow::Direction,
+    flow::{Beyond, Direction},
     outcome::Outcomes,
-    pods::PodContext,
-    proxy::forward::FlowSocket,
-    tunnels::{Judged, Tunnels},
+    pods::{PodContext, hbone_settings},
+    proxy::{forward::FlowSocket, resolve},
+    tunnels::Tunnels,
 };
 
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -64,7 +68,7 @@ impl PodContext {
 }
 
 /// `own`: the address that stands for the pod where it has no namespace.
-async fn open(
+pub(crate) async fn open(
     netns: Option<&NetNs>,
     own: Option<IpAddr>,
     options: &SocketOptions,
@@ -94,20 +98,7 @@ impl Connector for Dialer {
             // The certificate first: without one there is no reason to knock.
             let certificate = certificate(&self.identities, &key.source_identity).await?;
             let tcp = self.dial(&key).await?;
-            let config = client_config(&certificate, &key.accepted);
-            let (since, judged) = (SystemTime::now(), Judged::by(&certificate, &self.identities));
-            let started = Instant::now();
-            let handshake = timeout(HANDSHAKE_TIMEOUT, tls::connect(tcp, &config, peer_name())).await;
-            let finished = matches!(handshake, Ok(Ok(_)));
-            self.outcomes.handshake(Direction::Outbound, started.elapsed(), finished);
-            match handshake {
-                Ok(Ok(secured)) => {
-                    self.tunnels.add(&secured, Direction::Outbound, &key.source_identity, since, judged);
-                    Ok(secured)
-                }
-                Ok(Err(error)) => Err(self.tls_failed(&key, error)),
-                Err(_) => Err(Error::dial(Reason::Tls, format!("no TLS handshake within {HANDSHAKE_TIMEOUT:?}"), None)),
-            }
+            secure(&self.outcomes, &self.tunnels, tcp, &certificate, &key.accepted, &key.destination).await
         })
     }
 
@@ -115,6 +106,56 @@ impl Connector for Dialer {
         tracing::debug!(peer = %key.destination, %error, "tunnel ended");
         self.outcomes.tunnel_failed(Direction::Outbound, error);
     }
+}
+
+/// Mutual TLS as a client, to a peer that must be one of `accepted`.
+async fn secure(
+    outcomes: &Outcomes,
+    tunnels: &Tunnels,
+    io: impl Transport + 'static,
+    certificate: &Arc<Svid>,
+    accepted: &Arc<[Identity]>,
+    peer: &dyn fmt::Display,
+) -> Result<Secured, Error> {
+    let config = client_config(certificate, accepted);
+    let judged = tunnels.judged_by(certificate);
+    let started = Instant::now();
+    let handshake = timeout(HANDSHAKE_TIMEOUT, tls::connect(io, &config, peer_name())).await;
+    let finished = matches!(handshake, Ok(Ok(_)));
+    outcomes.handshake(Direction::Outbound, started.elapsed(), finished);
+    match handshake {
+        Ok(Ok(secured)) => {
+            tunnels.add(&secured, Direction::Outbound, judged);
+            Ok(secured)
+        }
+        Ok(Err(error)) => {
+            let reason = tls_reason(&error);
+            if reason == Reason::Revoked {
+                outcomes.revoked(Direction::Outbound);
+            }
+            Err(Error::dial(reason, format!("tls handshake with {peer} failed"), shared_cause(error)))
+        }
+        Err(_) => Err(Error::dial(Reason::Tls, format!("no TLS handshake within {HANDSHAKE_TIMEOUT:?}"), None)),
+    }
+}
+
+/// Opens a tunnel of its own inside `outer`, a stream to a network's gateway: a gateway chooses a destination per stream, so a tunnel
+/// that several connections shared would bind them all to one.
+pub(crate) async fn open_inside(
+    pod: &PodContext,
+    outer: TunnelStream,
+    source: &Identity,
+    accepted: &Arc<[Identity]>,
+    request: &ConnectRequest,
+) -> Result<(TunnelStream, Beyond), Error> {
+    let shared = &pod.shared;
+    let certificate = certificate(&shared.identities, source).await?;
+    let secured = secure(&shared.outcomes, &pod.tunnels, outer, &certificate, accepted, &request.authority).await?;
+    let identity = peer_identity(secured.peer_certificates());
+    let settings = hbone_settings(&shared.config);
+    let (stream, response) = connect_once(secured, &settings, pod.memory.clone(), request).await?;
+    let baggage = resolve::baggage(&shared.config, &response.headers);
+    Ok((stream, Beyond { identity, baggage }))
 }
 
 impl Dialer {
@@ -130,14 +171,6 @@ impl Dialer {
             }
             reason => Error::dial(reason, format!("connection to {to} failed"), shared_cause(error)),
         })
-    }
-
-    fn tls_failed(&self, key: &TunnelKey, error: io::Error) -> Error {
-        let reason = tls_reason(&error);
-        if reason == Reason::Revoked {
-            self.outcomes.revoked(Direction::Outbound);
-        }
-        Error::dial(reason, format!("tls handshake with {} failed", key.destination), shared_cause(error))
     }
 }
 

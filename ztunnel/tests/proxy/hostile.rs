@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 use mesh_core::headers::Authority;
-use mesh_hbone::{ConnectRequest, Secured, Settings, client::connect_once, tls};
+use mesh_hbone::{Budget, ConnectRequest, Secured, Settings, client::connect_once, tls};
 use mesh_identity::{Priority, client_config, peer_name};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -67,7 +67,8 @@ async fn a_connect_to_somebody_else_is_refused_with_400() {
             let elsewhere: SocketAddr = "10.1.2.3:80".parse().expect("address");
             let request = ConnectRequest { authority: Authority::Address(elsewhere), headers: Vec::new() };
             let stream = tls_as(&mesh, "client", &server).await;
-            let error = connect_once(stream, &Settings::default(), &request).await.expect_err("refused");
+            let error =
+                connect_once(stream, &Settings::default(), Budget::default(), &request).await.expect_err("refused");
             assert_eq!(error.to_string(), "http status: 400 Bad Request");
             ping_pong(&mut near, &mut far).await;
         })
@@ -85,7 +86,7 @@ async fn a_connect_given_up_while_policies_are_awaited_is_not_carried_on() {
             let request = ConnectRequest { authority: Authority::Address(address), headers: Vec::new() };
             let stream = tls_as(&mesh, "client", &server).await;
             let settings = Settings::default();
-            let opening = connect_once(stream, &settings, &request);
+            let opening = connect_once(stream, &settings, Budget::default(), &request);
             assert!(timeout(Duration::from_millis(500), opening).await.is_err(), "answered early");
             let metrics = server.finish().await;
             let failures = "fairway_connection_failures_total";

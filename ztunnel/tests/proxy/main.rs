@@ -3,6 +3,7 @@
 mod captured;
 mod hostile;
 mod mesh;
+mod networks;
 mod policy;
 mod trust;
 

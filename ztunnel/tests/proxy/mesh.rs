@@ -136,7 +136,8 @@ impl Mesh {
     async fn start(&self, ip: IpAddr, workload: &Arc<Workload>) -> Result<Pod, StartError> {
         let ports =
             Ports { outbound: 0, inbound: HBONE_PORT, passthrough: 0, socks5: 0, admin: 0, stats: 0, readiness: 0 };
-        let config = Config { ports, local_address: Some(ip), socks5: true, ..Config::default_for_tests() };
+        let network = workload.network.clone();
+        let config = Config { ports, network, local_address: Some(ip), socks5: true, ..Config::default_for_tests() };
         self.start_with(config, None, ip, workload).await
     }
 

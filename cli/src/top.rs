@@ -1,0 +1,258 @@
+//! `fairway top`: who talks to whom now, from the counters of every ztunnel.
+//!
+//! Both ends of a connection count it. Where the source's ztunnel reports, it is believed; a source outside the mesh is seen by the
+//! destination's only.
+
+mod counters;
+
+use std::{
+    collections::BTreeMap,
+    io::IsTerminal as _,
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::ensure;
+use lab::{components::ZTUNNEL_STATS_PORT, control::Lab};
+use serde::Serialize;
+
+use self::counters::Sample;
+use crate::{
+    args::{Output, Top},
+    output,
+};
+
+const CLEAR: &str = "\x1b[H\x1b[2J";
+
+pub(crate) fn run(query: &Top) -> anyhow::Result<ExitCode> {
+    let lab = Lab::find(&query.name)?;
+    let (mut before, mut at) = (look(&lab)?, Instant::now());
+    loop {
+        // What is shown is what happened meanwhile.
+        thread::sleep(query.interval);
+        let (now, then) = (look(&lab)?, Instant::now());
+        let rows = rows(&before, &now, then.duration_since(at));
+        show(&rows, query)?;
+        if query.once {
+            return Ok(ExitCode::SUCCESS);
+        }
+        (before, at) = (now, then);
+    }
+}
+
+/// Who calls whom, and how.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Pair {
+    source: String,
+    destination: String,
+    service: String,
+    mutual_tls: bool,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Totals {
+    opened: f64,
+    closed: f64,
+    failed: f64,
+    /// Client to server.
+    received: f64,
+    sent: f64,
+}
+
+/// One line of the table.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Row {
+    #[serde(flatten)]
+    pair: Pair,
+    open: f64,
+    connections_per_second: f64,
+    /// Within the interval.
+    failed: f64,
+    bytes_to_server_per_second: f64,
+    bytes_to_client_per_second: f64,
+}
+
+type Look = BTreeMap<Pair, Totals>;
+
+fn look(lab: &Lab) -> anyhow::Result<Look> {
+    let mut by_reporter: BTreeMap<(Pair, bool), Totals> = BTreeMap::new();
+    let status = lab.status()?;
+    for node in &status.nodes {
+        let target = format!("ztunnel/{}", node.name);
+        let (code, body) = lab.get(&target, &format!("http://127.0.0.1:{ZTUNNEL_STATS_PORT}/metrics"))?;
+        ensure!(code == 200, "{target} says {code}");
+        for sample in counters::parse(&body) {
+            add(&mut by_reporter, &sample);
+        }
+    }
+    Ok(believe(by_reporter))
+}
+
+fn add(totals: &mut BTreeMap<(Pair, bool), Totals>, sample: &Sample<'_>) {
+    let Some(field) = field_of(sample.name) else { return };
+    let label = |name: &str| sample.label(name);
+    let party = |side: &str| match (label(&format!("{side}_workload_namespace")), label(&format!("{side}_workload"))) {
+        ("unknown" | "", "unknown" | "") => "(outside)".to_owned(),
+        (namespace, workload) => format!("{namespace}/{workload}"),
+    };
+    let pair = Pair {
+        source: party("source"),
+        destination: party("destination"),
+        service: Some(label("destination_service")).filter(|s| *s != "unknown").unwrap_or_default().to_owned(),
+        mutual_tls: label("connection_security_policy") == "mutual_tls",
+    };
+    let by_source = label("reporter") == "source";
+    *field(totals.entry((pair, by_source)).or_default()) += sample.value;
+}
+
+fn field_of(family: &str) -> Option<fn(&mut Totals) -> &mut f64> {
+    Some(match family {
+        "istio_tcp_connections_opened_total" => |totals| &mut totals.opened,
+        "istio_tcp_connections_closed_total" => |totals| &mut totals.closed,
+        "istio_tcp_connections_failed_total" => |totals| &mut totals.failed,
+        "istio_tcp_received_bytes_total" => |totals| &mut totals.received,
+        "istio_tcp_sent_bytes_total" => |totals| &mut totals.sent,
+        _ => return None,
+    })
+}
+
+/// The source's word, else the destination's; failures are told by whichever end saw more of them.
+fn believe(by_reporter: BTreeMap<(Pair, bool), Totals>) -> Look {
+    let mut out = Look::new();
+    for ((pair, by_source), totals) in by_reporter {
+        // The destination's comes first in this order.
+        let held = out.entry(pair).or_default();
+        let failed = held.failed.max(totals.failed);
+        if by_source || held.opened == 0.0 {
+            *held = totals;
+        }
+        held.failed = failed;
+    }
+    out
+}
+
+fn rows(before: &Look, now: &Look, took: Duration) -> Vec<Row> {
+    let seconds = took.as_secs_f64().max(f64::EPSILON);
+    let mut rows: Vec<Row> = now
+        .iter()
+        .map(|(pair, totals)| {
+            let old = before.get(pair).copied().unwrap_or_default();
+            // A counter that fell belongs to a new process: all it says is new.
+            let gain = |old: f64, new: f64| if new >= old { new - old } else { new };
+            Row {
+                pair: pair.clone(),
+                open: (totals.opened - totals.closed).max(0.0),
+                connections_per_second: gain(old.opened, totals.opened) / seconds,
+                failed: gain(old.failed, totals.failed),
+                bytes_to_server_per_second: gain(old.received, totals.received) / seconds,
+                bytes_to_client_per_second: gain(old.sent, totals.sent) / seconds,
+            }
+        })
+        .filter(|row| row.open > 0.0 || row.connections_per_second > 0.0 || row.failed > 0.0)
+        .collect();
+    let weight = |row: &Row| row.bytes_to_server_per_second + row.bytes_to_client_per_second;
+    rows.sort_by(|a, b| {
+        let busier =
+            weight(b).total_cmp(&weight(a)).then(b.connections_per_second.total_cmp(&a.connections_per_second));
+        busier.then(b.open.total_cmp(&a.open)).then(a.pair.cmp(&b.pair))
+    });
+    rows
+}
+
+fn show(rows: &[Row], query: &Top) -> anyhow::Result<()> {
+    if query.output == Output::Json {
+        crate::output::say!("{}", serde_json::to_string(rows)?);
+        return Ok(());
+    }
+    let live = !query.once && std::io::stdout().is_terminal();
+    let start = if live { CLEAR } else { "" };
+    if rows.is_empty() {
+        crate::output::say!("{start}no traffic through the mesh");
+        return Ok(());
+    }
+    let line = |row: &Row| {
+        let Pair { source, destination, service, mutual_tls } = &row.pair;
+        let short = service.split_once(".svc.").map_or(service.as_str(), |(short, _)| short);
+        let failed = if row.failed > 0.0 { output::bad(&format!("{:.0}", row.failed)) } else { "0".to_owned() };
+        vec![
+            source.clone(),
+            destination.clone(),
+            short.to_owned(),
+            if *mutual_tls { "mTLS".to_owned() } else { output::bad("clear") },
+            format!("{:.0}", row.open),
+            format!("{:.1}", row.connections_per_second),
+            failed,
+            rate(row.bytes_to_server_per_second),
+            rate(row.bytes_to_client_per_second),
+        ]
+    };
+    let headings = ["SOURCE", "DESTINATION", "SERVICE", "WAY", "OPEN", "NEW/S", "FAILED", "TO SERVER/S", "TO CLIENT/S"];
+    crate::output::say!("{start}{}", output::table(&headings, rows.iter().map(line)));
+    Ok(())
+}
+
+/// `12 B`, `3.4 kB`, `1.2 GB`.
+fn rate(bytes: f64) -> String {
+    const UNITS: [&str; 4] = ["B", "kB", "MB", "GB"];
+    let mut value = bytes;
+    for unit in UNITS {
+        if value < 1000.0 || unit == "GB" {
+            return if unit == "B" { format!("{value:.0} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1000.0;
+    }
+    String::new()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn look_at(text: &str) -> Look {
+        let mut totals = BTreeMap::new();
+        counters::parse(text).for_each(|sample| add(&mut totals, &sample));
+        believe(totals)
+    }
+
+    fn line(family: &str, reporter: &str, source: &str, flags: &str, value: u32) -> String {
+        format!(
+            "{family}{{reporter=\"{reporter}\",source_workload=\"{source}\",source_workload_namespace=\"t\",destination_workload=\"b\",\
+             destination_workload_namespace=\"t\",destination_service=\"b.t.svc.cluster.local\",response_flags=\"{flags}\",\
+             connection_security_policy=\"mutual_tls\"}} {value}\n"
+        )
+    }
+
+    #[test]
+    fn both_ends_of_a_connection_are_one_line_and_failures_count_though_only_the_far_end_saw_them() {
+        let opened = |reporter, n| line("istio_tcp_connections_opened_total", reporter, "a", "-", n);
+        let closed = |reporter, flags, n| line("istio_tcp_connections_closed_total", reporter, "a", flags, n);
+        let failed = line("istio_tcp_connections_failed_total", "destination", "a", "DENY", 2);
+        let before = look_at(&(opened("source", 5) + &opened("destination", 5)));
+        let now = look_at(
+            &(opened("source", 9)
+                + &opened("destination", 9)
+                + &closed("source", "-", 3)
+                + &closed("source", "CONNECT", 1)
+                + &failed),
+        );
+        let rows = rows(&before, &now, Duration::from_secs(2));
+        assert_eq!(rows.len(), 1);
+        assert_eq!((rows[0].open, rows[0].connections_per_second, rows[0].failed), (5.0, 2.0, 2.0));
+        assert_eq!((rows[0].pair.source.as_str(), rows[0].pair.destination.as_str()), ("t/a", "t/b"));
+    }
+
+    #[test]
+    fn a_ztunnel_that_started_anew_is_not_counted_backwards() {
+        let opened = |n| line("istio_tcp_connections_opened_total", "source", "a", "-", n);
+        let rows = rows(&look_at(&opened(100)), &look_at(&opened(4)), Duration::from_secs(1));
+        assert_eq!(rows[0].connections_per_second, 4.0);
+    }
+
+    #[test]
+    fn rates_are_short() {
+        assert_eq!([rate(0.0), rate(999.0), rate(3400.0), rate(5.2e12)], ["0 B", "999 B", "3.4 kB", "5200.0 GB"]);
+    }
+}

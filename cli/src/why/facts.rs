@@ -1,0 +1,265 @@
+//! What the programs say about a connection.
+
+use std::net::{IpAddr, SocketAddr};
+
+use anyhow::{Context as _, ensure};
+use lab::{
+    components::{AGENT_ADMIN_PORT, CONTROL_ADMIN_PORT, ZTUNNEL_ADMIN_PORT},
+    control::Lab,
+    protocol::{PodStatus, Status},
+};
+use serde_json::Value;
+
+/// Everything that was asked and answered.
+#[derive(Debug, Default)]
+pub(crate) struct Facts {
+    pub(crate) source: End,
+    /// As the user named it.
+    pub(crate) destination: String,
+    pub(crate) port: u16,
+    /// What the source's ztunnel would do. Of a source outside the mesh, what one would do for it: only its endpoints count.
+    pub(crate) outbound: Option<Value>,
+    /// The pod that the connection would end in, when it gets that far.
+    pub(crate) target: Option<End>,
+    /// What the ztunnel there would do.
+    pub(crate) inbound: Option<Value>,
+    /// Nodes whose ztunnel has no such page: another implementation. Others were asked in their place.
+    pub(crate) mute: Vec<String>,
+    /// Programs that did not answer, with what was said instead.
+    pub(crate) silent: Vec<(String, String)>,
+    /// What the control plane could not accept.
+    pub(crate) problems: Vec<Value>,
+}
+
+/// One end of the connection.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct End {
+    pub(crate) name: String,
+    pub(crate) node: String,
+    /// Empty for a node.
+    pub(crate) pod: String,
+    pub(crate) namespace: String,
+    pub(crate) addresses: Vec<String>,
+    /// The node agent's report of the pod.
+    pub(crate) report: Option<Value>,
+}
+
+impl End {
+    fn of_pod(pod: &PodStatus) -> Self {
+        Self {
+            name: format!("{}/{}", pod.namespace, pod.name),
+            node: pod.node.clone(),
+            pod: pod.name.clone(),
+            namespace: pod.namespace.clone(),
+            addresses: pod.addresses.clone(),
+            report: None,
+        }
+    }
+
+    /// Its traffic passes a ztunnel. Where the agent is silent, the enrolment on record counts: capture outlives the agent.
+    pub(crate) fn is_captured(&self) -> bool {
+        self.report.as_ref().is_some_and(|report| report["rules"] == true && report["announced"] == true)
+    }
+
+    fn address(&self, ipv6: bool) -> Option<&str> {
+        self.addresses.iter().find(|address| address.contains(':') == ipv6).map(String::as_str)
+    }
+}
+
+impl Facts {
+    /// In the mesh, and so carried by its own node's ztunnel.
+    pub(crate) fn is_captured(&self) -> bool {
+        self.source.is_captured()
+    }
+
+    pub(crate) fn hop(&self) -> Option<&Value> {
+        self.outbound.as_ref().map(|answer| &answer["nextHop"]).filter(|_| self.is_captured())
+    }
+
+    pub(crate) fn is_tunnelled(&self) -> bool {
+        self.hop().is_some_and(|hop| hop["type"] == "hbone")
+    }
+
+    /// How the connection travels, in a line.
+    pub(crate) fn way(&self) -> String {
+        let Some(hop) = self.hop() else { return "uncaptured, in clear".to_owned() };
+        let kind = hop["type"].as_str().unwrap_or("unknown");
+        let to = [&hop["tunnel"]["address"], &hop["outer"]["address"], &hop["address"], &hop["detail"]];
+        let to = to.into_iter().find_map(Value::as_str).unwrap_or_default();
+        let identity = self.outbound.as_ref().and_then(|answer| answer["certificate"]["identity"].as_str());
+        match identity.filter(|_| hop["tunnel"].is_object() || hop["outer"].is_object()) {
+            Some(identity) => format!("{kind} {to} as {identity}"),
+            None => format!("{kind} {to}"),
+        }
+    }
+}
+
+/// Asks in the order of a connection.
+pub(crate) fn gather(lab: &Lab, source: &str, destination: &str) -> anyhow::Result<Facts> {
+    let status = lab.status()?;
+    let (name, port) = destination.rsplit_once(':').context("the destination needs a port: namespace/name:port")?;
+    let port: u16 = port.parse().with_context(|| format!("`{port}` is not a port"))?;
+    let source = find_source(&status, source)?;
+    let mut facts = Facts { destination: destination.to_owned(), port, source, ..Facts::default() };
+    facts.source.report = facts.ask_agent(lab, &facts.source.clone(), &status);
+    let address = address_of(&status, name, &facts.source)?;
+    let target = SocketAddr::new(address, port);
+    facts.ask_source(lab, &status, target)?;
+    facts.ask_target(lab, &status, target);
+    match fetch(lab, "control", CONTROL_ADMIN_PORT, "/debug/problems") {
+        Ok(Value::Array(problems)) => facts.problems = problems,
+        Ok(_) => {}
+        Err(error) => facts.silent.push(("fairwayd".to_owned(), format!("{error:#}"))),
+    }
+    Ok(facts)
+}
+
+impl Facts {
+    /// The agent's report of a pod; what is on record, when the agent does not answer.
+    fn ask_agent(&mut self, lab: &Lab, end: &End, status: &Status) -> Option<Value> {
+        if end.pod.is_empty() {
+            return None;
+        }
+        match fetch(lab, &format!("agent/{}", end.node), AGENT_ADMIN_PORT, "/debug/pods") {
+            Ok(pods) => {
+                let is_it = |pod: &&Value| pod["namespace"] == end.namespace && pod["name"] == end.pod;
+                pods.as_array()?.iter().find(is_it).cloned()
+            }
+            Err(error) => {
+                self.silent.push((format!("the node agent on {}", end.node), format!("{error:#}")));
+                let on_record = |p: &&PodStatus| p.namespace == end.namespace && p.name == end.pod;
+                let enrolled = status.pods.iter().find(on_record).is_some_and(|p| p.enrolment == "enabled");
+                let state = if enrolled { "enrolled" } else { "outside" };
+                Some(serde_json::json!({ "state": state, "rules": enrolled, "announced": enrolled }))
+            }
+        }
+    }
+
+    fn ask_source(&mut self, lab: &Lab, status: &Status, target: SocketAddr) -> anyhow::Result<()> {
+        let captured = self.is_captured();
+        // Which endpoints a service has, any ztunnel can say for any pod; a node is not one.
+        let asker = match self.source.pod.is_empty() {
+            false => self.source.clone(),
+            true => End::of_pod(status.pods.first().context("the lab runs no pod")?),
+        };
+        let (target, probe) = (target.to_string(), if captured { "true" } else { "false" });
+        let parameters =
+            [("namespace", asker.namespace.as_str()), ("pod", &asker.pod), ("destination", &target), ("probe", probe)];
+        match ask(lab, &asker.node, "outbound", &parameters) {
+            Ok(Some(answer)) => self.outbound = Some(answer),
+            Ok(None) => {
+                // Another one knows the same state, but cannot try the source's way.
+                self.mute.push(asker.node.clone());
+                let parameters = &parameters[..3];
+                let others = status.nodes.iter().filter(|node| node.name != asker.node);
+                self.outbound =
+                    others.into_iter().find_map(|node| ask(lab, &node.name, "outbound", parameters).ok()?);
+            }
+            Err(error) => self.silent.push((format!("the ztunnel on {}", asker.node), format!("{error:#}"))),
+        }
+        Ok(())
+    }
+
+    /// The receiving ztunnel's view: the pod that was chosen, the port the application listens on, and whom it sees calling.
+    fn ask_target(&mut self, lab: &Lab, status: &Status, target: SocketAddr) {
+        let Some(chosen) = self.chosen(target) else { return };
+        let is_at = |p: &&PodStatus| p.addresses.iter().any(|a| a.parse() == Ok(chosen.ip()));
+        let Some(pod) = status.pods.iter().find(is_at) else { return };
+        let mut end = End::of_pod(pod);
+        end.report = self.ask_agent(lab, &end, status);
+        let captured = end.is_captured();
+        self.target = Some(end.clone());
+        if !captured {
+            return;
+        }
+        let source_ip = self.source.address(chosen.is_ipv6()).unwrap_or_default().to_owned();
+        let identity = self.outbound.as_ref().and_then(|answer| answer["certificate"]["identity"].as_str());
+        // Only a tunnel proves an identity.
+        let identity = identity.filter(|_| self.is_tunnelled()).unwrap_or_default().to_owned();
+        let chosen = chosen.to_string();
+        let parameters = [
+            ("namespace", end.namespace.as_str()),
+            ("pod", &end.pod),
+            ("source_ip", &source_ip),
+            ("source_identity", &identity),
+            ("destination", &chosen),
+            ("probe", "true"),
+        ];
+        match ask(lab, &end.node, "inbound", &parameters) {
+            Ok(Some(answer)) => self.inbound = Some(answer),
+            Ok(None) => {
+                self.mute.push(end.node.clone());
+                // What the source's thinks of the policies there: the same state reaches both.
+                let far = self.outbound.as_ref().map(|answer| answer["farSide"].clone()).filter(Value::is_object);
+                self.inbound = far.map(|decision| serde_json::json!({ "decision": decision, "destination": chosen }));
+            }
+            Err(error) => self.silent.push((format!("the ztunnel on {}", end.node), format!("{error:#}"))),
+        }
+    }
+
+    /// Where the connection ends: what the tunnel names, what is dialled, or for a source outside the mesh an endpoint.
+    fn chosen(&self, target: SocketAddr) -> Option<SocketAddr> {
+        if let Some(hop) = self.hop() {
+            let said = [&hop["tunnel"]["authority"], &hop["address"]].into_iter().find_map(Value::as_str)?;
+            return said.parse().ok();
+        }
+        let endpoints = self.outbound.as_ref().and_then(|answer| answer["endpoints"].as_array());
+        let Some(endpoints) = endpoints else { return Some(target) };
+        endpoints.iter().find_map(|endpoint| {
+            let port = endpoint["port"].as_u64().and_then(|port| u16::try_from(port).ok())?;
+            let addresses = endpoint["addresses"].as_array()?.iter().filter_map(Value::as_str);
+            let ip = addresses.filter_map(|a| a.parse::<IpAddr>().ok()).find(|ip| ip.is_ipv4() == target.is_ipv4())?;
+            Some(SocketAddr::new(ip, port))
+        })
+    }
+}
+
+/// `None`: this ztunnel has no such page.
+fn ask(lab: &Lab, node: &str, end: &str, parameters: &[(&str, &str)]) -> anyhow::Result<Option<Value>> {
+    let query: Vec<String> =
+        parameters.iter().map(|(k, v)| format!("{k}={}", v.replace('%', "%25").replace('&', "%26"))).collect();
+    let path = format!("/debug/why/{end}?{}", query.join("&"));
+    let (status, body) =
+        lab.get(&format!("ztunnel/{node}"), &format!("http://127.0.0.1:{ZTUNNEL_ADMIN_PORT}{path}"))?;
+    // Ours says what it does not know; who does not know the page says nothing of the kind.
+    if status == 404 && !body.contains("unknown_workload") {
+        return Ok(None);
+    }
+    ensure!(status == 200, "{}", body.trim());
+    serde_json::from_str(&body).map(Some).with_context(|| format!("not JSON: {body}"))
+}
+
+fn fetch(lab: &Lab, target: &str, port: u16, path: &str) -> anyhow::Result<Value> {
+    let (status, body) = lab.get(target, &format!("http://127.0.0.1:{port}{path}"))?;
+    ensure!(status == 200, "{}", body.trim());
+    serde_json::from_str(&body).with_context(|| format!("not JSON: {body}"))
+}
+
+/// A pod, or a node as `node/<name>`.
+fn find_source(status: &Status, name: &str) -> anyhow::Result<End> {
+    if let Some(node) = name.strip_prefix("node/") {
+        let found = status.nodes.iter().find(|n| n.name == node);
+        let found = found.with_context(|| format!("there is no node `{node}`; `fairway lab status` lists them"))?;
+        let addresses = found.addresses.clone();
+        return Ok(End { name: name.to_owned(), node: node.to_owned(), addresses, ..End::default() });
+    }
+    find_pod(status, name).map(End::of_pod)
+}
+
+fn find_pod<'a>(status: &'a Status, name: &str) -> anyhow::Result<&'a PodStatus> {
+    let full = if name.contains('/') { name.to_owned() } else { format!("default/{name}") };
+    let found = status.pods.iter().find(|p| format!("{}/{}", p.namespace, p.name) == full);
+    found.with_context(|| format!("there is no pod `{full}`; `fairway lab pods` lists them"))
+}
+
+fn address_of(status: &Status, name: &str, from: &End) -> anyhow::Result<IpAddr> {
+    if let Ok(ip) = name.trim_matches(['[', ']']).parse() {
+        return Ok(ip);
+    }
+    let full = if name.contains('/') { name.to_owned() } else { format!("{}/{name}", from.namespace) };
+    let addresses = match status.services.get(&full) {
+        Some(addresses) => addresses,
+        None => &find_pod(status, &full).with_context(|| format!("`{full}` is neither a service nor a pod"))?.addresses,
+    };
+    addresses.iter().find_map(|a| a.parse().ok()).with_context(|| format!("`{full}` has no address"))
+}

@@ -1,0 +1,305 @@
+//! What follows from the answers: one finding for each thing that decides, or that somebody who asks should know.
+
+use serde::Serialize;
+use serde_json::Value;
+
+use super::facts::{End, Facts};
+
+const MODE: &str = "metadata.labels[istio.io/dataplane-mode]";
+
+/// One thing that decides.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub(crate) struct Finding {
+    /// Whose side it is on: `source`, `way`, `destination` or `mesh`.
+    pub(crate) end: &'static str,
+    /// Whether this alone keeps the connection from being.
+    pub(crate) blocks: bool,
+    /// Of the closed list that logs and metrics share.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) reason: Option<String>,
+    pub(crate) says: String,
+    /// `Namespace demo`, `AuthorizationPolicy demo/only-the-client`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) object: Option<String>,
+    /// `file:line`, where the object came from a file.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) place: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) field: Option<String>,
+    pub(crate) remedy: String,
+}
+
+impl Finding {
+    fn new(end: &'static str, says: impl Into<String>) -> Self {
+        Self { end, says: says.into(), ..Self::default() }
+    }
+
+    fn blocking(end: &'static str, says: impl Into<String>) -> Self {
+        Self { blocks: true, ..Self::new(end, says) }
+    }
+
+    fn in_field(mut self, object: impl Into<String>, field: impl Into<String>) -> Self {
+        (self.object, self.field) = (Some(object.into()), Some(field.into()));
+        self
+    }
+
+    fn reason(mut self, reason: &str) -> Self {
+        self.reason = Some(reason.to_owned());
+        self
+    }
+
+    fn remedy(mut self, remedy: impl Into<String>) -> Self {
+        self.remedy = remedy.into();
+        self
+    }
+
+    /// `Namespace demo (file.yaml:3, metadata.labels[…])`.
+    pub(crate) fn decided_by(&self) -> Option<String> {
+        let object = self.object.as_ref()?;
+        let parts: Vec<&str> = [self.place.as_deref(), self.field.as_deref()].into_iter().flatten().collect();
+        Some(if parts.is_empty() { object.clone() } else { format!("{object} ({})", parts.join(", ")) })
+    }
+}
+
+/// In the order of a connection.
+pub(crate) fn of(facts: &Facts) -> Vec<Finding> {
+    let mut findings = Vec::new();
+    findings.extend(capture(&facts.source, "source"));
+    findings.extend(silent(facts));
+    findings.extend(facts.mute.iter().map(|node| {
+        let says = format!("the ztunnel on {node} does not explain itself; another one was asked about the same state");
+        Finding::new("mesh", says)
+    }));
+    if facts.is_captured() {
+        findings.extend(facts.outbound.as_ref().and_then(|answer| decided(facts, answer)));
+        findings.extend(certificate(facts));
+    } else {
+        findings.extend(unserved(facts));
+    }
+    findings.extend(facts.outbound.as_ref().and_then(|answer| way(facts, answer)));
+    if let Some(target) = &facts.target {
+        findings.extend(capture(target, "destination"));
+    }
+    findings.extend(facts.inbound.as_ref().and_then(admitted));
+    findings.extend(facts.inbound.as_ref().and_then(|answer| application(facts, answer)));
+    findings.extend(facts.problems.iter().filter_map(|problem| problem_of(facts, problem)));
+    findings
+}
+
+/// Why a pod is outside the mesh, or not in it yet.
+fn capture(end: &End, side: &'static str) -> Option<Finding> {
+    let report = end.report.as_ref()?;
+    if end.is_captured() {
+        return None;
+    }
+    let decided_by = &report["decidedBy"];
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    let why = text(&report["reason"]).unwrap_or_else(|| "the node agent has not enrolled it".to_owned());
+    let what = match side {
+        "source" => "its connections leave in clear and prove no identity",
+        _ => "it is reached in clear, and no policy protects it",
+    };
+    let value = text(&decided_by["value"]).map(|value| format!(" (it says `{value}`)")).unwrap_or_default();
+    let finding = Finding::new(side, format!("{} is not in the mesh: {why}{value}; {what}", end.name));
+    let field = text(&decided_by["field"]).unwrap_or_else(|| MODE.to_owned());
+    let remedy = match (report["state"].as_str(), field.as_str()) {
+        (Some("uncaptured"), _) => "see the node agent's log; it tries again",
+        (_, MODE) => "set the label istio.io/dataplane-mode=ambient",
+        _ => "such pods stay outside the mesh",
+    };
+    Some(
+        finding
+            .in_field(text(&decided_by["object"]).unwrap_or_else(|| format!("Pod {}", end.name)), field)
+            .remedy(remedy),
+    )
+}
+
+fn silent(facts: &Facts) -> impl Iterator<Item = Finding> {
+    let captured_source = facts.is_captured().then(|| format!("the ztunnel on {}", facts.source.node));
+    let captured_target =
+        facts.target.as_ref().filter(|t| t.is_captured()).map(|t| format!("the ztunnel on {}", t.node));
+    facts.silent.iter().map(move |(who, said)| {
+        let needed = [&captured_source, &captured_target].into_iter().flatten().any(|needed| needed == who);
+        let says = format!("{who} does not answer: {said}");
+        let finding = if needed { Finding::blocking("mesh", says) } else { Finding::new("mesh", says) };
+        let remedy = match needed {
+            true => "start it: what it captures goes nowhere meanwhile",
+            false => "connections go on without it; changes wait for it",
+        };
+        Finding { object: Some(who.clone()), ..finding.remedy(remedy) }
+    })
+}
+
+/// The source's ztunnel finds no next hop.
+fn decided(facts: &Facts, answer: &Value) -> Option<Finding> {
+    let decision = &answer["decision"];
+    if decision["verdict"] != "deny" {
+        return None;
+    }
+    let text = |field: &str| decision[field].as_str().unwrap_or_default();
+    let finding = Finding::blocking("source", text("explanation")).reason(text("reason"));
+    let service = answer["service"].as_str().map(short_name);
+    let (object, field, remedy) = match (text("reason"), service) {
+        ("no_endpoint", Some(service)) => return Some(no_endpoint(facts, answer, finding, &service)),
+        ("no_route", service) => {
+            let object = match service {
+                Some(service) => format!("Service {service}"),
+                None => format!("Pod {}", facts.destination),
+            };
+            (object, "metadata.labels[istio.io/use-waypoint]", "deploy the waypoint it names, or remove the label")
+        }
+        ("not_in_registry", _) => {
+            ("ConfigMap istio-system/istio".to_owned(), "data.mesh.outboundTrafficPolicy.mode", text("remedy"))
+        }
+        ("lookup", Some(service)) => (format!("ServiceEntry {service}"), "spec.endpoints", text("remedy")),
+        _ => return Some(finding.remedy(text("remedy"))),
+    };
+    Some(finding.in_field(object, field).remedy(remedy))
+}
+
+/// Which of the three: the port, the selector, or the pods.
+fn no_endpoint(facts: &Facts, answer: &Value, finding: Finding, service: &str) -> Finding {
+    let ports: Vec<u64> = answer["servicePorts"].as_array().into_iter().flatten().filter_map(Value::as_u64).collect();
+    let endpoints = answer["endpoints"].as_array().map(Vec::as_slice).unwrap_or_default();
+    if !ports.contains(&facts.port.into()) {
+        let has: Vec<String> = ports.iter().map(ToString::to_string).collect();
+        let says = format!("service {service} has no port {}; it has {}", facts.port, has.join(", "));
+        return Finding { says, ..finding }
+            .in_field(format!("Service {service}"), "spec.ports")
+            .remedy("dial one of its ports, or add this one");
+    }
+    if endpoints.is_empty() {
+        let says = format!("service {service} has no endpoint: its selector picks no running pod");
+        return Finding { says, ..finding }
+            .in_field(format!("Service {service}"), "spec.selector")
+            .remedy("compare the selector with the pods' labels");
+    }
+    let why = |endpoint: &Value| {
+        let name = format!("{}/{}", endpoint["namespace"].as_str()?, endpoint["name"].as_str()?);
+        Some((name, endpoint["ineligible"].as_str()?.to_owned()))
+    };
+    let judged: Vec<(String, String)> = endpoints.iter().filter_map(why).collect();
+    let list: Vec<String> = judged.iter().map(|(name, why)| format!("{name}: {why}")).collect();
+    let says = format!("no endpoint of service {service} can be used: {}", list.join("; "));
+    let pod = judged.first().map_or_else(|| service.to_owned(), |(name, _)| name.clone());
+    let unready = judged.iter().all(|(_, why)| why == "it is not ready");
+    let field = if unready { "status.conditions[Ready]" } else { "spec" };
+    Finding { says, ..finding }.in_field(format!("Pod {pod}"), field).remedy(if unready {
+        "see the pod's readiness probe"
+    } else {
+        "see the service's ports and traffic policy"
+    })
+}
+
+/// A source outside the mesh meets services as kube-proxy has them.
+fn unserved(facts: &Facts) -> Option<Finding> {
+    let answer = facts.outbound.as_ref()?;
+    let service = short_name(answer["service"].as_str()?);
+    let usable = answer["endpoints"].as_array().into_iter().flatten().any(|endpoint| endpoint["port"].is_number());
+    let finding = Finding::blocking("source", "").reason("no_endpoint");
+    (!usable).then(|| no_endpoint(facts, answer, finding, &service))
+}
+
+fn certificate(facts: &Facts) -> Option<Finding> {
+    let certificate = &facts.outbound.as_ref()?["certificate"];
+    let (identity, state) = (certificate["identity"].as_str()?, certificate["state"].as_str()?);
+    let needed = facts.hop().is_some_and(|hop| hop["tunnel"].is_object() || hop["outer"].is_object());
+    let error = state.strip_prefix("unavailable: ")?;
+    let expired = certificate["expiresUnixSeconds"].is_number();
+    let what = if expired { "has expired and cannot be renewed" } else { "could not be had" };
+    let says = format!("the certificate of {identity} {what}: {error}");
+    let finding = if needed { Finding::blocking("source", says) } else { Finding::new("source", says) };
+    let remedy = "see that the CA is reachable and lets this node have the identity; compare the clocks";
+    Some(finding.reason("identity").in_field(format!("certificate of {identity}"), "notAfter").remedy(remedy))
+}
+
+/// The way was tried, and is not open.
+fn way(facts: &Facts, answer: &Value) -> Option<Finding> {
+    let probe = &answer["probe"];
+    if probe["open"] != false {
+        return None;
+    }
+    let text = |field: &str| probe[field].as_str().unwrap_or_default();
+    let hop = facts.hop()?;
+    let address = [&hop["tunnel"]["address"], &hop["outer"]["address"], &hop["address"]];
+    let address = address.into_iter().find_map(Value::as_str).unwrap_or_default();
+    let behind = facts.target.as_ref().map_or_else(|| address.to_owned(), |target| format!("Pod {}", target.name));
+    let (object, field) = match text("reason") {
+        // Told already, with more: the probe needs the certificate too.
+        "identity" => return None,
+        "network_policy" | "connect_timeout" => {
+            (format!("NetworkPolicy or firewall before {behind}"), port_of(address))
+        }
+        "tls" => (behind, "the identity it proves".to_owned()),
+        _ => (behind, port_of(address)),
+    };
+    let finding = Finding::blocking("way", text("detail")).reason(text("reason"));
+    Some(finding.in_field(object, field).remedy(text("remedy")))
+}
+
+/// The receiving end's policies.
+fn admitted(answer: &Value) -> Option<Finding> {
+    let decision = &answer["decision"];
+    let text = |field: &str| decision[field].as_str().map(str::to_owned);
+    let dry_run: Vec<&str> = decision["dryRun"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    if decision["verdict"] != "deny" {
+        let says = format!("would be denied by {}, were it not a dry run", dry_run.join(", "));
+        return (!dry_run.is_empty()).then(|| {
+            let object = format!("AuthorizationPolicy {}", dry_run[0]);
+            Finding::new("destination", says).in_field(object, "metadata.annotations[istio.io/dry-run]")
+        });
+    }
+    let mut finding = Finding::blocking("destination", text("explanation").unwrap_or_default());
+    finding.reason = text("reason");
+    finding.object = text("object").filter(|object| !object.is_empty()).or_else(|| text("policy"));
+    finding.place = text("place");
+    finding.field = text("field");
+    Some(finding.remedy(text("remedy").unwrap_or_default()))
+}
+
+/// Admitted, but nobody listens.
+fn application(facts: &Facts, answer: &Value) -> Option<Finding> {
+    let probe = &answer["probe"];
+    if probe["open"] != false {
+        return None;
+    }
+    let text = |field: &str| probe[field].as_str().unwrap_or_default();
+    let target = facts.target.as_ref()?;
+    let destination = answer["destination"].as_str().unwrap_or_default();
+    let service = facts.outbound.as_ref().and_then(|answer| answer["service"].as_str()).map(short_name);
+    let (object, field) = match service {
+        Some(service) => (format!("Service {service}"), format!("spec.ports[{}].targetPort", facts.port)),
+        None => (format!("Pod {}", target.name), format!("spec.containers[].ports[{}]", facts.port)),
+    };
+    let says = format!("nothing in pod {} answers on {destination}: {}", target.name, text("detail"));
+    let remedy = "see that the application listens there, and that the target port is the right one";
+    Some(Finding::blocking("destination", says).reason(text("reason")).in_field(object, field).remedy(remedy))
+}
+
+/// A manifest the control plane could not accept: what it asked for is not in force.
+fn problem_of(facts: &Facts, problem: &Value) -> Option<Finding> {
+    let text = |field: &str| problem[field].as_str().unwrap_or_default();
+    let target = facts.target.as_ref()?;
+    if target.namespace.is_empty() {
+        return None;
+    }
+    let mut finding = Finding::new("mesh", format!("a manifest was not accepted: {}", text("message")));
+    finding.object = Some(format!("a document of {}", text("file")));
+    finding.place = Some(format!("{}:{}", text("file"), problem["line"]));
+    finding.field = Some(text("field").to_owned()).filter(|field| !field.is_empty());
+    Some(finding.remedy(text("remedy")))
+}
+
+fn port_of(address: &str) -> String {
+    format!("port {}", address.rsplit(':').next().unwrap_or_default())
+}
+
+/// `demo/web` of `demo/web.demo.svc.cluster.local`; other hosts stay whole.
+fn short_name(key: &str) -> String {
+    let Some((namespace, host)) = key.split_once('/') else { return key.to_owned() };
+    match host.split_once(&format!(".{namespace}.svc.")) {
+        Some((name, _)) => format!("{namespace}/{name}"),
+        None => key.to_owned(),
+    }
+}
