@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// From now on the certificate of this account is revoked, and no other.
-fn revoke(mesh: &Mesh, account: &str) {
+pub(crate) fn revoke(mesh: &Mesh, account: &str) {
     let dir = tempfile::tempdir().expect("folder");
     mesh.ca.authority().save(dir.path()).expect("save");
     let read = |name| std::fs::read_to_string(dir.path().join(name)).expect("read");
