@@ -1,7 +1,8 @@
 //! From an application of the pod to wherever it dialled.
 
-use std::{cell::Cell, net::SocketAddr, sync::Arc};
+use std::{cell::Cell, future::Future, net::SocketAddr, pin::pin, sync::Arc, time::Duration};
 
+use futures_util::future::{Either, select};
 use http::{HeaderName, HeaderValue};
 use mesh_core::{
     headers::{Authority, TraceParent, encode_forwarded},
@@ -9,7 +10,7 @@ use mesh_core::{
 };
 use mesh_hbone::{ConnectRequest, TunnelKey};
 use mesh_net::sockets::{canonical, configure_accepted, original_dst};
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::sleep};
 
 use crate::{
     connections::Entry,
@@ -91,27 +92,93 @@ fn describe(route: &Route) -> Arc<Entry> {
     Entry::new(flow)
 }
 
+/// How long an endpoint may keep a connection waiting before another one is asked as well. Longer than ways across regions take; a pod
+/// that went without a word, or a node, would otherwise cost every connection to it the whole of a timeout.
+const HEAD_START: Duration = Duration::from_millis(300);
+
 /// Opens the way. As no byte of the application has been sent before this returns, a failure may be tried again: once on a fresh
-/// tunnel where the old one broke under the request, and once at another endpoint; both within the pod's budget.
+/// tunnel where the old one broke under the request, and once at another endpoint; both within the pod's budget. Where an endpoint says
+/// nothing, another is tried beside it, and the first that answers has the connection.
 async fn establish(pod: &PodContext, route: &mut Route) -> Result<Upstream, ProxyError> {
     pod.retries.earn();
-    let (mut fresh_tunnel, mut elsewhere) = (true, true);
-    loop {
-        let error = match attempt(pod, route).await {
+    if !route.has_alternatives(pod) {
+        return retry(pod, route).await;
+    }
+    let mut first = Box::pin(reach(pod, route.clone()));
+    let error = tokio::select! {
+        biased;
+        (reached, result) = &mut first => match settle(route, reached, result) {
             Ok(upstream) => return Ok(upstream),
             Err(error) => error,
-        };
-        if !error.retryable() || !pod.retries.spend() {
-            return Err(error);
-        }
-        if broke_underneath(&error) && std::mem::take(&mut fresh_tunnel) {
-            continue;
-        }
-        if !std::mem::take(&mut elsewhere) || !route.reroute(pod) {
-            return Err(error);
-        }
-        tracing::debug!(error = error.chain(), next = %route.hop.address(), "trying another endpoint");
+        },
+        () = sleep(HEAD_START) => match beside(pod, route, first).await {
+            Ok(upstream) => return Ok(upstream),
+            Err(error) => error,
+        },
+    };
+    elsewhere(pod, route, error).await
+}
+
+/// The first endpoint goes on; another one, where the budget allows, is tried at the same time.
+async fn beside(
+    pod: &PodContext,
+    route: &mut Route,
+    first: impl Future<Output = (Route, Result<Upstream, ProxyError>)>,
+) -> Result<Upstream, ProxyError> {
+    let mut other = route.clone();
+    if !pod.retries.spend() || !other.reroute(pod) {
+        let (reached, result) = first.await;
+        return settle(route, reached, result);
     }
+    tracing::debug!(slow = %route.hop.address(), next = %other.hop.address(), "trying another endpoint as well");
+    route.tried = other.tried.clone();
+    let (first, second) = (pin!(first), pin!(reach(pod, other)));
+    let (reached, result, last) = match select(first, second).await {
+        Either::Left(((reached, result), second)) => (reached, result, Either::Right(second)),
+        Either::Right(((reached, result), first)) => (reached, result, Either::Left(first)),
+    };
+    match settle(route, reached, result) {
+        Ok(upstream) => Ok(upstream),
+        Err(_) => {
+            let (reached, result) = last.await;
+            settle(route, reached, result)
+        }
+    }
+}
+
+/// `route` becomes what was reached, or failed to be.
+fn settle(route: &mut Route, reached: Route, result: Result<Upstream, ProxyError>) -> Result<Upstream, ProxyError> {
+    let tried = std::mem::take(&mut route.tried);
+    *route = reached;
+    route.tried.extend(tried);
+    result
+}
+
+async fn retry(pod: &PodContext, route: &mut Route) -> Result<Upstream, ProxyError> {
+    let (reached, result) = reach(pod, route.clone()).await;
+    match settle(route, reached, result) {
+        Ok(upstream) => Ok(upstream),
+        Err(error) => elsewhere(pod, route, error).await,
+    }
+}
+
+/// Another endpoint, if there is one and the failure leaves hope.
+async fn elsewhere(pod: &PodContext, route: &mut Route, error: ProxyError) -> Result<Upstream, ProxyError> {
+    if !error.retryable() || !pod.retries.spend() || !route.reroute(pod) {
+        return Err(error);
+    }
+    tracing::debug!(error = error.chain(), next = %route.hop.address(), "trying another endpoint");
+    let (reached, result) = reach(pod, route.clone()).await;
+    settle(route, reached, result)
+}
+
+/// One endpoint: a second time where its tunnel broke under the request.
+async fn reach(pod: &PodContext, mut route: Route) -> (Route, Result<Upstream, ProxyError>) {
+    let mut result = attempt(pod, &mut route).await;
+    if result.as_ref().is_err_and(broke_underneath) && pod.retries.spend() {
+        result = attempt(pod, &mut route).await;
+    }
+    (route, result)
 }
 
 /// Whether the failure says something about the tunnel used rather than about the endpoint.

@@ -45,6 +45,7 @@ fn unknown(pod: &PodContext) -> ProxyError {
 }
 
 /// An outbound connection with a next hop.
+#[derive(Clone)]
 pub(crate) struct Route {
     pub(crate) source: Arc<Workload>,
     pub(crate) source_ip: IpAddr,
@@ -57,7 +58,7 @@ pub(crate) struct Route {
     /// Who is behind the gateway, once the way is open.
     pub(crate) beyond: Option<Beyond>,
     /// Endpoints given up on, by uid.
-    tried: Vec<Arc<str>>,
+    pub(crate) tried: Vec<Arc<str>>,
 }
 
 /// The next hops that can be dialled.
@@ -101,6 +102,12 @@ pub(crate) async fn outbound(pod: &PodContext, peer: SocketAddr, destination: So
 }
 
 impl Route {
+    /// Whether the service addressed has further endpoints.
+    pub(crate) fn has_alternatives(&self, pod: &PodContext) -> bool {
+        let Some(service) = &self.service else { return false };
+        pod.shared.state.snapshot().endpoints(&service.key()).nth(1).is_some()
+    }
+
     /// Turns to another endpoint; false when there is none.
     pub(crate) fn reroute(&mut self, pod: &PodContext) -> bool {
         let Some(failed) = &self.workload else { return false };

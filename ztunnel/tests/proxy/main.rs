@@ -5,6 +5,7 @@ mod hostile;
 mod mesh;
 mod networks;
 mod policy;
+mod strengths;
 mod trust;
 
 use std::net::IpAddr;
