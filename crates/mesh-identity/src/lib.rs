@@ -1,8 +1,8 @@
 //! Workload identity: keys and requests for certificates, the manager that keeps one certificate per identity fresh, verifiers that
 //! compare SPIFFE identities, and the TLS configurations made of it all.
 //!
-//! Keys are made here and leave the process only for a folder of its owner's choice ([`store`]). Deliberately absent: HTTP/2 tunnels, discovery, who may ask for which identity
-//! (that is the certificate authority's decision; [`authority`] only signs).
+//! Keys are made here and leave the process only for a folder of its owner's choice ([`store`]). Deliberately absent: HTTP/2 tunnels,
+//! discovery, who may ask for which identity (that is the certificate authority's decision; [`authority`] only signs).
 
 #![forbid(unsafe_code)]
 

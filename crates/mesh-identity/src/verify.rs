@@ -151,8 +151,8 @@ pub enum Distrust {
     RootGone,
 }
 
-/// Whether `anchors` and the lists in force still vouch for a peer whose chain (leaf first) was good `at` some moment. As of that moment:
-/// a certificate that has expired since says nothing against what was opened with it.
+/// Whether `anchors` and the lists in force still vouch for a peer whose chain (leaf first) was good `at` some moment. As of that
+/// moment: a certificate that has expired since says nothing against what was opened with it.
 pub fn distrust(anchors: &Anchors, chain: &[CertificateDer<'_>], role: PeerRole, at: SystemTime) -> Option<Distrust> {
     let (leaf, intermediates) = chain.split_first()?;
     let at = UnixTime::since_unix_epoch(at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());

@@ -129,7 +129,8 @@ impl Link {
     /// Lets `write` take what has stalled, until that is empty. Then says whether more may come, and wakes the task when it does.
     ///
     /// # Errors
-    /// Those of `write`; `ConnectionReset` when the stream was reset or the tunnel is over; [`crate::Error::Cut`] inside when that was us.
+    /// Those of `write`; `ConnectionReset` when the stream was reset or the tunnel is over, or one that holds [`crate::Error::Cut`]
+    /// when that was our doing.
     pub(crate) fn poll_drain(
         &self,
         id: u32,
