@@ -3,7 +3,7 @@
 use std::{process::ExitCode, sync::Arc, time::Duration};
 
 use mesh_core::identity::Identity;
-use mesh_identity::{CaClient, ControlPlane, GrpcCa, GrpcCaConfig, RootSource, TokenSource, csr::Csr};
+use mesh_identity::{CaClient, ControlPlane, ControlTls, GrpcCa, GrpcCaConfig, RootSource, TokenSource, csr::Csr};
 
 use crate::args::Debug;
 
@@ -16,6 +16,7 @@ pub(crate) fn run(debug: &Debug) -> anyhow::Result<ExitCode> {
         token: TokenSource::File(token.clone()),
         headers: Vec::new(),
         alternative_name: None,
+        tls: ControlTls::default(),
     };
     let config = GrpcCaConfig { server, ttl: Duration::from_secs(3600), impersonate: true };
     let request = Csr::generate(&identity)?;

@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result};
-use mesh_identity::{CaClient, GrpcCa, GrpcCaConfig, Manager as Identities};
+use mesh_identity::{CaClient, GrpcCa, GrpcCaConfig, KeyStore, Manager as Identities, Trust};
 use mesh_net::{NetNs, SocketOptions, limits, sockets};
 use mesh_runtime::{
     admin::AdminServer,
@@ -31,6 +31,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     admin,
     config::{Config, ProxyMode},
+    crl::RevocationLists,
     discovery,
     inpod::manager::{Manager, PodTable, StartPod},
     local::Local,
@@ -175,6 +176,11 @@ impl App {
         if config.is_shared() {
             check_privileges(config.packet_mark)?;
         }
+        if config.trust.control_tls12 {
+            tracing::info!(
+                "TLS12_ENABLED: TLS 1.2 is offered to the control plane and the CA; tunnels stay with TLS 1.3"
+            );
+        }
         let config = Arc::new(config);
         let (registry, ready) = (Registry::new(), Readiness::default());
         let mut waiting = Role::Owner.waits_for().iter().map(|task| ready.pending(*task));
@@ -182,7 +188,11 @@ impl App {
         drop(waiting);
         let metrics = ControlMetrics::new(&registry, &config.version);
         let workers = Workers::spawn(config.workers, "ztunnel").context("cannot start the worker threads")?;
-        let (identities, certificates) = Identities::new(mesh_identity::Config::default(), ca);
+        let trust = Arc::new(Trust::new(config.trust_domains(), config.trust.compliance));
+        let store = config.trust.keys_dir.as_deref().map(KeyStore::open).transpose().context("FAIRWAY_KEYS_DIR")?;
+        let store = store.map(Arc::new);
+        let settings = mesh_identity::Config { trust: trust.clone(), store, ..mesh_identity::Config::default() };
+        let (identities, certificates) = Identities::new(settings, ca);
         let state = State::new(config.node.clone());
         let shared = Arc::new(Shared {
             config: config.clone(),
@@ -197,6 +207,12 @@ impl App {
         let (pods, quit) = (PodTable::default(), CancellationToken::new());
         let mut tasks = JoinSet::new();
         tasks.spawn(certificates);
+        if let Some(path) = &config.trust.crl_path {
+            let mut lists = RevocationLists::new(path.clone(), trust, metrics.crl_loads.clone());
+            // Before the first handshake.
+            lists.load().await;
+            tasks.spawn(lists.follow(services_watcher.clone()));
+        }
 
         let mut ports = PortServer { tasks: &mut tasks, drain: &services_watcher };
         let context = admin::Context { shared: shared.clone(), pods: pods.clone(), quit: quit.clone() };
@@ -246,7 +262,7 @@ impl App {
 
 fn certificate_authority(config: &Config) -> Result<GrpcCa> {
     let config = GrpcCaConfig {
-        server: config.ca.control_plane(),
+        server: config.ca.control_plane(config.trust.control_tls()),
         ttl: config.secret_ttl,
         // A node proxy asks on behalf of its pods; a dedicated one is what its token says.
         impersonate: config.is_shared(),

@@ -11,7 +11,7 @@ use std::{
 };
 
 use mesh_core::workload::OutboundPolicy;
-use mesh_identity::{ControlPlane, RootSource, TokenSource};
+use mesh_identity::{ControlPlane, ControlTls, RootSource, TokenSource};
 use mesh_net::{KeepAlive, SocketOptions, Transparent};
 use mesh_runtime::{
     env::{Problems, Reader, Vars},
@@ -22,6 +22,9 @@ use serde::{Serialize, Serializer};
 use crate::inpod::WorkloadInfo;
 
 mod threads;
+mod trust;
+
+pub use trust::Trust;
 
 const TOKEN_PATH: &str = "./var/run/secrets/tokens/istio-token";
 const ROOT_PATH: &str = "./var/run/secrets/istio/root-cert.pem";
@@ -44,6 +47,7 @@ pub struct Config {
     pub trust_domain: String,
     /// Trust domains whose identities count as ours, while names migrate.
     pub trust_domain_aliases: Vec<Arc<str>>,
+    pub trust: Trust,
     /// Names of services end in `.svc.` and this.
     pub cluster_domain: Arc<str>,
     /// Of workloads whose record says nothing about it.
@@ -149,13 +153,14 @@ pub struct Upstream {
 
 impl Upstream {
     /// The address with everything that is needed to connect.
-    pub fn control_plane(&self) -> ControlPlane {
+    pub fn control_plane(&self, tls: ControlTls) -> ControlPlane {
         ControlPlane {
             address: self.address.clone(),
             roots: self.roots.clone(),
             token: self.token.clone(),
             headers: self.headers.clone(),
             alternative_name: self.alternative_name.clone(),
+            tls,
         }
     }
 }
@@ -207,6 +212,7 @@ impl Config {
             instance_ip: r.parse("INSTANCE_IP", Ipv4Addr::new(1, 1, 1, 1).into(), "this pod's IP address"),
             trust_domain: r.string("TRUST_DOMAIN", mesh_core::identity::DEFAULT_TRUST_DOMAIN),
             trust_domain_aliases: Vec::new(),
+            trust: Trust::read(r),
             cluster_domain: r.string("CLUSTER_DOMAIN", "cluster.local").into(),
             outbound_policy: OutboundPolicy::AllowAny,
             network: r.string("NETWORK", "").into(),
@@ -441,7 +447,7 @@ fn log_format(r: &Reader<'_>) -> Format {
 
 /// Settings whose silent absence would be weaker than what the operator asked for.
 fn refuse_unsupported(r: &Reader<'_>) {
-    for name in ["CRL_PATH", "COMPLIANCE_POLICY", "LOCAL_XDS", "LOCAL_XDS_PATH"] {
+    for name in ["LOCAL_XDS", "LOCAL_XDS_PATH"] {
         if let Some(value) = r.optional(name) {
             r.problem(name, &value, "unset: this build does not have it");
         }

@@ -32,7 +32,7 @@ pub fn client(
     unsynced: Pending,
     metrics: ControlMetrics,
 ) -> Result<Client, ControlPlaneError> {
-    let control_plane = upstream.control_plane();
+    let control_plane = upstream.control_plane(config.trust.control_tls());
     // Says at the start, rather than at each attempt, what can never work.
     drop(control_plane.channel()?);
     let handler = IntoState { state, local, waiting: TYPES.to_vec(), unsynced: Some(unsynced) };

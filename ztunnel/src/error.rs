@@ -72,7 +72,8 @@ impl ProxyError {
             Self::Identity(_) => Reason::Identity,
             Self::Connect { source, .. } => connect_reason(source),
             Self::Tunnel(error) => error.reason(),
-            Self::Tls(_) | Self::HandshakeTimeout(_) | Self::PeerExpired => Reason::Tls,
+            Self::Tls(error) => tls_reason(error),
+            Self::HandshakeTimeout(_) | Self::PeerExpired => Reason::Tls,
             Self::TooManyHandshakes(_) | Self::BadRequest(_) => Reason::BadRequest,
             Self::Denied(decision) | Self::PolicyChange(decision) => decision.reason.unwrap_or(Reason::Denied),
             Self::Reset(_) | Self::Copy { .. } => Reason::Reset,
@@ -120,12 +121,21 @@ pub(crate) fn connect_reason(error: &io::Error) -> Reason {
     }
 }
 
+/// What a failed handshake stands for.
+pub(crate) fn tls_reason(error: &io::Error) -> Reason {
+    if mesh_identity::is_revocation(error) { Reason::Revoked } else { Reason::Tls }
+}
+
 /// How a copied flow ended.
 pub(crate) fn flow_result(outcome: CopyOutcome) -> Result<(), ProxyError> {
     match outcome.end {
         End::Clean => Ok(()),
         End::Reset(side) => Err(ProxyError::Reset(side)),
-        End::Error(side, source) => Err(ProxyError::Copy { side, source }),
+        End::Error(side, source) => Err(match source.get_ref().and_then(|inner| inner.downcast_ref()) {
+            // Ours: no copying failed.
+            Some(cut @ mesh_hbone::Error::Cut { .. }) => ProxyError::Tunnel(cut.clone()),
+            _ => ProxyError::Copy { side, source },
+        }),
     }
 }
 
@@ -158,6 +168,15 @@ mod tests {
         assert_eq!(error.to_string(), "connection to 127.0.0.1:80 failed");
         assert_eq!(error.chain(), "connection to 127.0.0.1:80 failed: connection refused");
         assert_eq!((error.reason(), error.retryable()), (Reason::Connect, true));
+    }
+
+    #[test]
+    fn a_flow_whose_tunnel_we_cut_says_why_and_nothing_else() {
+        let cut = mesh_hbone::Error::Cut { reason: Reason::Revoked, message: crate::tunnels::REVOKED };
+        let end = End::Error(Side::Second, io::Error::other(cut));
+        let error = flow_result(CopyOutcome { sent: 0, received: 0, end }).unwrap_err();
+        assert_eq!(error.chain(), "connection closed: peer certificate revoked by CRL");
+        assert_eq!(error.reason().response_flag(), "CERT_REVOKED");
     }
 
     #[test]

@@ -18,6 +18,8 @@ pub mod discovery;
 pub mod local;
 pub mod state;
 
+mod crl;
+
 pub mod pods;
 pub mod proxy;
 
@@ -25,6 +27,7 @@ pub mod flow;
 
 pub mod connections;
 mod dense;
+mod tunnels;
 
 pub mod outcome;
 

@@ -38,6 +38,7 @@ pub struct Metrics {
     sockets: [IntGauge; 2],
     failures: IntCounterVec,
     abuses: IntCounterVec,
+    revocations: IntCounterVec,
     handshakes: HistogramVec,
 }
 
@@ -66,6 +67,13 @@ impl Metrics {
             ),
             &["reporter", "limit"],
         ));
+        let revocations = registry.add(IntCounterVec::new(
+            Opts::new(
+                "istio_crl_policy_rejections_total",
+                "Handshakes refused and tunnels cut because a revocation list names the peer",
+            ),
+            &["reporter"],
+        ));
         let buckets = vec![0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 5.0, 10.0];
         let handshakes = HistogramOpts::new(
             "fairway_tls_handshake_duration_seconds",
@@ -73,7 +81,7 @@ impl Metrics {
         );
         let handshakes = registry.add(HistogramVec::new(handshakes.buckets(buckets), &["reporter", "result"]));
         let sockets = [Direction::Inbound, Direction::Outbound].map(|d| sockets.with_label_values(&[d.reporter()]));
-        Self { traffic, sockets, failures, abuses, handshakes }
+        Self { traffic, sockets, failures, abuses, revocations, handshakes }
     }
 
     pub fn sockets(&self, direction: Direction) -> &IntGauge {
@@ -89,6 +97,10 @@ impl Metrics {
 
     pub fn abused(&self, direction: Direction, abuse: Abuse) {
         self.abuses.with_label_values(&[direction.reporter(), abuse.label()]).inc();
+    }
+
+    pub fn revoked(&self, direction: Direction) {
+        self.revocations.with_label_values(&[direction.reporter()]).inc();
     }
 
     pub fn handshake(&self, direction: Direction, took: Duration, ok: bool) {
@@ -107,6 +119,7 @@ pub struct ControlMetrics {
     pub xds_terminations: IntCounterVec,
     pub xds_messages: IntCounterVec,
     pub xds_bytes: IntCounterVec,
+    pub crl_loads: IntCounterVec,
 }
 
 impl ControlMetrics {
@@ -138,6 +151,11 @@ impl ControlMetrics {
                 "istio_xds_message_bytes_total",
                 "Bytes of resources received by discovery (unstable)",
                 "url",
+            ),
+            crl_loads: vec(
+                "fairway_crl_loads_total",
+                "Attempts at reading the revocation lists; after a failed one the lists before it stay (unstable)",
+                "result",
             ),
         }
     }

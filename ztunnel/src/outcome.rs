@@ -68,6 +68,11 @@ impl Outcomes {
         self.0.handshake(direction, took, ok);
     }
 
+    /// A handshake was refused, or a tunnel cut, over a revocation list.
+    pub(crate) fn revoked(&self, direction: Direction) {
+        self.0.revoked(direction);
+    }
+
     /// A tunnel ended otherwise than in order; its flows are told apart.
     pub fn tunnel_failed(&self, direction: Direction, error: &mesh_hbone::Error) {
         if let mesh_hbone::Error::Abuse(abuse) = error {

@@ -27,6 +27,7 @@ use crate::{
         upstream::Dialer,
     },
     state::State,
+    tunnels::Tunnels,
 };
 pub use crate::{
     connections::{ConnectionsDump, InboundConnection, OutboundConnection, Protocol},
@@ -192,6 +193,7 @@ pub(crate) struct PodContext {
     /// What the pod's tunnels on this worker may keep for readers that do not read.
     pub(crate) memory: Budget,
     pub(crate) connections: Connections,
+    pub(crate) tunnels: Rc<Tunnels>,
     pub(crate) handshakes: HandshakeSlots,
     pub(crate) retries: RetryBudget,
     pub(crate) worker: WorkerHandle,
@@ -201,7 +203,9 @@ pub(crate) struct PodContext {
 impl Part {
     async fn run(self, arrivals: mpsc::Receiver<Accepted>, home: Option<(Vec<listeners::Listener>, Placement)>) {
         let Self { shared, info, netns, sockets, transparent, ports, connections, worker, drain } = self;
+        let tunnels = Rc::new(Tunnels::new(shared.identities.clone(), shared.outcomes.clone()));
         let dialer = Dialer {
+            tunnels: tunnels.clone(),
             config: shared.config.clone(),
             identities: shared.identities.clone(),
             outcomes: shared.outcomes.clone(),
@@ -220,6 +224,7 @@ impl Part {
             pool,
             memory,
             connections,
+            tunnels,
             handshakes: HandshakeSlots::default(),
             retries: RetryBudget::default(),
             worker,
@@ -250,6 +255,7 @@ impl PodContext {
         }
         let mut versions = self.shared.state.versions();
         let mut policies = PolicySet::default();
+        let mut trust = self.shared.identities.trust().changes();
         let watcher = self.drain.clone();
         let mut stopped = std::pin::pin!(watcher.stopped());
         let mut listening = true;
@@ -258,6 +264,7 @@ impl PodContext {
                 biased;
                 () = &mut stopped => break,
                 Ok(()) = versions.changed() => self.reevaluate(&mut policies).await,
+                Ok(()) = trust.changed() => self.reverify().await,
                 Some(done) = flows.join_next(), if !flows.is_empty() => report_panic(done),
                 accepted = arrivals.recv(), if listening => match accepted {
                     Some(accepted) => proxy::serve(self.clone(), accepted, &mut flows),
@@ -266,6 +273,13 @@ impl PodContext {
             }
         }
         flows.shutdown().await;
+    }
+
+    async fn reverify(&self) {
+        let cut = self.tunnels.reverify().await;
+        if cut > 0 {
+            tracing::info!(pod = &*self.info.name, namespace = &*self.info.namespace, cut, "trust change");
+        }
     }
 
     /// Asks again about open inbound flows when the policies in force for this pod are others than `last` time. By the workload as it is

@@ -15,6 +15,9 @@ pub enum Error {
     /// The peer did not wait for the answer to its CONNECT.
     #[error("the peer has given up")]
     Abandoned,
+    /// The tunnel's owner ended it; see [`crate::Cut`].
+    #[error("{message}")]
+    Cut { reason: Reason, message: &'static str },
     /// The connector did not produce a TLS stream.
     #[error("{message}")]
     Dial { reason: Reason, message: String, source: Option<Cause> },
@@ -50,7 +53,7 @@ impl Error {
 
     pub fn reason(&self) -> Reason {
         match self {
-            Self::Dial { reason, .. } => *reason,
+            Self::Cut { reason, .. } | Self::Dial { reason, .. } => *reason,
             Self::Abandoned
             | Self::AnswerTimeout(_)
             | Self::GoAway
@@ -74,10 +77,17 @@ impl Error {
             Self::Dial { reason, .. } => {
                 matches!(
                     reason,
-                    Reason::Connect | Reason::ConnectTimeout | Reason::NetworkPolicy | Reason::Tls | Reason::Tunnel
+                    Reason::Connect
+                        | Reason::ConnectTimeout
+                        | Reason::NetworkPolicy
+                        | Reason::Revoked
+                        | Reason::Tls
+                        | Reason::Tunnel
                 )
             }
-            Self::GoAway
+            // The next tunnel's handshake decides anew.
+            Self::Cut { .. }
+            | Self::GoAway
             | Self::AnswerTimeout(_)
             | Self::HandshakeTimeout(_)
             | Self::Silent(_)

@@ -13,6 +13,7 @@
 pub mod client;
 mod config;
 pub mod connect;
+mod cut;
 mod driver;
 pub mod engine;
 mod error;
@@ -25,6 +26,7 @@ pub mod tls;
 
 pub use config::{ELEPHANT, KeepAlive, Settings};
 pub use connect::{ConnectRequest, ConnectResponse};
+pub use cut::Cut;
 pub use engine::{
     flow::{Budget, Process},
     limits::Abuse,

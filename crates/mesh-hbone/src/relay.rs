@@ -129,7 +129,7 @@ impl Relay {
     fn both_ways(&mut self, tunnel: &TunnelStream, cx: &mut Context<'_>) -> Result<bool, Failure> {
         // First, so that a reset is not taken for the end of data.
         match tunnel.link.peer_reset(tunnel.id, cx) {
-            Some(PeerReset::Broken) => return Err(of_tunnel(io::ErrorKind::ConnectionReset.into())),
+            Some(PeerReset::Broken) => return Err(of_tunnel(tunnel.link.broken_by())),
             // Nothing more can be sent; what was received decides how it ends.
             Some(PeerReset::Stopped) if self.up == Up::Open => self.up = Up::Stopped,
             Some(PeerReset::Stopped) | None => {}
@@ -231,7 +231,7 @@ impl Relay {
                 }
                 Fill::Full => return Ok(true),
                 Fill::Source(error) => return Err(of_tcp(error)),
-                Fill::Gone => return Err(of_tunnel(io::ErrorKind::ConnectionReset.into())),
+                Fill::Gone => return Err(of_tunnel(tunnel.link.broken_by())),
             }
         }
         // A flow that is always readable must not starve the others of its worker.

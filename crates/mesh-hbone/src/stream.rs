@@ -70,10 +70,6 @@ impl TunnelStream {
     }
 }
 
-fn gone() -> io::Error {
-    io::ErrorKind::ConnectionReset.into()
-}
-
 impl AsyncRead for TunnelStream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         if buf.remaining() == 0 {
@@ -106,7 +102,7 @@ impl AsyncWrite for TunnelStream {
         match filled {
             Fill::Sent { bytes, .. } => Poll::Ready(Ok(bytes)),
             Fill::Full => Poll::Pending,
-            Fill::Eof | Fill::Empty | Fill::Source(_) | Fill::Gone => Poll::Ready(Err(gone())),
+            Fill::Eof | Fill::Empty | Fill::Source(_) | Fill::Gone => Poll::Ready(Err(self.link.broken_by())),
         }
     }
 

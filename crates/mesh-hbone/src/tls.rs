@@ -6,9 +6,12 @@ use rustls::{ClientConfig, ServerConfig};
 use rustls_pki_types::{CertificateDer, ServerName};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-use crate::engine::{
-    handshake::{Established, Handshake, HandshakeError},
-    tunnel::MAX_RECORD,
+use crate::{
+    cut::Cut,
+    engine::{
+        handshake::{Established, Handshake, HandshakeError},
+        tunnel::MAX_RECORD,
+    },
 };
 
 /// What a tunnel runs on: a TCP connection, or a stream of another tunnel.
@@ -24,6 +27,7 @@ pub struct Secured {
     pub(crate) established: Established,
     /// Records that came behind the handshake.
     pub(crate) leftover: Vec<u8>,
+    pub(crate) cut: Cut,
 }
 
 impl std::fmt::Debug for Secured {
@@ -36,6 +40,11 @@ impl Secured {
     /// Leaf first.
     pub fn peer_certificates(&self) -> &[CertificateDer<'static>] {
         &self.established.peer_certificates
+    }
+
+    /// By which the tunnel that will run on this can be ended.
+    pub fn cut(&self) -> Cut {
+        self.cut.clone()
     }
 }
 
@@ -82,7 +91,7 @@ async fn shake_hands(mut io: impl Transport + 'static, mut handshake: Handshake)
         }
     }
     let established = handshake.finish().map_err(invalid)?;
-    Ok(Secured { io: Box::pin(io), established, leftover: input })
+    Ok(Secured { io: Box::pin(io), established, leftover: input, cut: Cut::new() })
 }
 
 fn invalid(error: HandshakeError) -> io::Error {

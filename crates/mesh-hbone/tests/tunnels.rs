@@ -11,7 +11,7 @@ use bytes::Bytes;
 use http::{HeaderMap, Response, StatusCode};
 use mesh_core::reason::Reason;
 use mesh_hbone::{
-    Budget, Error, LocalBoxFuture, PoolConfig, ResetReason, Settings, TunnelKey, TunnelStream, client, relay,
+    Budget, Error, LocalBoxFuture, PoolConfig, ResetReason, Secured, Settings, TunnelKey, TunnelStream, client, relay,
     server::{self, Handler, Malformed, Request, Responder},
     tls,
 };
@@ -676,6 +676,42 @@ async fn a_tunnel_runs_inside_another_and_ends_with_its_stream() {
         assert!(matches!(serving.await.unwrap(), Ok(())));
         tokio::time::sleep(Duration::from_secs(5)).await;
         assert_eq!(mesh.pool.snapshot()[0].streams, [], "the outer stream is over too");
+    })
+    .await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tunnel_that_is_cut_ends_its_streams_with_the_reason_and_those_of_tunnels_inside_it() {
+    /// Both ends of the one stream of a tunnel.
+    async fn open(near: Secured, far: Secured) -> (TunnelStream, TunnelStream) {
+        let (handler, mut accepted) = Accepting::new();
+        spawn_local(async move {
+            let (_drain, watcher) = drain::channel();
+            server::serve(far, &quiet(), Budget::default(), watcher, handler).await
+        });
+        let (stream, _) = client::connect_once(near, &quiet(), Budget::default(), &request()).await.unwrap();
+        (stream, accepted.recv().await.unwrap())
+    }
+    local(async {
+        for nested in [false, true] {
+            let (near, far) = secured_pair().await;
+            let cut = near.cut();
+            let (mut near, mut far) = open(near, far).await;
+            if nested {
+                let (inner_near, inner_far) = support::secure(near, far).await;
+                (near, far) = open(inner_near, inner_far).await;
+            }
+            ping(&mut near, &mut far).await;
+            assert!(!cut.is_over());
+            cut.cut(Reason::Revoked, "not any more");
+            let error = near.read(&mut [0]).await.unwrap_err();
+            let said = error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()).expect("ours");
+            assert_eq!((said.reason(), said.to_string()), (Reason::Revoked, "not any more".to_owned()));
+            assert_eq!(far.read(&mut [0]).await.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+            drop((near, far));
+            settle().await;
+            assert!(cut.is_over());
+        }
     })
     .await;
 }

@@ -242,11 +242,36 @@ fn write(path: &Path, text: &str) -> Result<(), AuthorityError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use rcgen::{CertificateRevocationListParams, KeyIdMethod, RevocationReason, RevokedCertParams};
     use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
     use super::*;
     use crate::csr::Csr;
+
+    /// PEM of a list that revokes `certificates`, issued `now` and to be replaced an hour later.
+    pub(crate) fn revocation_list(
+        authority: &SigningAuthority,
+        certificates: &[CertificateDer<'_>],
+        now: SystemTime,
+    ) -> String {
+        let at = rcgen::date_time_ymd(1970, 1, 1) + now.duration_since(SystemTime::UNIX_EPOCH).unwrap();
+        let revoked = certificates.iter().map(|certificate| RevokedCertParams {
+            serial_number: SerialNumber::from_slice(X509Certificate::from_der(certificate).unwrap().1.raw_serial()),
+            revocation_time: at,
+            reason_code: Some(RevocationReason::KeyCompromise),
+            invalidity_date: None,
+        });
+        let params = CertificateRevocationListParams {
+            this_update: at,
+            next_update: at + Duration::from_secs(3600),
+            crl_number: SerialNumber::from(1_u64),
+            issuing_distribution_point: None,
+            revoked_certs: revoked.collect(),
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        params.signed_by(&authority.issuer).unwrap().pem().unwrap()
+    }
 
     fn identity() -> Identity {
         Identity::new("cluster.local", "demo", "client")

@@ -1,6 +1,11 @@
 //! The certificate service of a control plane: `istio.v1.auth.IstioCertificateService` over TLS.
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    io,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use hyper_util::rt::TokioIo;
 use mesh_core::identity::Identity;
@@ -23,7 +28,7 @@ use tonic::{
 
 use crate::{
     ca::{BoxFuture, CaClient, CaError},
-    tls::provider,
+    tls::{ControlTls, control_client},
 };
 
 /// For one request, connecting included.
@@ -62,6 +67,7 @@ pub struct ControlPlane {
     pub headers: Vec<(String, String)>,
     /// Accepted when the serving certificate does not name the address's host.
     pub alternative_name: Option<String>,
+    pub tls: ControlTls,
 }
 
 /// An address, header or name in the configuration that cannot be used.
@@ -112,7 +118,8 @@ impl ControlPlane {
             .http2_keep_alive_interval(Duration::from_secs(30))
             .keep_alive_timeout(Duration::from_secs(10))
             .keep_alive_while_idle(true);
-        Ok((endpoint, Dialer { roots: self.roots.clone(), name, alternative: alternative.transpose()? }))
+        let alternative = alternative.transpose()?;
+        Ok((endpoint, Dialer { roots: self.roots.clone(), name, alternative, tls: self.tls }))
     }
 
     /// What goes with each request: the headers, and the token as it is now.
@@ -159,7 +166,14 @@ pub struct GrpcCaConfig {
 #[derive(Clone, Debug)]
 pub struct GrpcCa {
     config: Arc<GrpcCaConfig>,
+    connection: Arc<Mutex<Connection>>,
+}
+
+#[derive(Debug)]
+struct Connection {
     channel: Channel,
+    /// The file of roots when the channel was made; unknown before the first request.
+    roots: Option<Vec<u8>>,
 }
 
 impl GrpcCa {
@@ -169,7 +183,25 @@ impl GrpcCa {
     /// Names what in the configuration cannot be used.
     pub fn new(config: GrpcCaConfig) -> Result<Self, ControlPlaneError> {
         let channel = config.server.channel()?;
-        Ok(Self { config: Arc::new(config), channel })
+        Ok(Self { config: Arc::new(config), connection: Arc::new(Mutex::new(Connection { channel, roots: None })) })
+    }
+
+    /// The channel, or a new one when the file of roots is another since: what was dialled under the old ones is not trusted on their
+    /// word. A file that cannot be read, or holds no root, changes nothing yet.
+    async fn channel(&self) -> Channel {
+        let roots = match &self.config.server.roots {
+            RootSource::Pem(_) => None,
+            source => source.pem().await.ok().filter(|pem| !certificates(pem).is_empty()),
+        };
+        let connection = &mut *self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        let replaced = roots.is_some() && connection.roots.is_some() && roots != connection.roots;
+        if replaced && let Ok(channel) = self.config.server.channel() {
+            tracing::info!(address = self.config.server.address, "the CA's trust roots have changed; connecting anew");
+            connection.channel = channel;
+        }
+        let before = connection.roots.take();
+        connection.roots = roots.or(before);
+        connection.channel.clone()
     }
 
     async fn request(&self, identity: Identity, csr: String) -> Result<Vec<String>, CaError> {
@@ -180,7 +212,7 @@ impl GrpcCa {
         };
         let mut request = Request::new(body);
         *request.metadata_mut() = self.config.server.metadata()?;
-        let mut client = IstioCertificateServiceClient::new(self.channel.clone());
+        let mut client = IstioCertificateServiceClient::new(self.channel().await);
         match tokio::time::timeout(DEADLINE, client.create_certificate(request)).await {
             Ok(Ok(answer)) => Ok(answer.into_inner().cert_chain),
             Ok(Err(status)) => Err(self.explain(&status)),
@@ -221,6 +253,7 @@ struct Dialer {
     roots: RootSource,
     name: ServerName<'static>,
     alternative: Option<ServerName<'static>>,
+    tls: ControlTls,
 }
 
 impl Dialer {
@@ -242,11 +275,12 @@ impl Dialer {
     async fn tls(&self) -> io::Result<Arc<ClientConfig>> {
         let mut roots = RootCertStore::empty();
         roots.add_parsable_certificates(self.roots().await?);
-        let strict = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider()).build();
+        let (provider, versions) = control_client(self.tls);
+        let strict = WebPkiServerVerifier::builder_with_provider(Arc::new(roots), provider.clone()).build();
         let strict = strict.map_err(|_| io::Error::other(format!("no usable root in {:?}", self.roots)))?;
-        let mut config = ClientConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .expect("the provider has TLS 1.3 suites")
+        let mut config = ClientConfig::builder_with_provider(provider)
+            .with_protocol_versions(versions)
+            .expect("the provider has suites of each version")
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(EitherName { strict, alternative: self.alternative.clone() }))
             .with_no_client_auth();
@@ -255,15 +289,24 @@ impl Dialer {
     }
 
     async fn roots(&self) -> io::Result<Vec<CertificateDer<'static>>> {
-        let pem = match &self.roots {
-            RootSource::Pem(pem) => pem.clone().into_bytes(),
-            RootSource::File(path) => tokio::fs::read(path)
-                .await
-                .map_err(|e| io::Error::new(e.kind(), format!("cannot read trust roots {}: {e}", path.display())))?,
-            RootSource::System => system_roots().await?,
-        };
-        Ok(CertificateDer::pem_slice_iter(&pem).filter_map(Result::ok).collect())
+        Ok(certificates(&self.roots.pem().await?))
     }
+}
+
+impl RootSource {
+    async fn pem(&self) -> io::Result<Vec<u8>> {
+        match self {
+            Self::Pem(pem) => Ok(pem.clone().into_bytes()),
+            Self::File(path) => tokio::fs::read(path)
+                .await
+                .map_err(|e| io::Error::new(e.kind(), format!("cannot read trust roots {}: {e}", path.display()))),
+            Self::System => system_roots().await,
+        }
+    }
+}
+
+fn certificates(pem: &[u8]) -> Vec<CertificateDer<'static>> {
+    CertificateDer::pem_slice_iter(pem).filter_map(Result::ok).collect()
 }
 
 async fn system_roots() -> io::Result<Vec<u8>> {
@@ -322,132 +365,4 @@ impl ServerCertVerifier for EitherName {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::SystemTime;
-
-    use proto::ca::{
-        IstioCertificateResponse,
-        istio_certificate_service_server::{IstioCertificateService, IstioCertificateServiceServer},
-    };
-    use rustls::ServerConfig;
-    use rustls_pki_types::PrivateKeyDer;
-    use tokio_rustls::TlsAcceptor;
-    use tonic::Response;
-
-    use super::*;
-    use crate::{Config, Manager, Priority, authority::SigningAuthority};
-
-    /// Signs whom the metadata names, if the token is right.
-    struct Ca(Arc<SigningAuthority>);
-
-    #[tonic::async_trait]
-    impl IstioCertificateService for Ca {
-        async fn create_certificate(
-            &self,
-            request: Request<IstioCertificateRequest>,
-        ) -> Result<Response<IstioCertificateResponse>, Status> {
-            if request.metadata().get("authorization").is_none_or(|v| v != "Bearer secret") {
-                return Err(Status::unauthenticated("who are you?"));
-            }
-            let body = request.into_inner();
-            let fields = body.metadata.unwrap_or_default().fields;
-            let Some(prost_types::value::Kind::StringValue(identity)) =
-                fields.get("ImpersonatedIdentity").and_then(|v| v.kind.clone())
-            else {
-                return Err(Status::invalid_argument("no identity"));
-            };
-            let ttl = Duration::from_secs(body.validity_duration.unsigned_abs());
-            let cert_chain = self.0.sign(&body.csr, &identity.parse().unwrap(), ttl, SystemTime::now()).unwrap();
-            Ok(Response::new(IstioCertificateResponse { cert_chain }))
-        }
-    }
-
-    async fn serve(authority: Arc<SigningAuthority>) -> std::net::SocketAddr {
-        let server = authority
-            .server_certificate(&["istiod.test".to_owned()], Duration::from_secs(600), SystemTime::now())
-            .unwrap();
-        let config = ServerConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(server.chain, PrivateKeyDer::clone_key(&server.key))
-            .unwrap();
-        let acceptor = TlsAcceptor::from(Arc::new(config));
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let incoming = async_incoming(listener, acceptor);
-        tokio::spawn(
-            tonic::transport::Server::builder()
-                .add_service(IstioCertificateServiceServer::new(Ca(authority)))
-                .serve_with_incoming(incoming),
-        );
-        address
-    }
-
-    fn async_incoming(
-        listener: tokio::net::TcpListener,
-        acceptor: TlsAcceptor,
-    ) -> impl tokio_stream::Stream<Item = io::Result<tokio::io::DuplexStream>> {
-        futures_util::stream::unfold((listener, acceptor), |(listener, acceptor)| async move {
-            let (tcp, _) = listener.accept().await.ok()?;
-            // tonic knows no TLS streams of others, but it knows duplex ones.
-            let (near, mut far) = tokio::io::duplex(1 << 16);
-            let accepting = acceptor.accept(tcp);
-            tokio::spawn(async move {
-                let mut tls = accepting.await?;
-                tokio::io::copy_bidirectional(&mut tls, &mut far).await
-            });
-            Some((Ok(near), (listener, acceptor)))
-        })
-    }
-
-    fn config(address: std::net::SocketAddr, authority: &SigningAuthority, token: TokenSource) -> GrpcCaConfig {
-        GrpcCaConfig {
-            server: ControlPlane {
-                address: format!("https://{address}"),
-                roots: RootSource::Pem(authority.root_pem().to_owned()),
-                token,
-                headers: vec![("ClusterID".to_owned(), "Kubernetes".to_owned())],
-                alternative_name: Some("istiod.test".to_owned()),
-            },
-            ttl: Duration::from_secs(600),
-            impersonate: true,
-        }
-    }
-
-    #[tokio::test]
-    async fn fetches_a_certificate_and_reads_the_token_anew_each_time() {
-        let authority = Arc::new(SigningAuthority::generate("cluster.local").unwrap());
-        let address = serve(authority.clone()).await;
-        let dir = tempfile::tempdir().unwrap();
-        let token = dir.path().join("token");
-        std::fs::write(&token, "wrong\n").unwrap();
-        let ca = GrpcCa::new(config(address, &authority, TokenSource::File(token.clone()))).unwrap();
-        let identity = Identity::new("cluster.local", "demo", "client");
-        let csr = crate::csr::Csr::generate(&identity).unwrap().pem;
-        let refused = ca.sign(&identity, csr).await.unwrap_err();
-        assert!(refused.to_string().contains("who are you?"), "{refused}");
-
-        std::fs::write(&token, "secret\n").unwrap();
-        let (manager, task) = Manager::new(Config::default(), Arc::new(ca));
-        let task = tokio::spawn(task);
-        let svid = manager.certificate(&identity, Priority::RealTime).await.unwrap();
-        assert_eq!(svid.identity, identity);
-        drop(manager);
-        task.await.unwrap();
-    }
-
-    #[tokio::test]
-    async fn says_which_root_or_name_did_not_fit() {
-        let authority = Arc::new(SigningAuthority::generate("cluster.local").unwrap());
-        let stranger = SigningAuthority::generate("cluster.local").unwrap();
-        let address = serve(authority.clone()).await;
-        let identity = Identity::new("cluster.local", "demo", "client");
-        let ca = GrpcCa::new(config(address, &stranger, TokenSource::None)).unwrap();
-        let error = ca.sign(&identity, String::new()).await.unwrap_err().to_string();
-        assert!(error.contains("cannot reach the CA at https://127.0.0.1") && error.contains("certificate"), "{error}");
-        let mut bad = config(address, &authority, TokenSource::None);
-        bad.server.address = "not an address".to_owned();
-        assert!(GrpcCa::new(bad).unwrap_err().to_string().contains("address `not an address` is not usable"));
-    }
-}
+mod tests;

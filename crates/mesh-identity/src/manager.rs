@@ -23,21 +23,27 @@ use crate::{
     ca::{CaClient, CaError},
     csr::{Csr, CsrError},
     schedule::Schedule,
+    store::KeyStore,
     svid::{Svid, SvidError},
+    trust::Trust,
 };
 
 /// Commands waiting for the task; askers wait beyond it.
 const COMMANDS: usize = 1024;
 
-/// Where the manager gets time from; certificates are judged by the wall clock.
+/// Where the manager gets time from (certificates are judged by the wall clock), and what goes for all its certificates.
 #[derive(Clone)]
 pub struct Config {
     pub clock: Arc<dyn Fn() -> SystemTime + Send + Sync>,
+    /// How the certificates are used.
+    pub trust: Arc<Trust>,
+    /// Where certificates outlive the process.
+    pub store: Option<Arc<KeyStore>>,
 }
 
 impl Default for Config {
     fn default() -> Self {
-        Self { clock: Arc::new(SystemTime::now) }
+        Self { clock: Arc::new(SystemTime::now), trust: Arc::default(), store: None }
     }
 }
 
@@ -118,9 +124,15 @@ impl Manager {
     pub fn new(config: Config, ca: Arc<dyn CaClient>) -> (Self, impl Future<Output = ()> + Send + 'static) {
         let (commands, queue) = mpsc::channel(COMMANDS);
         let shared = Arc::new(Shared::default());
+        let kept = config.store.iter().flat_map(|store| store.load((config.clock)(), &config.trust));
+        let kept: HashMap<Identity, Svid> = kept.map(|svid| (svid.identity.clone(), svid)).collect();
         let task = Task {
             ca,
             clock: config.clock.clone(),
+            trust: config.trust.clone(),
+            store: config.store.clone(),
+            generation: kept.values().map(|svid| svid.generation).max().unwrap_or(0),
+            kept,
             started: Instant::now(),
             shared: shared.clone(),
             schedule: Schedule::default(),
@@ -128,7 +140,6 @@ impl Manager {
             waiters: HashMap::new(),
             attempts: JoinSet::new(),
             in_flight: HashMap::new(),
-            generation: 0,
         };
         (Self { commands, shared, config }, task.run(queue))
     }
@@ -152,6 +163,11 @@ impl Manager {
     pub fn cached(&self, identity: &Identity) -> Option<Arc<Svid>> {
         let entries = self.shared.entries.load();
         entries.get(identity)?.svid.clone().filter(|svid| svid.is_valid_at((self.config.clock)()))
+    }
+
+    /// What all its certificates are used by.
+    pub fn trust(&self) -> &Arc<Trust> {
+        &self.config.trust
     }
 
     /// Fetches ahead of need. A full queue loses the hint, which costs a later connection the wait.
@@ -182,6 +198,10 @@ impl Manager {
 struct Task {
     ca: Arc<dyn CaClient>,
     clock: Arc<dyn Fn() -> SystemTime + Send + Sync>,
+    trust: Arc<Trust>,
+    store: Option<Arc<KeyStore>>,
+    /// From before the start, until somebody wants them: their pods may be gone.
+    kept: HashMap<Identity, Svid>,
     started: Instant,
     shared: Arc<Shared>,
     schedule: Schedule,
@@ -223,6 +243,10 @@ impl Task {
             drop(reply.map(|reply| reply.send(Ok(svid))));
             return;
         }
+        if let Some(svid) = self.adopt(&identity) {
+            drop(reply.map(|reply| reply.send(Ok(svid))));
+            return;
+        }
         self.schedule.want(&identity, priority, self.started.elapsed());
         if let Some(reply) = reply {
             self.waiters.entry(identity.clone()).or_default().push(reply);
@@ -233,7 +257,34 @@ impl Task {
         }
     }
 
+    /// The certificate that was kept for this identity, taken into use.
+    fn adopt(&mut self, identity: &Identity) -> Option<Arc<Svid>> {
+        let now = (self.clock)();
+        let svid = Arc::new(self.kept.remove(identity).filter(|svid| svid.is_valid_at(now))?);
+        let life = svid.not_after.duration_since(now).unwrap_or_default();
+        self.schedule.adopt(identity, life, rand::random(), self.started.elapsed());
+        tracing::debug!(%identity, ?life, "certificate from before the start");
+        let entry = Entry { identity: identity.clone(), state: EntryState::Available, svid: Some(svid.clone()) };
+        self.entries.insert(identity.clone(), entry);
+        self.publish();
+        Some(svid)
+    }
+
+    /// What nobody wanted in time.
+    fn drop_expired(&mut self, now: SystemTime) {
+        let store = &self.store;
+        self.kept.retain(|identity, svid| {
+            let valid = svid.is_valid_at(now);
+            if !valid {
+                store.iter().for_each(|store| store.remove(identity));
+            }
+            valid
+        });
+    }
+
     fn forget(&mut self, identity: &Identity) {
+        self.kept.remove(identity);
+        self.store.iter().for_each(|store| store.remove(identity));
         self.schedule.forget(identity);
         self.answer(identity, &Err(IdentityError::Forgotten));
         if self.entries.remove(identity).is_some() {
@@ -245,7 +296,8 @@ impl Task {
         while let Some(identity) = self.schedule.start(self.started.elapsed()) {
             self.generation += 1;
             let (ca, generation, wanted) = (self.ca.clone(), self.generation, identity.clone());
-            let attempt = self.attempts.spawn(async move { fetch(&*ca, &wanted, generation).await });
+            let trust = self.trust.clone();
+            let attempt = self.attempts.spawn(async move { fetch(&*ca, &wanted, generation, trust).await });
             self.in_flight.insert(attempt.id(), identity);
         }
     }
@@ -255,6 +307,7 @@ impl Task {
         let (id, result) = done.unwrap_or_else(|error| (error.id(), Err(FetchError::Aborted)));
         let Some(identity) = self.in_flight.remove(&id) else { return };
         let now = (self.clock)();
+        self.drop_expired(now);
         match result {
             Ok(svid) if !svid.is_valid_at(now) => self.failed(identity, Arc::new(FetchError::Expired), now),
             Ok(svid) => self.succeeded(identity, Arc::new(svid), now),
@@ -270,9 +323,15 @@ impl Task {
         }
         tracing::debug!(%identity, ?life, "certificate ready");
         self.answer(&identity, &Ok(svid.clone()));
+        // A few kilobytes, to memory where the operator chose well: not worth another thread.
+        self.store.iter().for_each(|store| store.save(&svid));
+        let roots = svid.roots.clone();
         let entry = Entry { identity: identity.clone(), state: EntryState::Available, svid: Some(svid) };
-        self.entries.insert(identity, entry);
+        let before = self.entries.insert(identity, entry).and_then(|entry| entry.svid);
         self.publish();
+        if before.is_none_or(|before| before.roots != roots) {
+            self.trust.changed();
+        }
     }
 
     fn failed(&mut self, identity: Identity, error: Arc<FetchError>, now: SystemTime) {
@@ -302,10 +361,10 @@ impl Task {
     }
 }
 
-async fn fetch(ca: &dyn CaClient, identity: &Identity, generation: u64) -> Result<Svid, FetchError> {
+async fn fetch(ca: &dyn CaClient, identity: &Identity, generation: u64, trust: Arc<Trust>) -> Result<Svid, FetchError> {
     let csr = Csr::generate(identity)?;
     let answer = ca.sign(identity, csr.pem).await?;
-    Ok(Svid::new(identity.clone(), csr.key, &answer, generation)?)
+    Ok(Svid::trusting(identity.clone(), csr.key, &answer, generation, trust)?)
 }
 
 async fn sleep_until(due: Option<Instant>) {
@@ -316,129 +375,4 @@ async fn sleep_until(due: Option<Instant>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::{
-        sync::{Mutex, atomic::AtomicUsize},
-        time::Duration,
-    };
-
-    use super::*;
-    use crate::{authority::SigningAuthority, ca::BoxFuture};
-
-    const TTL: Duration = Duration::from_secs(10);
-    const ANSWER_TIME: Duration = Duration::from_millis(50);
-
-    /// A CA on a paused clock that can be made to refuse.
-    struct FakeCa {
-        authority: SigningAuthority,
-        clock: Arc<dyn Fn() -> SystemTime + Send + Sync>,
-        asked: AtomicUsize,
-        down: Mutex<bool>,
-    }
-
-    impl CaClient for FakeCa {
-        fn sign(&self, identity: &Identity, csr_pem: String) -> BoxFuture<'_, Result<Vec<String>, CaError>> {
-            let identity = identity.clone();
-            Box::pin(async move {
-                self.asked.fetch_add(1, Ordering::SeqCst);
-                tokio::time::sleep(ANSWER_TIME).await;
-                if *self.down.lock().unwrap() {
-                    return Err(CaError::Refused("down".to_owned()));
-                }
-                Ok(self.authority.sign(&csr_pem, &identity, TTL, (self.clock)()).unwrap())
-            })
-        }
-    }
-
-    fn start() -> (Manager, Arc<FakeCa>, tokio::task::JoinHandle<()>) {
-        let (origin, base) = (Instant::now(), SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
-        let clock: Arc<dyn Fn() -> SystemTime + Send + Sync> = Arc::new(move || base + origin.elapsed());
-        let authority = SigningAuthority::generate("cluster.local").unwrap();
-        let ca =
-            Arc::new(FakeCa { authority, clock: clock.clone(), asked: AtomicUsize::new(0), down: Mutex::new(false) });
-        let (manager, task) = Manager::new(Config { clock }, ca.clone());
-        (manager, ca, tokio::spawn(task))
-    }
-
-    fn identity() -> Identity {
-        Identity::new("cluster.local", "demo", "client")
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn many_waiters_share_one_request() {
-        let (manager, ca, _task) = start();
-        let (manager, identity) = (&manager, &identity());
-        let all = futures_util::future::join_all((0..50).map(|_| manager.certificate(identity, Priority::RealTime)));
-        let generations: Vec<u64> = all.await.into_iter().map(|svid| svid.unwrap().generation).collect();
-        assert_eq!(generations, [1; 50]);
-        assert_eq!(ca.asked.load(Ordering::SeqCst), 1);
-        assert_eq!(manager.entries()[0].state, EntryState::Available);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn ten_second_certificates_never_lapse() {
-        let (manager, ca, _task) = start();
-        let mut last = manager.certificate(&identity(), Priority::RealTime).await.unwrap().generation;
-        for _ in 0..120 {
-            tokio::time::sleep(Duration::from_secs(1)).await;
-            let svid = manager.cached(&identity()).expect("a valid certificate at every moment");
-            assert!(svid.generation >= last);
-            last = svid.generation;
-        }
-        let asked = ca.asked.load(Ordering::SeqCst);
-        assert!((12..=25).contains(&asked), "{asked} requests in two minutes");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_valid_certificate_survives_failed_renewals() {
-        let (manager, ca, _task) = start();
-        let first = manager.certificate(&identity(), Priority::RealTime).await.unwrap();
-        *ca.down.lock().unwrap() = true;
-        tokio::time::sleep(Duration::from_millis(9500)).await;
-        assert!(ca.asked.load(Ordering::SeqCst) > 1, "renewal was tried");
-        assert!(Arc::ptr_eq(&manager.cached(&identity()).unwrap(), &first));
-        assert_eq!(manager.entries()[0].state, EntryState::Available);
-        tokio::time::sleep(Duration::from_secs(10)).await;
-        assert!(manager.cached(&identity()).is_none(), "an expired certificate is not handed out");
-        *ca.down.lock().unwrap() = false;
-        assert!(manager.certificate(&identity(), Priority::RealTime).await.unwrap().generation > first.generation);
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn failure_reaches_every_waiter_and_a_later_connection_shortens_the_back_off() {
-        let (manager, ca, _task) = start();
-        *ca.down.lock().unwrap() = true;
-        let (a, b) = (identity(), identity());
-        let (a, b) =
-            tokio::join!(manager.certificate(&a, Priority::RealTime), manager.certificate(&b, Priority::RealTime));
-        assert!(a.is_err() && b.is_err());
-        // Let the back-off grow, then ask: the answer comes long before the next planned attempt.
-        tokio::time::sleep(Duration::from_secs(300)).await;
-        *ca.down.lock().unwrap() = false;
-        let asked = Instant::now();
-        manager.certificate(&identity(), Priority::RealTime).await.unwrap();
-        assert!(asked.elapsed() <= Duration::from_millis(1100));
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn forgetting_answers_waiters_and_stops_renewal() {
-        let (manager, ca, _task) = start();
-        let (waiter, identity) = (manager.clone(), identity());
-        let wanted = identity.clone();
-        let waiting = tokio::spawn(async move { waiter.certificate(&wanted, Priority::RealTime).await });
-        tokio::time::sleep(ANSWER_TIME / 2).await;
-        manager.forget(&identity);
-        assert!(matches!(waiting.await.unwrap(), Err(IdentityError::Forgotten)));
-        tokio::time::sleep(Duration::from_secs(60)).await;
-        assert_eq!(ca.asked.load(Ordering::SeqCst), 1);
-        assert!(manager.entries().is_empty());
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn the_task_ends_with_its_last_handle() {
-        let (manager, _ca, task) = start();
-        manager.warm(identity());
-        drop(manager);
-        task.await.unwrap();
-    }
-}
+mod tests;

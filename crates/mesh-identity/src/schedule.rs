@@ -75,8 +75,13 @@ impl Schedule {
         slot.failures = 0;
         slot.failed_at = None;
         slot.priority = Priority::Background;
-        slot.due = now + life.mul_f64(0.5 + 0.3 * random);
+        slot.due = now + renewal(life, random);
         true
+    }
+
+    /// A certificate with `life` left came from elsewhere: to be renewed like one that was fetched.
+    pub(crate) fn adopt(&mut self, identity: &Identity, life: Duration, random: f64, now: Duration) {
+        self.slots.entry(identity.clone()).or_insert_with(|| Slot::new(now + renewal(life, random)));
     }
 
     /// The attempt failed; the next waits about 1 s, doubling to 150 s, but no later than half of what the held certificate has left.
@@ -107,9 +112,13 @@ impl Schedule {
     }
 }
 
+fn renewal(life: Duration, random: f64) -> Duration {
+    life.mul_f64(0.5 + 0.3 * random)
+}
+
 impl Slot {
-    fn new(now: Duration) -> Self {
-        Self { priority: Priority::Background, due: now, in_flight: false, failures: 0, failed_at: None }
+    fn new(due: Duration) -> Self {
+        Self { priority: Priority::Background, due, in_flight: false, failures: 0, failed_at: None }
     }
 }
 

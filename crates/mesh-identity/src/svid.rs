@@ -9,7 +9,11 @@ use mesh_core::identity::Identity;
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer, pem::PemObject};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
-use crate::{tls::ConfigCache, verify::peer_identity};
+use crate::{
+    tls::ConfigCache,
+    trust::Trust,
+    verify::{Anchors, peer_identity},
+};
 
 /// One generation of an identity's certificate. TLS configurations made of it live exactly as long as it does.
 pub struct Svid {
@@ -62,23 +66,54 @@ impl Svid {
         answer: &[String],
         generation: u64,
     ) -> Result<Self, SvidError> {
+        Self::trusting(identity, key, answer, generation, Arc::default())
+    }
+
+    /// [`Self::new`], to be used as `trust` says.
+    ///
+    /// # Errors
+    /// As [`Self::new`].
+    pub fn trusting(
+        identity: Identity,
+        key: PrivatePkcs8KeyDer<'static>,
+        answer: &[String],
+        generation: u64,
+        trust: Arc<Trust>,
+    ) -> Result<Self, SvidError> {
         let (roots, chain) = answer.split_last().ok_or(SvidError::Empty)?;
         if chain.is_empty() {
             return Err(SvidError::NoRoot);
         }
         let chain = chain.iter().enumerate().map(|(i, pem)| one(i, pem)).collect::<Result<Vec<_>, _>>()?;
         let roots = bundle(chain.len(), roots)?;
+        Self::from_parts(identity, key, chain, roots, generation, trust)
+    }
+
+    /// The same from parts: `chain` leaf first, without root.
+    pub(crate) fn from_parts(
+        identity: Identity,
+        key: PrivatePkcs8KeyDer<'static>,
+        chain: Vec<CertificateDer<'static>>,
+        roots: Vec<CertificateDer<'static>>,
+        generation: u64,
+        trust: Arc<Trust>,
+    ) -> Result<Self, SvidError> {
         let got = peer_identity(&chain);
         if got.as_ref() != Some(&identity) {
             return Err(SvidError::WrongIdentity { wanted: identity, got });
         }
-        let (not_before, not_after) = validity(&chain[0]).ok_or(SvidError::Malformed(0))?;
-        let configs = ConfigCache::new(&identity.trust_domain, &chain, &key, &roots)?;
+        let (not_before, not_after) = chain.first().and_then(validity).ok_or(SvidError::Malformed(0))?;
+        let configs = ConfigCache::new(&identity.trust_domain, &chain, &key, &roots, trust)?;
         Ok(Self { identity, chain, key, roots: Arc::new(roots), not_before, not_after, generation, configs })
     }
 
     pub fn is_valid_at(&self, now: SystemTime) -> bool {
         now < self.not_after
+    }
+
+    /// What peers of this workload are verified by.
+    pub fn anchors(&self) -> &Arc<Anchors> {
+        &self.configs.anchors
     }
 
     /// The private key, PKCS #8.
@@ -117,9 +152,18 @@ pub(crate) mod tests {
     use crate::{authority::SigningAuthority, csr::Csr};
 
     pub(crate) fn issue(authority: &SigningAuthority, identity: &Identity, ttl: Duration) -> Arc<Svid> {
+        issue_trusting(authority, identity, ttl, Arc::default())
+    }
+
+    pub(crate) fn issue_trusting(
+        authority: &SigningAuthority,
+        identity: &Identity,
+        ttl: Duration,
+        trust: Arc<Trust>,
+    ) -> Arc<Svid> {
         let csr = Csr::generate(identity).unwrap();
         let chain = authority.sign(&csr.pem, identity, ttl, SystemTime::now()).unwrap();
-        Arc::new(Svid::new(identity.clone(), csr.key, &chain, 1).unwrap())
+        Arc::new(Svid::trusting(identity.clone(), csr.key, &chain, 1, trust).unwrap())
     }
 
     #[test]

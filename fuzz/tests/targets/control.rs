@@ -97,6 +97,7 @@ impl Server {
             token: TokenSource::None,
             headers: Vec::new(),
             alternative_name: None,
+            tls: mesh_identity::ControlTls::default(),
         };
         let channel = runtime.block_on(client.connect()).expect("a channel");
         Self { runtime, _running: running, _folder: folder, channel }

@@ -67,6 +67,18 @@ target!(certificate, |bytes: &[u8]| {
     }
 });
 
+target!(crl, |bytes: &[u8]| {
+    if let Ok(crls) = mesh_identity::crl::Crls::parse(bytes) {
+        assert!(crls.overdue(std::time::SystemTime::now()).count() <= crls.len());
+    }
+});
+
+target!(kept_certificate, |bytes: &[u8]| {
+    if let Some(kept) = mesh_identity::store::decode(bytes) {
+        assert_eq!(mesh_identity::store::encode(&kept), bytes);
+    }
+});
+
 target!(frame, |bytes: &[u8]| {
     if let Some(packet) = capture::parse(bytes) {
         assert!(bytes.len() >= packet.payload.len() + 14 + 20, "more payload than frame");

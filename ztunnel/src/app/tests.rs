@@ -172,3 +172,53 @@ fn only_an_owner_waits_for_listeners() {
     assert!(!Role::Standby.waits_for().contains(&"proxy"));
     assert!(Role::Relieved.waits_for().is_empty());
 }
+
+/// Never signs.
+struct DeadCa;
+
+impl CaClient for DeadCa {
+    fn sign(&self, _: &Identity, _: String) -> BoxFuture<'_, Result<Vec<String>, CaError>> {
+        Box::pin(std::future::ready(Err(CaError::Refused("dead".to_owned()))))
+    }
+}
+
+#[tokio::test]
+async fn certificates_outlive_a_restart_when_told_where() {
+    let above = tempfile::tempdir().unwrap();
+    let folder = above.path().join("keys");
+    let config = || {
+        let mut config = Config::default_for_tests();
+        config.trust.keys_dir = Some(folder.clone());
+        config
+    };
+    let authority = Arc::new(TestCa(SigningAuthority::generate("cluster.local").unwrap()));
+    let identity = Identity::new("cluster.local", "demo", "test");
+    let certificate = async |app: &App| {
+        app.shared.identities.certificate(&identity, mesh_identity::Priority::RealTime).await.unwrap().chain.clone()
+    };
+    let app = App::start_with_ca(config(), authority).await.unwrap();
+    let before = certificate(&app).await;
+    app.stop().await;
+    let app = App::start_with_ca(config(), Arc::new(DeadCa)).await.unwrap();
+    assert_eq!(certificate(&app).await, before);
+    app.stop().await;
+    std::fs::set_permissions(&folder, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let error = App::start_with_ca(config(), Arc::new(DeadCa)).await.err().expect("open to others");
+    let text = format!("{error:#}");
+    assert!(text.starts_with("FAIRWAY_KEYS_DIR: ") && text.ends_with("expected 0700"), "{text}");
+}
+
+#[tokio::test]
+async fn revocation_lists_are_followed_from_the_start() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = Config::default_for_tests();
+    config.trust.crl_path = Some(folder.path().join("ca-crl.pem"));
+    let app = App::start_with_ca(config, Arc::new(DeadCa)).await.unwrap();
+    let (_, metrics) = ask(app.stats, "GET /stats/prometheus").await;
+    assert!(metrics.contains("fairway_crl_loads_total{result=\"missing\"} 1"), "{metrics}");
+    let mut changes = app.shared.identities.trust().changes();
+    changes.borrow_and_update();
+    std::fs::write(folder.path().join("ca-crl.pem"), "").unwrap();
+    tokio::time::timeout(Duration::from_secs(60), changes.changed()).await.expect("followed").unwrap();
+    app.stop().await;
+}

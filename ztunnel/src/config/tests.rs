@@ -36,7 +36,7 @@ fn every_problem_is_reported_at_once() {
         ("PROXY_MODE", "dedicated"),
         ("PROXY_WORKLOAD_INFO", "demo/web"),
         ("HTTP2_FRAME_SIZE", "1"),
-        ("CRL_PATH", "/crl"),
+        ("COMPLIANCE_POLICY", "rot13"),
         ("ISTIO_METAJSON_X", "{"),
         ("LOG_FORMAT", "xml"),
         ("ZTUNNEL_WORKER_THREADS", "many"),

@@ -12,7 +12,7 @@ use std::{
 
 use foldhash::HashMap;
 use http::{HeaderMap, StatusCode};
-use mesh_core::{identity::Identity, workload::Workload};
+use mesh_core::{identity::Identity, reason::Reason, workload::Workload};
 use mesh_hbone::{
     LocalBoxFuture, Secured, TunnelStream,
     server::{self, Handler, Malformed, Request, Responder},
@@ -96,12 +96,18 @@ async fn authenticate(pod: &PodContext, client: TcpStream, peer: SocketAddr) -> 
     let started = Instant::now();
     let handshake = async {
         let certificate = pod.shared.identities.certificate(&local.identity(), Priority::RealTime).await;
-        let config = server_config(&certificate.map_err(ProxyError::Identity)?);
-        tls::accept(client, &config).await.map_err(ProxyError::Tls)
+        let certificate = certificate.map_err(ProxyError::Identity)?;
+        let judged = pod.tunnels.judged_by(&certificate);
+        let secured = tls::accept(client, &server_config(&certificate)).await.map_err(ProxyError::Tls)?;
+        pod.tunnels.add(&secured, Direction::Inbound, judged);
+        Ok(secured)
     };
     let done = timeout(HANDSHAKE_TIMEOUT, handshake).await;
     let done = done.unwrap_or(Err(ProxyError::HandshakeTimeout(HANDSHAKE_TIMEOUT)));
     pod.shared.outcomes.handshake(Direction::Inbound, started.elapsed(), done.is_ok());
+    if done.as_ref().is_err_and(|error| error.reason() == Reason::Revoked) {
+        pod.shared.outcomes.revoked(Direction::Inbound);
+    }
     done
 }
 

@@ -1,6 +1,6 @@
 //! Trying a way without sending anything on it: for operators who ask why, on the path that connections take.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
 
 use mesh_core::{reason::Reason, select::Tunnel, workload::Workload};
 use mesh_hbone::{Connector as _, TunnelKey};
@@ -9,7 +9,7 @@ use mesh_runtime::workers::WorkerHandle;
 use tokio::{sync::oneshot, time::timeout};
 
 use super::upstream::{Dialer, open};
-use crate::{error::connect_reason, pods::Shared};
+use crate::{error::connect_reason, pods::Shared, tunnels::Tunnels};
 
 /// Shorter than connections wait: somebody is looking at a terminal.
 const CONNECT: Duration = Duration::from_secs(3);
@@ -79,10 +79,13 @@ impl Prober {
             accepted: tunnel.accepted,
             network: source.network.clone(),
         };
+        let (identities, outcomes) = (self.shared.identities.clone(), self.shared.outcomes.clone());
         let dialer = Dialer {
+            // Given up after the handshake: nobody needs to watch over it.
+            tunnels: Rc::new(Tunnels::new(identities.clone(), outcomes.clone())),
             config: self.shared.config.clone(),
-            identities: self.shared.identities.clone(),
-            outcomes: self.shared.outcomes.clone(),
+            identities,
+            outcomes,
             netns: self.netns,
             sockets: self.sockets,
         };

@@ -3,6 +3,7 @@
 use std::{
     fmt, io,
     net::{IpAddr, SocketAddr},
+    rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -22,11 +23,12 @@ use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
     config::Config,
-    error::{ProxyError, connect_reason, shared_cause},
+    error::{ProxyError, connect_reason, shared_cause, tls_reason},
     flow::{Beyond, Direction},
     outcome::Outcomes,
     pods::{PodContext, hbone_settings},
     proxy::{forward::FlowSocket, resolve},
+    tunnels::Tunnels,
 };
 
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -81,6 +83,7 @@ pub(crate) async fn open(
 
 /// Dials tunnels for one pod's pool.
 pub(crate) struct Dialer {
+    pub(crate) tunnels: Rc<Tunnels>,
     pub(crate) config: Arc<Config>,
     pub(crate) identities: Manager,
     pub(crate) outcomes: Outcomes,
@@ -95,7 +98,7 @@ impl Connector for Dialer {
             // The certificate first: without one there is no reason to knock.
             let certificate = certificate(&self.identities, &key.source_identity).await?;
             let tcp = self.dial(&key).await?;
-            secure(&self.outcomes, tcp, &certificate, &key.accepted, &key.destination).await
+            secure(&self.outcomes, &self.tunnels, tcp, &certificate, &key.accepted, &key.destination).await
         })
     }
 
@@ -108,20 +111,29 @@ impl Connector for Dialer {
 /// Mutual TLS as a client, to a peer that must be one of `accepted`.
 async fn secure(
     outcomes: &Outcomes,
+    tunnels: &Tunnels,
     io: impl Transport + 'static,
     certificate: &Arc<Svid>,
     accepted: &Arc<[Identity]>,
     peer: &dyn fmt::Display,
 ) -> Result<Secured, Error> {
     let config = client_config(certificate, accepted);
+    let judged = tunnels.judged_by(certificate);
     let started = Instant::now();
     let handshake = timeout(HANDSHAKE_TIMEOUT, tls::connect(io, &config, peer_name())).await;
     let finished = matches!(handshake, Ok(Ok(_)));
     outcomes.handshake(Direction::Outbound, started.elapsed(), finished);
     match handshake {
-        Ok(Ok(secured)) => Ok(secured),
+        Ok(Ok(secured)) => {
+            tunnels.add(&secured, Direction::Outbound, judged);
+            Ok(secured)
+        }
         Ok(Err(error)) => {
-            Err(Error::dial(Reason::Tls, format!("tls handshake with {peer} failed"), shared_cause(error)))
+            let reason = tls_reason(&error);
+            if reason == Reason::Revoked {
+                outcomes.revoked(Direction::Outbound);
+            }
+            Err(Error::dial(reason, format!("tls handshake with {peer} failed"), shared_cause(error)))
         }
         Err(_) => Err(Error::dial(Reason::Tls, format!("no TLS handshake within {HANDSHAKE_TIMEOUT:?}"), None)),
     }
@@ -138,7 +150,7 @@ pub(crate) async fn open_inside(
 ) -> Result<(TunnelStream, Beyond), Error> {
     let shared = &pod.shared;
     let certificate = certificate(&shared.identities, source).await?;
-    let secured = secure(&shared.outcomes, outer, &certificate, accepted, &request.authority).await?;
+    let secured = secure(&shared.outcomes, &pod.tunnels, outer, &certificate, accepted, &request.authority).await?;
     let identity = peer_identity(secured.peer_certificates());
     let settings = hbone_settings(&shared.config);
     let (stream, response) = connect_once(secured, &settings, pod.memory.clone(), request).await?;

@@ -6,6 +6,7 @@ mod mesh;
 mod networks;
 mod policy;
 mod strengths;
+mod trust;
 
 use std::net::IpAddr;
 

@@ -4,7 +4,7 @@
 use std::{
     collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, SocketAddr},
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
 
@@ -17,7 +17,7 @@ use mesh_core::{
     service::{AppProtocol, Service, ServicePort},
     workload::{PortMapping, TunnelProtocol, Workload},
 };
-use mesh_identity::{CaClient, CaError, Manager, authority::SigningAuthority};
+use mesh_identity::{CaClient, CaError, Manager, Trust, authority::SigningAuthority};
 use mesh_net::NetNs;
 use mesh_runtime::{drain::DrainMode, metrics::Registry, workers::Workers};
 use tokio::{
@@ -42,7 +42,19 @@ pub(crate) const BRIEF_TTL: Duration = Duration::from_secs(3);
 /// Generous: it only ends a test that would fail anyway.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-struct FakeCa(SigningAuthority);
+/// Signs with the authority of the moment.
+pub(crate) struct FakeCa(Mutex<Arc<SigningAuthority>>);
+
+impl FakeCa {
+    pub(crate) fn authority(&self) -> Arc<SigningAuthority> {
+        self.0.lock().expect("lock").clone()
+    }
+
+    /// From now on another authority signs.
+    pub(crate) fn replace(&self, authority: SigningAuthority) {
+        *self.0.lock().expect("lock") = Arc::new(authority);
+    }
+}
 
 impl CaClient for FakeCa {
     fn sign(
@@ -51,7 +63,7 @@ impl CaClient for FakeCa {
         csr_pem: String,
     ) -> mesh_identity::ca::BoxFuture<'_, Result<Vec<String>, CaError>> {
         let ttl = if &*identity.service_account == BRIEF { BRIEF_TTL } else { TTL };
-        let signed = self.0.sign(&csr_pem, identity, ttl, SystemTime::now());
+        let signed = self.authority().sign(&csr_pem, identity, ttl, SystemTime::now());
         Box::pin(std::future::ready(signed.map_err(|error| CaError::Refused(error.to_string()))))
     }
 }
@@ -60,6 +72,7 @@ impl CaClient for FakeCa {
 pub(crate) struct Mesh {
     pub(crate) state: State,
     pub(crate) identities: Manager,
+    pub(crate) ca: Arc<FakeCa>,
     task: JoinHandle<()>,
 }
 
@@ -85,11 +98,17 @@ pub(crate) fn identity(account: &str) -> Identity {
 impl Mesh {
     /// Without policies, and known to be complete.
     pub(crate) fn new() -> Self {
-        let ca = FakeCa(SigningAuthority::generate("cluster.local").expect("authority"));
-        let (identities, task) = Manager::new(mesh_identity::Config::default(), Arc::new(ca));
+        Self::trusting(Trust::default())
+    }
+
+    pub(crate) fn trusting(trust: Trust) -> Self {
+        let authority = SigningAuthority::generate("cluster.local").expect("authority");
+        let ca = Arc::new(FakeCa(Mutex::new(Arc::new(authority))));
+        let config = mesh_identity::Config { trust: Arc::new(trust), ..mesh_identity::Config::default() };
+        let (identities, task) = Manager::new(config, ca.clone());
         let state = State::new("".into());
         state.update(|index| index.set_policies_complete(true));
-        Self { state, identities, task: tokio::spawn(task) }
+        Self { state, identities, ca, task: tokio::spawn(task) }
     }
 
     pub(crate) async fn pod(&self, name: &str) -> Pod {

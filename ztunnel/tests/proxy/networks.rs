@@ -26,6 +26,7 @@ use ztunnel::pods::Protocol;
 use crate::{
     mesh::{HBONE_PORT, Mesh, Pod, expect_reset, identity, reset, samples, service},
     ping_pong,
+    trust::revoke,
 };
 
 const VIP: [u8; 4] = [240, 0, 0, 9];
@@ -173,6 +174,21 @@ async fn when_the_gateway_goes_both_applications_see_a_reset() {
     networks.forwarding.shutdown().await;
     expect_reset(&mut near).await;
     expect_reset(&mut far).await;
+}
+
+/// The server is known by the inner tunnel only, the gateway by the outer one.
+#[tokio::test]
+async fn a_flow_ends_when_either_tunnels_peer_is_revoked() {
+    for account in ["server", "gateway"] {
+        let networks = Networks::new(&["server"]).await;
+        let (mut near, mut far) = networks.open().await;
+        ping_pong(&mut near, &mut far).await;
+        revoke(&networks.mesh, account);
+        join!(expect_reset(&mut near), expect_reset(&mut far));
+        let metrics = networks.client.finish().await;
+        let flag = [r#"reporter="source""#, r#"response_flags="CERT_REVOKED""#];
+        assert_eq!(samples(&metrics, "istio_tcp_connections_closed_total", &flag).len(), 1, "{account}: {metrics}");
+    }
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use mesh_net::Progress;
 use smallvec::SmallVec;
 use tokio::net::TcpStream;
 
-use super::link::{Core, Link, Slot, register};
+use super::link::{Core, Link, Slot, broken_by, register};
 use crate::engine::frame::ErrorCode;
 
 /// The application's socket, and where its bytes are counted.
@@ -129,7 +129,8 @@ impl Link {
     /// Lets `write` take what has stalled, until that is empty. Then says whether more may come, and wakes the task when it does.
     ///
     /// # Errors
-    /// Those of `write`; `ConnectionReset` when the stream was reset or the tunnel is over.
+    /// Those of `write`; `ConnectionReset` when the stream was reset or the tunnel is over, or one that holds [`crate::Error::Cut`]
+    /// when that was our doing.
     pub(crate) fn poll_drain(
         &self,
         id: u32,
@@ -147,9 +148,8 @@ impl Link {
                 break match (slot.flow.ended, slot.flow.reset, &core.ended) {
                     // RFC 9113 §8.1: NO_ERROR says that the answer is complete, not that it failed.
                     (true, ..) | (false, Some(ErrorCode::NO_ERROR), _) => Poll::Ready(Ok(Drained::Ended)),
-                    (false, Some(_), _) | (false, None, Some(_)) => {
-                        Poll::Ready(Err(io::ErrorKind::ConnectionReset.into()))
-                    }
+                    (false, Some(_), _) => Poll::Ready(Err(io::ErrorKind::ConnectionReset.into())),
+                    (false, None, Some(error)) => Poll::Ready(Err(broken_by(Some(error)))),
                     (false, None, None) => {
                         register(&mut slot.reader, cx);
                         Poll::Ready(Ok(Drained::Open))

@@ -364,6 +364,11 @@ impl Link {
         }
     }
 
+    /// What a stream that broke under its owner reports: by whose doing, where that was ours.
+    pub(crate) fn broken_by(&self) -> io::Error {
+        broken_by(self.core().ended.as_ref())
+    }
+
     /// Resolves when the peer resets the stream or the tunnel ends.
     pub(crate) fn poll_abandoned(&self, id: u32, cx: &Context<'_>) -> Poll<()> {
         let core = &mut *self.core();
@@ -446,6 +451,13 @@ fn describe(id: u32, slot: &Slot) -> StreamSnapshot {
 pub(super) fn register(waker: &mut Option<Waker>, cx: &Context<'_>) {
     if !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
         *waker = Some(cx.waker().clone());
+    }
+}
+
+pub(super) fn broken_by(ended: Option<&Error>) -> io::Error {
+    match ended {
+        Some(error @ Error::Cut { .. }) => io::Error::other(error.clone()),
+        _ => io::ErrorKind::ConnectionReset.into(),
     }
 }
 

@@ -22,6 +22,7 @@ use super::{
 };
 use crate::{
     config::Settings,
+    cut::Cut,
     engine::{
         conn::{Conn, ConnError, Event, Role},
         flow::Budget,
@@ -69,6 +70,7 @@ pub(crate) struct Driver {
     /// Why the transport takes no more. What the peer has sent before it left is still read.
     unheard: Option<io::Error>,
     phase: Phase,
+    cut: Cut,
 }
 
 #[derive(Debug)]
@@ -83,7 +85,7 @@ enum Phase {
 
 impl Driver {
     pub(crate) fn new(secured: Secured, role: Role, settings: &Settings, budget: Budget) -> (Self, Rc<Link>) {
-        let Secured { io, established, leftover } = secured;
+        let Secured { io, established, leftover, cut } = secured;
         let mut out = Out::default();
         let conn = Conn::new(role, settings.local(), budget, &mut out);
         let tunnel = Tunnel::new(established.seal, established.open, established.post_handshake, conn, out);
@@ -96,6 +98,7 @@ impl Driver {
             leftover,
             unheard: None,
             phase: Phase::Running,
+            cut,
         };
         (driver, link)
     }
@@ -166,6 +169,12 @@ impl Driver {
         let link = self.link.clone();
         let core = &mut *link.core();
         core.driver = Some(cx.waker().clone());
+        if let Some(error) = self.cut.poll(cx.waker()) {
+            // Without a word: a peer that must not be talked to is not told good-bye.
+            core.end(error);
+            self.phase = Phase::Over;
+            return Poll::Ready(());
+        }
         let over = match self.turn(core, cx) {
             Ok(over) => over,
             Err(error) => {
@@ -231,7 +240,7 @@ impl Driver {
             core.end(match self.unheard.take() {
                 // However a peer leaves: between streams nothing is lost.
                 _ if whole => Error::GoAway,
-                Some(error) => lost(error),
+                Some(error) => transport_error(error),
                 None => lost("the peer closed the connection"),
             });
             return Ok(true);
@@ -439,10 +448,18 @@ impl From<TunnelError> for Failure {
 impl From<Failure> for Error {
     fn from(failure: Failure) -> Self {
         match failure {
-            Failure::Io(error) => lost(error),
+            Failure::Io(error) => transport_error(error),
             Failure::Tunnel(TunnelError::Connection(ConnError { abuse: Some(abuse), .. })) => Self::Abuse(abuse),
             Failure::Tunnel(TunnelError::Connection(ConnError { silent: true, why, .. })) => Self::Silent(why),
             Failure::Tunnel(error) => lost(error),
         }
+    }
+}
+
+/// A tunnel inside one that was cut was cut, too.
+fn transport_error(error: io::Error) -> Error {
+    match error.get_ref().and_then(|inner| inner.downcast_ref()) {
+        Some(Error::Cut { reason, message }) => Error::Cut { reason: *reason, message },
+        _ => lost(error),
     }
 }
