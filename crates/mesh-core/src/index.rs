@@ -25,7 +25,7 @@ use crate::{
     authorize::PolicySet,
     identity::Identity,
     policy::{Policy, Scope},
-    service::{Service, Visibility},
+    service::Service,
     workload::{NetworkMode, TunnelProtocol, Workload},
 };
 
@@ -243,8 +243,13 @@ impl Index {
         best(self.services_by_hostname.get(hostname)?, client_namespace)
     }
 
+    /// All services of a host name by key, whoever may see them.
+    pub fn services_by_hostname(&self, hostname: &str) -> &[Arc<Service>] {
+        self.services_by_hostname.get(hostname).map_or(&[], |bucket| bucket)
+    }
+
     /// All of a service's endpoints by uid, healthy or not, also when the service itself is not known yet.
-    pub fn endpoints(&self, service_key: &str) -> impl Iterator<Item = &Arc<Workload>> {
+    pub fn endpoints<'a>(&'a self, service_key: &str) -> impl Iterator<Item = &'a Arc<Workload>> + use<'a> {
         self.endpoints.get(service_key).into_iter().flat_map(|endpoints| endpoints.values())
     }
 
@@ -414,9 +419,8 @@ fn addresses(workload: &Workload) -> impl Iterator<Item = NetworkAddress> {
 
 /// Among the services of one key that the client may see: its own namespace's, then the canonical, then the smallest key.
 fn best<'a>(services: &'a [Arc<Service>], client_namespace: &str) -> Option<&'a Arc<Service>> {
-    let own = |service: &Service| *service.namespace == *client_namespace;
-    let visible = services.iter().filter(|s| own(s) || s.visibility == Visibility::Public);
-    visible.min_by_key(|s| (!own(s), !s.canonical))
+    let visible = services.iter().filter(|s| s.is_visible_to(client_namespace));
+    visible.min_by_key(|s| (*s.namespace != *client_namespace, !s.canonical))
 }
 
 fn scope_key(policy: &Policy) -> Option<Arc<str>> {

@@ -2,7 +2,8 @@
 //!
 //! Deliberately absent: I/O, clocks, async, protobuf, Kubernetes. Time and randomness are parameters, so every decision here can be
 //! replayed. Reading order follows a connection: [`index`] finds the parties, [`select`] picks the next hop, [`balance`] the
-//! endpoint, [`authorize`] decides, [`headers`] tells the far side, [`reason`] names what went wrong.
+//! endpoint, [`authorize`] decides, [`headers`] tells the far side, [`reason`] names what went wrong. Before it, [`names`] answers for
+//! the names of the mesh.
 
 #![forbid(unsafe_code)]
 
@@ -12,6 +13,7 @@ pub mod balance;
 pub mod headers;
 pub mod identity;
 pub mod index;
+pub mod names;
 pub mod origin;
 pub mod policy;
 pub mod reason;

@@ -36,6 +36,11 @@ impl Service {
         format!("{}/{}", self.namespace, self.hostname).into()
     }
 
+    /// Whether clients of this namespace are told of it.
+    pub fn is_visible_to(&self, namespace: &str) -> bool {
+        self.visibility == Visibility::Public || *self.namespace == *namespace
+    }
+
     pub fn new(namespace: impl Into<Arc<str>>, name: impl Into<Arc<str>>, hostname: impl Into<Arc<str>>) -> Self {
         Self {
             name: name.into(),

@@ -8,6 +8,7 @@ use crate::{
     origin::Origin,
     policy::Action,
     reason::Reason,
+    service::Visibility,
 };
 
 fn workload(name: &str, change: impl FnOnce(&mut Workload)) -> Arc<Workload> {
