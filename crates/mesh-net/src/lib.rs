@@ -1,7 +1,7 @@
 //! Sockets, namespaces, netlink, byte copy: what the programs ask of the Linux kernel, and the one home of `unsafe`.
 //!
 //! Modules in the order a node comes to life: [`isolate`] puts a program into namespaces of its own, [`netns`] and [`link`]
-//! build networks, [`nft`] captures traffic, [`unix`] passes namespaces between processes, [`sockets`] opens what carries the
+//! build networks, [`nft`] captures traffic, [`conntrack`] says where it was meant to go, [`unix`] passes namespaces between processes, [`sockets`] opens what carries the
 //! traffic, [`mod@copy`] moves its bytes, [`limits`] bounds how many, and [`capture`] looks at it on the wire.
 
 pub mod isolate;
@@ -9,6 +9,7 @@ pub mod netns;
 
 mod netlink;
 
+pub mod conntrack;
 pub mod link;
 pub mod nft;
 

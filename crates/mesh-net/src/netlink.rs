@@ -247,6 +247,27 @@ impl Socket {
         }
     }
 
+    /// The one message that answers a request.
+    pub(crate) fn get(&mut self, mut message: Message) -> Result<Reply, NetlinkError> {
+        message.add_flags(REQUEST);
+        self.sequence += 1;
+        let sequence = self.sequence;
+        self.send(message.finish(sequence)).map_err(|e| NetlinkError::new(message.what.clone(), e))?;
+        loop {
+            for reply in self.receive().map_err(|e| NetlinkError::new(message.what.clone(), e))? {
+                match i32::from(reply.kind) {
+                    _ if reply.sequence != sequence => {}
+                    libc::NLMSG_ERROR => {
+                        let (errno, text) = error_of(&reply);
+                        let source = io::Error::from_raw_os_error(errno);
+                        return Err(NetlinkError { what: message.what, text, source });
+                    }
+                    _ => return Ok(reply),
+                }
+            }
+        }
+    }
+
     /// Everything a dump request yields. Repeated when the kernel says that the state changed underneath.
     pub(crate) fn dump(&mut self, build: impl Fn() -> Message) -> Result<Vec<Reply>, NetlinkError> {
         for _ in 0..4 {

@@ -24,6 +24,7 @@ use crate::{
 mod expr;
 mod rule;
 
+pub(crate) use expr::octets;
 pub use expr::{AddressType, Cmp, Ct, CtState, Direction, Expr, Meta, Nat, Payload, Verdict};
 pub use rule::Rule;
 
@@ -190,7 +191,7 @@ impl Batch {
                 for element in elements {
                     m.nest(LIST_ELEMENT, |m| {
                         m.nest(ELEMENT_KEY, |m| {
-                            m.attr(DATA_VALUE, &expr::octets(*element));
+                            m.attr(DATA_VALUE, &octets(*element));
                         });
                     });
                 }

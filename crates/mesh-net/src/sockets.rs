@@ -4,7 +4,7 @@
 
 use std::{
     io,
-    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener},
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket},
     os::fd::AsFd,
     time::Duration,
 };
@@ -55,7 +55,7 @@ pub fn listen_tcp(
     backlog: i32,
     options: &SocketOptions,
 ) -> io::Result<(TcpListener, bool)> {
-    let socket = new_socket(ns, addr)?;
+    let socket = new_socket(ns, addr, Type::STREAM, Protocol::TCP)?;
     if addr.is_ipv6() {
         socket.set_only_v6(addr.ip() != IpAddr::V6(Ipv6Addr::UNSPECIFIED))?;
     }
@@ -77,10 +77,47 @@ pub fn tcp_socket(
     options: &SocketOptions,
 ) -> io::Result<Socket> {
     let dest = canonical(dest);
-    let socket = new_socket(ns, dest)?;
+    let socket = new_socket(ns, dest, Type::STREAM, Protocol::TCP)?;
     apply(&socket, options)?;
     if let Some(source) = bind_source.map(|ip| ip.to_canonical()).filter(|ip| *ip != dest.ip()) {
         spoof(&socket, source)?;
+    }
+    Ok(socket)
+}
+
+/// Receives datagrams for `addr` inside `ns` (`None`: the thread's own); non-blocking. An IPv6 socket takes IPv6 only. Of `options`, mark
+/// and port sharing apply.
+pub fn listen_udp(ns: Option<&NetNs>, addr: SocketAddr, options: &SocketOptions) -> io::Result<UdpSocket> {
+    let socket = udp(ns, addr, options)?;
+    if addr.is_ipv6() {
+        socket.set_only_v6(true)?;
+    }
+    socket.set_reuse_port(options.reuse_port)?;
+    socket.bind(&addr.into())?;
+    Ok(socket.into())
+}
+
+/// Exchanges datagrams with `dest` and nobody else, from inside `ns` and a port of the kernel's choice; non-blocking. Never shares its
+/// port: another's answers must not arrive here. `own`: the address to send from. Of `options`, the mark applies.
+pub fn udp_socket(
+    ns: Option<&NetNs>,
+    own: Option<IpAddr>,
+    dest: SocketAddr,
+    options: &SocketOptions,
+) -> io::Result<UdpSocket> {
+    let dest = canonical(dest);
+    let socket = udp(ns, dest, options)?;
+    if let Some(own) = own {
+        socket.bind(&SocketAddr::new(own, 0).into())?;
+    }
+    socket.connect(&dest.into())?;
+    Ok(socket.into())
+}
+
+fn udp(ns: Option<&NetNs>, addr: SocketAddr, options: &SocketOptions) -> io::Result<Socket> {
+    let socket = new_socket(ns, addr, Type::DGRAM, Protocol::UDP)?;
+    if let Some(mark) = options.mark {
+        socket.set_mark(mark)?;
     }
     Ok(socket)
 }
@@ -134,8 +171,8 @@ pub fn canonical(addr: SocketAddr) -> SocketAddr {
     SocketAddr::new(addr.ip().to_canonical(), addr.port())
 }
 
-fn new_socket(ns: Option<&NetNs>, addr: SocketAddr) -> io::Result<Socket> {
-    let open = || Socket::new(Domain::for_address(addr), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP));
+fn new_socket(ns: Option<&NetNs>, addr: SocketAddr, kind: Type, protocol: Protocol) -> io::Result<Socket> {
+    let open = || Socket::new(Domain::for_address(addr), kind.nonblocking().cloexec(), Some(protocol));
     match ns {
         Some(ns) => ns.run(open)?,
         None => open(),
@@ -222,6 +259,22 @@ mod tests {
         drop(listener);
         let socket = tcp_socket(None, None, dest, &SocketOptions::default()).expect("socket");
         assert_eq!(connect(socket, dest, LIMIT).await.expect_err("refused").kind(), io::ErrorKind::ConnectionRefused);
+    }
+
+    #[tokio::test]
+    async fn a_datagram_socket_hears_its_destination_only() {
+        let listen = || listen_udp(None, ([127, 0, 0, 1], 0).into(), &SocketOptions::default()).expect("listen");
+        let (server, stranger) = (listen(), listen());
+        let dest = server.local_addr().expect("address");
+        let own = Some([127, 0, 0, 1].into());
+        let client = udp_socket(None, own, dest, &SocketOptions::default()).expect("socket");
+        let client = tokio::net::UdpSocket::from_std(client).expect("register");
+        let back = client.local_addr().expect("address");
+        stranger.send_to(b"spoofed", back).expect("send");
+        server.send_to(b"answer", back).expect("send");
+        let mut buffer = [0; 16];
+        let length = client.recv(&mut buffer).await.expect("receive");
+        assert_eq!(&buffer[..length], b"answer");
     }
 
     #[tokio::test]

@@ -11,6 +11,7 @@ use std::{
 use mesh_net::{
     NetNs, SocketOptions, Transparent,
     capture::{FrameSocket, TcpHeader, parse},
+    conntrack::Conntrack,
     isolate::{Isolated, PodSandbox, kill_group, test_main},
     link::{Family as RuleFamily, Netlink, Route, RouteKind, Rule as RoutingRule},
     nft::{Batch, Chain, ChainType, CtState, Expr, Family, Hook, Nft, Rule, SetKey},
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         ("pods_on_a_bridge_reach_each_other", pods_on_a_bridge_reach_each_other),
         ("routes_and_rules_read_back_as_written", routes_and_rules_read_back_as_written),
         ("a_redirected_connection_knows_where_it_wanted_to_go", a_redirected_connection_knows_where_it_wanted_to_go),
+        ("a_redirected_datagram_is_known_by_where_it_was_sent", a_redirected_datagram_is_known_by_where_it_was_sent),
         ("a_refused_change_leaves_the_rules_untouched", a_refused_change_leaves_the_rules_untouched),
         ("every_expression_is_accepted_by_the_kernel", every_expression_is_accepted_by_the_kernel),
         ("destination_nat_by_set_reaches_the_endpoint", destination_nat_by_set_reaches_the_endpoint),
@@ -180,6 +182,31 @@ fn a_redirected_connection_knows_where_it_wanted_to_go() {
     }
     let rules = nft.rules(Family::Inet, "t").expect("rules");
     assert_eq!((rules[0].comment.as_str(), rules[0].packets, rules.len()), ("redirect", Some(2), 1));
+    drop(server);
+}
+
+fn a_redirected_datagram_is_known_by_where_it_was_sent() {
+    let (client, server) = two_pods();
+    let mut batch = Batch::new(Family::Inet);
+    batch.replace_table("t");
+    batch.add_chain("t", &Chain::base("out", ChainType::Nat, Hook::Output, -100));
+    batch.add_chain("t", &Chain::base("zone", ChainType::Filter, Hook::Output, -300));
+    batch.add_rule("t", "out", &Rule::new("redirect").udp().dport(53).redirect(15053));
+    batch.add_rule("t", "zone", &Rule::new("apart").udp().dport(99).set_ct_zone(1));
+    Nft::in_ns(&client).expect("netlink").apply(batch).expect("apply");
+    let mut tracked = Conntrack::in_ns(&client).expect("netlink");
+    for (own, dest) in [("127.0.0.1:15053", "10.1.1.2:53"), ("[::1]:15053", "[fd00::2]:53")] {
+        let own: SocketAddr = own.parse().expect("address");
+        let dest: SocketAddr = dest.parse().expect("address");
+        let proxy = sockets::listen_udp(Some(&client), own, &SocketOptions::default()).expect("listen");
+        proxy.set_nonblocking(false).expect("blocking");
+        let application = sockets::udp_socket(Some(&client), None, dest, &SocketOptions::default()).expect("socket");
+        application.send(b"?").expect("send");
+        let (_, peer) = proxy.recv_from(&mut [0; 8]).expect("receive");
+        assert_eq!(tracked.udp_destination(peer, own).expect("look up"), Some(dest));
+        let stranger = SocketAddr::new(peer.ip(), 9);
+        assert_eq!(tracked.udp_destination(stranger, own).expect("look up"), None);
+    }
     drop(server);
 }
 

@@ -85,6 +85,7 @@ pub enum Ct {
     State = 0,
     Direction = 1,
     Mark = 3,
+    Zone = 17,
 }
 
 /// Bits of [`Ct::State`].
@@ -317,7 +318,7 @@ pub(super) fn protocol(ip: IpAddr) -> u8 {
     if ip.is_ipv4() { 2 } else { 10 }
 }
 
-pub(super) fn octets(ip: IpAddr) -> Vec<u8> {
+pub(crate) fn octets(ip: IpAddr) -> Vec<u8> {
     match ip {
         IpAddr::V4(ip) => ip.octets().to_vec(),
         IpAddr::V6(ip) => ip.octets().to_vec(),

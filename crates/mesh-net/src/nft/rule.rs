@@ -197,6 +197,12 @@ impl Rule {
         self.with([Expr::LoadCt(Ct::Mark), change, Expr::StoreCt(Ct::Mark)])
     }
 
+    /// The packet is tracked among those of this zone only, apart from equal ones of other zones. Before connection tracking looks at it:
+    /// in a chain of priority -300.
+    pub fn set_ct_zone(self, zone: u16) -> Self {
+        self.with([Expr::LoadValue(zone.to_ne_bytes().to_vec()), Expr::StoreCt(Ct::Zone)])
+    }
+
     /// The packet takes the mark of its connection.
     pub fn restore_mark(self) -> Self {
         self.with([Expr::LoadCt(Ct::Mark), Expr::StoreMeta(Meta::Mark)])
