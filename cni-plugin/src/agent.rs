@@ -65,9 +65,6 @@ impl Config {
     pub fn from_env(vars: &dyn Vars) -> Result<Self, Problems> {
         let env = Reader::new(vars);
         let path = |name: &str, default: &str| PathBuf::from(env.string(name, default));
-        if env.bool("AMBIENT_DNS_CAPTURE", false) {
-            env.problem("AMBIENT_DNS_CAPTURE", "true", "false: there is no DNS proxy yet");
-        }
         let json = env.string("LOG_FORMAT", "plain") == "json";
         let config = Self {
             node: env.required("NODE_NAME", "the name of this node"),
@@ -75,6 +72,7 @@ impl Config {
             run_dir: path("CNI_AGENT_RUN_DIR", "/var/run/istio-cni"),
             excluded_namespaces: list(&env.raw("EXCLUDE_NAMESPACES").unwrap_or_else(|| "kube-system".into())),
             options: Options {
+                dns: env.bool("AMBIENT_DNS_CAPTURE", true),
                 ipv6: env.bool("AMBIENT_IPV6", true),
                 probe_v4: env.parse::<Ipv4Addr>("HOST_PROBE_SNAT_IP", model::PROBE_V4, "an IPv4 address"),
                 probe_v6: env.parse::<Ipv6Addr>("HOST_PROBE_SNAT_IPV6", model::PROBE_V6, "an IPv6 address"),
@@ -222,7 +220,7 @@ mod tests {
 
     #[test]
     fn every_problem_of_the_environment_is_named() {
-        let vars = [("AMBIENT_DNS_CAPTURE", "true"), ("FAIRWAY_ADMIN_ADDR", "here"), ("HOST_PROBE_SNAT_IP", "::1")];
+        let vars = [("AMBIENT_DNS_CAPTURE", "perhaps"), ("FAIRWAY_ADMIN_ADDR", "here"), ("HOST_PROBE_SNAT_IP", "::1")];
         let vars: HashMap<String, String> = vars.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         let problems = Config::from_env(&vars).expect_err("problems").to_string();
         for name in

@@ -474,19 +474,26 @@ fn workload(pod: &Pod, netns: Option<NetNs>) -> Workload {
 /// The annotations that change a pod's rules. One that cannot be read is ignored with a warning.
 pub fn options_of(pod: &Pod, defaults: &Options) -> Options {
     let mut options = defaults.clone();
-    match pod.annotations.get("ambient.istio.io/bypass-inbound-capture").map(String::as_str) {
-        None | Some("false") => {}
-        Some("true") => options.inbound = false,
-        Some(other) => {
-            let value = other.to_owned();
-            tracing::warn!(pod = pod.name, value, "bypass-inbound-capture must be \"true\" or \"false\"; ignored");
-        }
+    if let Some(bypass) = switch(pod, "ambient.istio.io/bypass-inbound-capture") {
+        options.inbound = !bypass;
+    }
+    if let Some(dns) = switch(pod, "ambient.istio.io/dns-capture") {
+        options.dns = dns;
     }
     if let Some(interfaces) = pod.annotations.get("istio.io/reroute-virtual-interfaces") {
         let names = interfaces.split(',').map(str::trim).filter(|name| !name.is_empty() && name.len() < 16);
         options.reroute_interfaces = names.map(str::to_owned).collect();
     }
     options
+}
+
+fn switch(pod: &Pod, annotation: &str) -> Option<bool> {
+    let value = pod.annotations.get(annotation)?;
+    let read = value.parse().ok();
+    if read.is_none() {
+        tracing::warn!(pod = pod.name, annotation, value, "must be \"true\" or \"false\"; ignored");
+    }
+    read
 }
 
 fn step_name(step: Step) -> &'static str {
@@ -514,6 +521,8 @@ mod tests {
         };
         assert!(!with("ambient.istio.io/bypass-inbound-capture", "true").inbound);
         assert!(with("ambient.istio.io/bypass-inbound-capture", "perhaps").inbound);
+        assert!(!with("ambient.istio.io/dns-capture", "false").dns);
+        assert!(with("ambient.istio.io/dns-capture", "no").dns);
         let reroute = with("istio.io/reroute-virtual-interfaces", "vm0, ,docker0,much-too-long-a-name");
         assert_eq!(reroute.reroute_interfaces, ["vm0", "docker0"]);
     }

@@ -1,6 +1,6 @@
 //! Connections of a namespace, from `/proc/net/tcp`: how many are captured, how many are older than the capture.
 
-use super::model::{HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT};
+use super::model::{DNS_PORT, HBONE_PORT, INBOUND_PORT, OUTBOUND_PORT};
 
 /// One row of the kernel's table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,7 +22,7 @@ impl Row {
 
     /// One of ztunnel's sockets that accepted a captured connection or a tunnel.
     pub fn is_captured(self) -> bool {
-        self.is_open() && [OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT].contains(&self.local_port)
+        self.is_open() && [OUTBOUND_PORT, INBOUND_PORT, HBONE_PORT, DNS_PORT].contains(&self.local_port)
     }
 
     /// A connection with the world that ztunnel has no part in.

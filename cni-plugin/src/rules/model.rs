@@ -3,7 +3,7 @@
 //!
 //! How a connection meets them: an application's SYN leaves through `output` and is redirected to ztunnel's port 15001; one that
 //! comes from outside enters through `prerouting` and is redirected to 15006, unless it is for 15008, where ztunnel listens itself.
-//! ztunnel's own packets carry [`PROXY_MARK`] and pass. When ztunnel connects to the application under the client's address, those
+//! A DNS query leaves through `output` too, and is redirected to 15053. ztunnel's own packets carry [`PROXY_MARK`] and pass. When ztunnel connects to the application under the client's address, those
 //! packets mark the connection ([`REPLY_MARK`]), the application's answers take that mark over, and policy routing sends them to `lo`
 //! and so back to ztunnel instead of out of the pod.
 
@@ -23,6 +23,11 @@ pub const MARK_MASK: u32 = 0xfff;
 pub const OUTBOUND_PORT: u16 = 15001;
 pub const INBOUND_PORT: u16 = 15006;
 pub const HBONE_PORT: u16 = 15008;
+pub const DNS_PORT: u16 = 15053;
+const DNS: u16 = 53;
+/// Of connection tracking, for the DNS of ztunnel itself: a query of its own must not be taken for the application's that had the same port
+/// before, and be redirected back to it.
+const DNS_ZONE: u16 = 1;
 /// What the host's own health probes look like in a pod.
 pub const PROBE_V4: Ipv4Addr = Ipv4Addr::new(169, 254, 7, 127);
 pub const PROBE_V6: Ipv6Addr = Ipv6Addr::new(0xfd16, 0x9254, 0x7127, 0x1337, 0xffff, 0xffff, 0xffff, 0xffff);
@@ -33,7 +38,7 @@ pub const RULE_PRIORITY: u32 = 32764;
 pub const FAMILY: Family = Family::Inet;
 pub const NAT: &str = "istio-ambient-nat";
 pub const MANGLE: &str = "istio-ambient-mangle";
-/// Only upstream's DNS capture makes it; removed along with ours.
+/// For the capture of DNS.
 pub const RAW: &str = "istio-ambient-raw";
 pub const PREROUTING: &str = "istio-prerouting";
 pub const OUTPUT: &str = "istio-output";
@@ -47,6 +52,8 @@ pub struct Options {
     pub inbound: bool,
     /// Interfaces of nested machines or containers: TCP arriving on them is the pod's outbound traffic.
     pub reroute_interfaces: Vec<String>,
+    /// Whether the applications' DNS queries go to ztunnel.
+    pub dns: bool,
     pub ipv6: bool,
     pub probe_v4: Ipv4Addr,
     pub probe_v6: Ipv6Addr,
@@ -54,7 +61,14 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        Self { inbound: true, reroute_interfaces: Vec::new(), ipv6: true, probe_v4: PROBE_V4, probe_v6: PROBE_V6 }
+        Self {
+            inbound: true,
+            reroute_interfaces: Vec::new(),
+            dns: true,
+            ipv6: true,
+            probe_v4: PROBE_V4,
+            probe_v6: PROBE_V6,
+        }
     }
 }
 
@@ -83,6 +97,9 @@ pub fn rules(options: &Options) -> Vec<Placed> {
         rules.extend(inbound(options));
     }
     rules.extend(outbound(options));
+    if options.dns {
+        rules.extend(dns_zone());
+    }
     for placed in &mut rules {
         placed.rule.comment = format!("{}#{:08x}", placed.rule.comment, digest(&format!("{:?}", placed.rule.exprs)));
     }
@@ -117,6 +134,9 @@ fn outbound(options: &Options) -> Vec<Placed> {
         let rule = Rule::new(named("probe-out", probe)).daddr(probe.into()).tcp().counter().accept();
         rules.push(placed(NAT, OUTPUT, rule));
     }
+    if options.dns {
+        rules.extend(dns(options));
+    }
     rules.push(placed(NAT, OUTPUT, Rule::new("replies").tcp().mark(REPLY_MARK, MARK_MASK).counter().accept()));
     for local in loopbacks(options) {
         // A pod that calls its own address stays inside.
@@ -129,6 +149,29 @@ fn outbound(options: &Options) -> Vec<Placed> {
         rules.push(placed(NAT, OUTPUT, rule));
     }
     rules
+}
+
+/// Queries to nameservers on `lo` are between the pod's own programs.
+fn dns(options: &Options) -> Vec<Placed> {
+    let redirect = |rule: Rule| rule.not_mark(PROXY_MARK, MARK_MASK).counter().redirect(DNS_PORT);
+    let udp = Rule::new("dns-udp").not_oifname("lo").udp().dport(DNS);
+    let mut rules = vec![placed(NAT, OUTPUT, redirect(udp))];
+    for local in loopbacks(options) {
+        let rule = Rule::new(named("dns-tcp", local)).not_daddr(local.into()).tcp().dport(DNS);
+        rules.push(placed(NAT, OUTPUT, redirect(new_connection(rule))));
+    }
+    rules
+}
+
+fn dns_zone() -> [Placed; 4] {
+    let query = from_proxy("dns-zone-query").udp().dport(DNS).counter().set_ct_zone(DNS_ZONE);
+    let answer = Rule::new("dns-zone-answer").udp().sport(DNS).not_mark(PROXY_MARK, MARK_MASK);
+    [
+        placed(RAW, "prerouting", Rule::new("jump-prerouting").jump(PREROUTING)),
+        placed(RAW, "output", Rule::new("jump-output").jump(OUTPUT)),
+        placed(RAW, PREROUTING, answer.counter().set_ct_zone(DNS_ZONE)),
+        placed(RAW, OUTPUT, query),
+    ]
 }
 
 /// Connection tracking starts with these very rules, so a flow that is older than they are looks new at its next packet; only the
@@ -160,11 +203,19 @@ fn loopbacks(options: &Options) -> impl Iterator<Item = IpAddr> + use<> {
     [Some(Ipv4Addr::LOCALHOST.into()), v6].into_iter().flatten()
 }
 
-/// The chains of both tables.
-pub fn chains() -> Vec<(&'static str, Chain)> {
+/// The tables, in the order they are made.
+pub fn tables(options: &Options) -> Vec<&'static str> {
+    let raw = options.dns.then_some(RAW);
+    raw.into_iter().chain([MANGLE, NAT]).collect()
+}
+
+/// The chains of all tables.
+pub fn chains(options: &Options) -> Vec<(&'static str, Chain)> {
     let mangle = |name, kind, hook| (MANGLE, Chain::base(name, kind, hook, -150));
     let nat = |name, hook| (NAT, Chain::base(name, ChainType::Nat, hook, -100));
-    vec![
+    // Before connection tracking.
+    let raw = |name, hook| (RAW, Chain::base(name, ChainType::Filter, hook, -300));
+    let mut chains = vec![
         (MANGLE, Chain::regular(PREROUTING)),
         (MANGLE, Chain::regular(OUTPUT)),
         (MANGLE, Chain::regular(MANIFEST)),
@@ -175,17 +226,22 @@ pub fn chains() -> Vec<(&'static str, Chain)> {
         (NAT, Chain::regular(OUTPUT)),
         nat("prerouting", Hook::Prerouting),
         nat("output", Hook::Output),
-    ]
+    ];
+    if options.dns {
+        chains.extend([PREROUTING, OUTPUT].map(|name| (RAW, Chain::regular(name))));
+        chains.extend([raw("prerouting", Hook::Prerouting), raw("output", Hook::Output)]);
+    }
+    chains
 }
 
 /// Everything as one transaction that replaces whatever these tables held.
 pub fn batch(options: &Options) -> Batch {
     let mut batch = Batch::new(FAMILY);
     batch.remove_table(RAW);
-    for table in [MANGLE, NAT] {
+    for table in tables(options) {
         batch.replace_table(table);
     }
-    for (table, chain) in chains() {
+    for (table, chain) in chains(options) {
         batch.add_chain(table, &chain);
     }
     let rules = rules(options);
@@ -261,6 +317,9 @@ mod tests {
             [
                 "probe-out-v4",
                 "probe-out-v6",
+                "dns-udp",
+                "dns-tcp-v4",
+                "dns-tcp-v6",
                 "replies",
                 "own-address-v4",
                 "own-address-v6",
@@ -269,6 +328,8 @@ mod tests {
             ]
         );
         assert_eq!(names(&all, MANGLE, PREROUTING), ["mark-connection"]);
+        assert_eq!(names(&all, RAW, PREROUTING), ["dns-zone-answer"]);
+        assert_eq!(names(&all, RAW, OUTPUT), ["dns-zone-query"]);
         assert_eq!(names(&all, MANGLE, OUTPUT), ["restore-mark"]);
     }
 
@@ -279,6 +340,13 @@ mod tests {
         let v4 = Options { ipv6: false, ..Options::default() };
         assert!(rules(&v4).iter().all(|p| !p.rule.comment.contains("-v6")));
         assert_eq!(routing(1, false).len(), 1);
+    }
+
+    #[test]
+    fn without_dns_capture_port_53_is_as_any_other() {
+        let off = Options { dns: false, ..Options::default() };
+        assert!(rules(&off).iter().all(|p| p.table != RAW && !p.rule.comment.contains("dns")));
+        assert!(chains(&off).iter().all(|(table, _)| *table != RAW) && !tables(&off).contains(&RAW));
     }
 
     #[test]

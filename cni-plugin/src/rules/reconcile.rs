@@ -65,11 +65,13 @@ fn verify_exactly(ns: &NetNs, options: &Options) -> Result<()> {
 pub fn verify_installed(ns: &NetNs) -> Result<bool> {
     let mut nft = Nft::in_ns(ns)?;
     let Some(manifest) = manifest_of(&mut nft)? else {
-        let traces = nft.tables(FAMILY)?.into_iter().find(|t| t == NAT || t == MANGLE);
+        let traces = nft.tables(FAMILY)?.into_iter().find(|t| [NAT, MANGLE, RAW].contains(&t.as_str()));
         return traces.map_or(Ok(false), |t| Err(RulesError::Mismatch(format!("table {t} has no manifest"))));
     };
     let mut rules = nft.rules(FAMILY, MANGLE)?;
-    rules.extend(nft.rules(FAMILY, NAT)?);
+    for table in [NAT, RAW] {
+        rules.extend(nft.rules(FAMILY, table)?);
+    }
     rules.retain(|rule| rule.chain != MANIFEST);
     let ipv6 = model::manifest_has_ipv6(&manifest);
     let found = model::manifest(rules.iter().map(|r| (r.table.as_str(), r.chain.as_str(), r.comment.as_str())), ipv6);
