@@ -35,6 +35,7 @@ use crate::{
     discovery,
     inpod::manager::{Manager, PodTable, StartPod},
     local::Local,
+    lookup::Lookups,
     metrics::ControlMetrics,
     outcome::Outcomes,
     pods::{self, Shared},
@@ -199,6 +200,7 @@ impl App {
             state: state.clone(),
             identities: identities.clone(),
             outcomes: Outcomes::new(&registry),
+            lookups: Lookups::new(config.ipv6),
             memory: mesh_hbone::Process::default(),
             workers: workers.handles().to_vec(),
         });

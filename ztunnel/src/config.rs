@@ -21,6 +21,7 @@ use serde::{Serialize, Serializer};
 
 use crate::inpod::WorkloadInfo;
 
+pub mod dns;
 mod threads;
 mod trust;
 
@@ -68,6 +69,7 @@ pub struct Config {
     pub inpod_uds: PathBuf,
 
     pub ports: Ports,
+    pub dns: dns::Dns,
     /// Dedicated mode: bind everything to this address instead of the wildcard.
     pub local_address: Option<IpAddr>,
     pub ipv6: bool,
@@ -193,7 +195,8 @@ impl Config {
                 .into();
         let config = Self::from_env(&vars).expect("the literals above are valid");
         let ports = Ports { outbound: 0, inbound: 0, passthrough: 0, socks5: 0, admin: 0, stats: 0, readiness: 0 };
-        Self { ports, local_address: Some(Ipv4Addr::LOCALHOST.into()), workers: 1, ipv6: false, ..config }
+        let dns = dns::Dns { port: 0, ..config.dns };
+        Self { ports, dns, local_address: Some(Ipv4Addr::LOCALHOST.into()), workers: 1, ipv6: false, ..config }
     }
 
     fn read(r: &Reader<'_>) -> Self {
@@ -224,6 +227,7 @@ impl Config {
             secret_ttl: r.duration("SECRET_TTL", Duration::from_secs(24 * 3600)),
             inpod_uds: r.string("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock").into(),
             ports: Ports::default(),
+            dns: dns::Dns::read(r, &metadata(r)),
             local_address: local_address(r, mode),
             ipv6: r.bool("IPV6_ENABLED", true),
             reuse_port: r.bool("INPOD_PORT_REUSE", true) && shared,

@@ -11,7 +11,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mesh_core::reason::Reason;
+use mesh_core::{reason::Reason, workload::Workload};
 use mesh_hbone::Abuse;
 use mesh_runtime::{metrics::Registry, telemetry};
 use prometheus::{
@@ -20,7 +20,7 @@ use prometheus::{
     proto::{Counter, LabelPair, Metric, MetricFamily, MetricType},
 };
 
-use crate::flow::Direction;
+use crate::{dns::metrics::DnsMetrics, flow::Direction};
 
 pub mod labels;
 
@@ -40,6 +40,8 @@ pub struct Metrics {
     abuses: IntCounterVec,
     revocations: IntCounterVec,
     handshakes: HistogramVec,
+    pub(crate) dns: DnsMetrics,
+    lookups: IntCounterVec,
 }
 
 impl Metrics {
@@ -80,8 +82,13 @@ impl Metrics {
             "From the first byte of a TLS handshake to its end (unstable)",
         );
         let handshakes = registry.add(HistogramVec::new(handshakes.buckets(buckets), &["reporter", "result"]));
+        let lookups = registry.add(IntCounterVec::new(
+            Opts::new("istio_on_demand_dns_total", "Uses of hosts known by name only (unstable)"),
+            &labels::LOOKUP,
+        ));
+        let dns = DnsMetrics::new(registry);
         let sockets = [Direction::Inbound, Direction::Outbound].map(|d| sockets.with_label_values(&[d.reporter()]));
-        Self { traffic, sockets, failures, abuses, revocations, handshakes }
+        Self { traffic, sockets, failures, abuses, revocations, handshakes, dns, lookups }
     }
 
     pub fn sockets(&self, direction: Direction) -> &IntGauge {
@@ -93,6 +100,11 @@ impl Metrics {
 
     pub fn failed(&self, direction: Direction, reason: Reason) {
         self.failures.with_label_values(&[direction.reporter(), reason.as_str()]).inc();
+    }
+
+    pub fn looked_up(&self, source: &Workload, hostname: &str) {
+        let values = labels::lookup(source, hostname);
+        self.lookups.with_label_values(&values.each_ref().map(String::as_str)).inc();
     }
 
     pub fn abused(&self, direction: Direction, abuse: Abuse) {

@@ -16,6 +16,7 @@ use prometheus::IntGauge;
 use self::meter::Meter;
 use crate::{
     connections::Entry,
+    dns::metrics::DnsMetrics,
     error::ProxyError,
     flow::{Direction, Flow},
     metrics::{Metrics, TrafficLabels},
@@ -62,6 +63,15 @@ impl Outcomes {
         let gauge = self.0.sockets(direction).clone();
         gauge.inc();
         SocketGuard(gauge)
+    }
+
+    /// A host known by name only was looked up on behalf of `source`.
+    pub fn looked_up(&self, source: &Workload, hostname: &str) {
+        self.0.looked_up(source, hostname);
+    }
+
+    pub(crate) fn dns(&self) -> &DnsMetrics {
+        &self.0.dns
     }
 
     pub fn handshake(&self, direction: Direction, took: Duration, ok: bool) {

@@ -2,7 +2,12 @@
 //!
 //! Every worker runs one task per pod, which owns the pod's flows there. Dropping the [`PodHandle`] ends them all at once.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    net::{SocketAddr, UdpSocket},
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
 use mesh_core::authorize::PolicySet;
 use mesh_hbone::{Budget, Pool, PoolConfig, Process, Settings};
@@ -17,7 +22,9 @@ use tokio::{sync::mpsc, task::JoinSet};
 use crate::{
     config::Config,
     connections::{Connections, same_policies},
+    dns::{self, Desk},
     inpod::WorkloadInfo,
+    lookup::Lookups,
     outcome::Outcomes,
     proxy::{
         self,
@@ -48,6 +55,7 @@ pub struct Shared {
     pub state: State,
     pub identities: Manager,
     pub outcomes: Outcomes,
+    pub lookups: Lookups,
     /// What tunnels of all pods may keep for readers that do not read.
     pub memory: Process,
     /// Never empty.
@@ -129,10 +137,13 @@ struct Pod {
 async fn serve(shared: &Arc<Shared>, pod: Pod, kinds: &[Kind]) -> Result<PodHandle, StartError> {
     let bound = listeners::bind(&shared.config, pod.netns.as_ref(), &pod.sockets, kinds)?;
     let home = shared.workers.iter().min_by_key(|worker| worker.load()).ok_or(StartError::NoWorkers)?.clone();
-    let ports: Arc<[u16]> = bound.addresses.iter().map(|(_, address)| address.port()).collect();
+    let of_dns = |served: bool| bound.addresses.iter().filter(move |(kind, _)| kind.is_dns() == served);
+    let ports: Arc<[u16]> = of_dns(false).map(|(_, address)| address.port()).collect();
+    let names: Arc<[SocketAddr]> = of_dns(true).map(|(_, address)| *address).collect();
     let (trigger, watcher) = drain::channel();
     let (senders, receivers): (Vec<_>, Vec<_>) = shared.workers.iter().map(|_| mpsc::channel(ARRIVALS)).unzip();
-    let mut placement = Some((bound.listeners, Placement::new(shared.workers.clone(), senders, home.clone())));
+    let placement = Placement::new(shared.workers.clone(), senders, home.clone());
+    let mut at_home = Some(Home { listeners: bound.listeners, placement, datagrams: bound.datagrams });
     let mut handle = PodHandle {
         info: pod.info.clone(),
         listening: bound.addresses,
@@ -156,14 +167,23 @@ async fn serve(shared: &Arc<Shared>, pod: Pod, kinds: &[Kind]) -> Result<PodHand
             sockets: pod.sockets.clone(),
             transparent: bound.transparent,
             ports: ports.clone(),
+            names: names.clone(),
             connections,
             worker: worker.clone(),
             drain: watcher.clone(),
         };
-        let listening = if worker.index() == home.index() { placement.take() } else { None };
-        worker.spawn(move || part.run(arrivals, listening)).await?;
+        let at_home = if worker.index() == home.index() { at_home.take() } else { None };
+        worker.spawn(move || part.run(arrivals, at_home)).await?;
     }
     Ok(handle)
+}
+
+/// What only the pod's home worker has.
+struct Home {
+    listeners: Vec<listeners::Listener>,
+    placement: Placement,
+    /// Of DNS.
+    datagrams: Vec<UdpSocket>,
 }
 
 /// What a worker needs to build its [`PodContext`].
@@ -174,6 +194,7 @@ struct Part {
     sockets: SocketOptions,
     transparent: bool,
     ports: Arc<[u16]>,
+    names: Arc<[SocketAddr]>,
     connections: Connections,
     worker: WorkerHandle,
     drain: DrainWatcher,
@@ -196,13 +217,14 @@ pub(crate) struct PodContext {
     pub(crate) tunnels: Rc<Tunnels>,
     pub(crate) handshakes: HandshakeSlots,
     pub(crate) retries: RetryBudget,
+    pub(crate) dns: Desk,
     pub(crate) worker: WorkerHandle,
     pub(crate) drain: DrainWatcher,
 }
 
 impl Part {
-    async fn run(self, arrivals: mpsc::Receiver<Accepted>, home: Option<(Vec<listeners::Listener>, Placement)>) {
-        let Self { shared, info, netns, sockets, transparent, ports, connections, worker, drain } = self;
+    async fn run(self, arrivals: mpsc::Receiver<Accepted>, home: Option<Home>) {
+        let Self { shared, info, netns, sockets, transparent, ports, names, connections, worker, drain } = self;
         let tunnels = Rc::new(Tunnels::new(shared.identities.clone(), shared.outcomes.clone()));
         let dialer = Dialer {
             tunnels: tunnels.clone(),
@@ -214,6 +236,7 @@ impl Part {
         };
         let memory = Budget::new(POD_MEMORY / shared.workers.len(), shared.memory.clone());
         let pool = Pool::new(pool_config(&shared.config), memory.clone(), Rc::new(dialer));
+        let dns = Desk::new(&shared.config, &info.namespace, netns.as_ref(), names);
         let pod = PodContext {
             shared,
             info,
@@ -227,6 +250,7 @@ impl Part {
             tunnels,
             handshakes: HandshakeSlots::default(),
             retries: RetryBudget::default(),
+            dns,
             worker,
             drain,
         };
@@ -241,16 +265,15 @@ impl PodContext {
     }
 
     /// Owns the pod's flows on this worker until the listeners have closed and the flows have ended, or all are told to stop.
-    async fn run(
-        self: Rc<Self>,
-        mut arrivals: mpsc::Receiver<Accepted>,
-        home: Option<(Vec<listeners::Listener>, Placement)>,
-    ) {
+    async fn run(self: Rc<Self>, mut arrivals: mpsc::Receiver<Accepted>, home: Option<Home>) {
         let mut flows = JoinSet::new();
-        if let Some((listening, placement)) = home {
+        if let Some(Home { listeners, placement, datagrams }) = home {
             let placement = Rc::new(placement);
-            for listener in listening {
+            for listener in listeners {
                 flows.spawn_local(listeners::accept(self.clone(), listener, placement.clone()));
+            }
+            for socket in datagrams {
+                flows.spawn_local(dns::datagrams::serve(self.clone(), socket));
             }
         }
         let mut versions = self.shared.state.versions();
@@ -304,7 +327,7 @@ impl PodContext {
 }
 
 /// A panic costs its connection only.
-fn report_panic(done: Result<(), tokio::task::JoinError>) {
+pub(crate) fn report_panic(done: Result<(), tokio::task::JoinError>) {
     if let Err(error) = done
         && error.is_panic()
     {

@@ -13,6 +13,7 @@ use mesh_runtime::workers::Occupied;
 use tokio::task::JoinSet;
 
 use crate::{
+    dns,
     error::ProxyError,
     flow::Direction,
     outcome::SocketGuard,
@@ -43,13 +44,20 @@ pub(crate) mod upstream;
 /// Carries one accepted connection to its end, in a task of its own.
 pub(crate) fn serve(pod: Rc<PodContext>, accepted: Accepted, tasks: &mut JoinSet<()>) {
     let load = pod.worker.occupy();
+    if accepted.kind.is_dns() {
+        tasks.spawn_local(async move {
+            let _open = load;
+            dns::streams::serve(pod, accepted).await;
+        });
+        return;
+    }
     let socket = pod.shared.outcomes.socket(accepted.kind.direction());
     match accepted.kind {
         Kind::Inbound => tasks.spawn_local(async move {
             let _open = (load, socket);
             inbound::serve(pod, accepted).await;
         }),
-        Kind::Outbound | Kind::Passthrough | Kind::Socks5 => {
+        Kind::Outbound | Kind::Passthrough | Kind::Socks5 | Kind::Dns | Kind::DnsDatagrams => {
             tasks.spawn_local(Serving::boxed(load, Some(socket), open(pod, accepted)))
         }
     };
@@ -70,8 +78,8 @@ async fn open(pod: Rc<PodContext>, accepted: Accepted) -> Option<Carried> {
         Kind::Outbound => outbound::open(&pod, client, peer).await,
         Kind::Passthrough => passthrough::open(&pod, client, peer).await,
         Kind::Socks5 => socks5::open(&pod, client, peer).await,
-        // Many flows, in a task of their own kind.
-        Kind::Inbound => None,
+        // Not one flow; in tasks of their own kind.
+        Kind::Inbound | Kind::Dns | Kind::DnsDatagrams => None,
     }
 }
 
@@ -119,7 +127,7 @@ impl Kind {
     pub(crate) fn direction(self) -> Direction {
         match self {
             Self::Inbound | Self::Passthrough => Direction::Inbound,
-            Self::Outbound | Self::Socks5 => Direction::Outbound,
+            Self::Outbound | Self::Socks5 | Self::Dns | Self::DnsDatagrams => Direction::Outbound,
         }
     }
 }

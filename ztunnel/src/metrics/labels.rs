@@ -7,7 +7,7 @@ use prometheus::proto::LabelPair;
 
 use crate::flow::{Direction, Flow};
 
-const UNKNOWN: &str = "unknown";
+pub(crate) const UNKNOWN: &str = "unknown";
 
 /// Who talks to whom, as whom, and how it ended.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -69,18 +69,42 @@ impl Party {
 
     fn push(&self, side: &str, out: &mut Vec<LabelPair>) {
         let principal = self.principal.as_ref().map(ToString::to_string).unwrap_or_default();
-        let values: [(&str, &str); 8] = [
+        out.extend(self.values(&principal).iter().map(|(name, value)| pair(&format!("{side}_{name}"), value)));
+    }
+
+    fn values<'a>(&'a self, principal: &'a str) -> [(&'static str, &'a str); 8] {
+        [
             ("workload", &self.workload),
             ("canonical_service", &self.canonical_service),
             ("canonical_revision", &self.canonical_revision),
             ("workload_namespace", &self.namespace),
-            ("principal", &principal),
+            ("principal", principal),
             ("app", &self.app),
             ("version", &self.canonical_revision),
             ("cluster", &self.cluster),
-        ];
-        out.extend(values.iter().map(|(name, value)| pair(&format!("{side}_{name}"), value)));
+        ]
     }
+}
+
+/// The labels of a look-up on behalf of a workload, in upstream's order.
+pub(crate) const LOOKUP: [&str; 9] = [
+    "source_workload",
+    "source_canonical_service",
+    "source_canonical_revision",
+    "source_workload_namespace",
+    "source_principal",
+    "source_app",
+    "source_version",
+    "source_cluster",
+    "hostname",
+];
+
+/// The values of [`LOOKUP`].
+pub(crate) fn lookup(source: &Workload, hostname: &str) -> [String; 9] {
+    let (party, principal) = (Party::of(source), source.identity().to_string());
+    let [a, b, c, d, e, f, g, h] =
+        party.values(&principal).map(|(_, value)| if value.is_empty() { UNKNOWN } else { value }.to_owned());
+    [a, b, c, d, e, f, g, h, hostname.to_owned()]
 }
 
 impl TrafficLabels {

@@ -2,14 +2,14 @@
 
 use std::{
     io,
-    net::{Ipv4Addr, SocketAddr},
+    net::{Ipv4Addr, SocketAddr, UdpSocket},
     rc::Rc,
     time::Duration,
 };
 
 use mesh_net::{
     NetNs, SocketOptions,
-    sockets::{canonical, listen_tcp},
+    sockets::{canonical, listen_tcp, listen_udp},
 };
 use mesh_runtime::{drain::DrainMode, workers::WorkerHandle};
 use tokio::{net::TcpStream, sync::mpsc, time::sleep};
@@ -33,22 +33,32 @@ pub enum Kind {
     Passthrough,
     /// Connections of applications that ask by SOCKS.
     Socks5,
+    /// DNS queries of applications, over TCP.
+    Dns,
+    /// The same over UDP.
+    DnsDatagrams,
 }
 
 impl Kind {
     pub(crate) fn of_pod(config: &Config) -> Vec<Self> {
         let mut kinds = vec![Self::Outbound, Self::Passthrough, Self::Inbound];
         kinds.extend(config.socks5.then_some(Self::Socks5));
+        kinds.extend(config.dns.enabled.then_some([Self::Dns, Self::DnsDatagrams]).into_iter().flatten());
         kinds
     }
 
-    fn address(self, config: &Config) -> SocketAddr {
+    fn addresses(self, config: &Config) -> Vec<SocketAddr> {
         match self {
-            Self::Inbound => config.wildcard(config.ports.inbound),
-            Self::Outbound => config.wildcard(config.ports.outbound),
-            Self::Passthrough => config.wildcard(config.ports.passthrough),
-            Self::Socks5 => config.loopback(config.ports.socks5),
+            Self::Inbound => vec![config.wildcard(config.ports.inbound)],
+            Self::Outbound => vec![config.wildcard(config.ports.outbound)],
+            Self::Passthrough => vec![config.wildcard(config.ports.passthrough)],
+            Self::Socks5 => vec![config.loopback(config.ports.socks5)],
+            Self::Dns | Self::DnsDatagrams => config.dns.addresses(config.local_address),
         }
+    }
+
+    pub(crate) fn is_dns(self) -> bool {
+        matches!(self, Self::Dns | Self::DnsDatagrams)
     }
 
     fn what(self) -> &'static str {
@@ -57,6 +67,8 @@ impl Kind {
             Self::Outbound => "captured outbound traffic",
             Self::Passthrough => "captured inbound traffic",
             Self::Socks5 => "SOCKS5",
+            Self::Dns => "DNS over TCP",
+            Self::DnsDatagrams => "DNS",
         }
     }
 }
@@ -70,6 +82,7 @@ pub(crate) struct Listener {
 
 pub(crate) struct Bound {
     pub(crate) listeners: Vec<Listener>,
+    pub(crate) datagrams: Vec<UdpSocket>,
     pub(crate) addresses: Vec<(Kind, SocketAddr)>,
     /// Whether addresses that are not the pod's may be used.
     pub(crate) transparent: bool,
@@ -88,20 +101,44 @@ pub(crate) fn bind(
         reuse_port: config.reuse_port,
         ..SocketOptions::default()
     };
-    let mut bound = Bound { listeners: Vec::new(), addresses: Vec::new(), transparent: true };
+    let mut bound = Bound { listeners: Vec::new(), datagrams: Vec::new(), addresses: Vec::new(), transparent: true };
     for kind in kinds {
-        let address = kind.address(config);
-        let listening = listen(netns, address, &options).and_then(|(socket, transparent)| {
-            let address = socket.local_addr()?;
-            Ok((socket, transparent, address))
-        });
-        let (socket, transparent, address) =
-            listening.map_err(|source| StartError::Listen { what: kind.what(), address, source })?;
-        bound.listeners.push(Listener { kind: *kind, socket });
-        bound.addresses.push((*kind, address));
-        bound.transparent &= transparent;
+        for address in kind.addresses(config) {
+            match bound.add(*kind, netns, address, &options) {
+                // A pod without IPv6 asks over IPv4.
+                Err(error) if kind.is_dns() && address.ip().is_loopback() && lacks_ipv6(address, &error) => {}
+                done => done.map_err(|source| StartError::Listen { what: kind.what(), address, source })?,
+            }
+        }
     }
     Ok(bound)
+}
+
+impl Bound {
+    fn add(
+        &mut self,
+        kind: Kind,
+        netns: Option<&NetNs>,
+        address: SocketAddr,
+        options: &SocketOptions,
+    ) -> io::Result<()> {
+        if kind == Kind::DnsDatagrams {
+            let socket = listen_udp(netns, address, options)?;
+            self.addresses.push((kind, socket.local_addr()?));
+            self.datagrams.push(socket);
+            return Ok(());
+        }
+        let (socket, transparent) = listen(netns, address, options)?;
+        self.addresses.push((kind, socket.local_addr()?));
+        self.listeners.push(Listener { kind, socket });
+        self.transparent &= transparent;
+        Ok(())
+    }
+}
+
+fn lacks_ipv6(address: SocketAddr, error: &io::Error) -> bool {
+    let kinds = [io::ErrorKind::AddrNotAvailable, io::ErrorKind::Unsupported];
+    address.is_ipv6() && kinds.contains(&error.kind())
 }
 
 /// A pod without IPv6 gets an IPv4 listener where a dual-stack one was wanted.
@@ -110,11 +147,8 @@ fn listen(
     address: SocketAddr,
     options: &SocketOptions,
 ) -> io::Result<(std::net::TcpListener, bool)> {
-    let lacks_ipv6 = |error: &io::Error| {
-        error.kind() == io::ErrorKind::AddrNotAvailable || error.kind() == io::ErrorKind::Unsupported
-    };
     match listen_tcp(netns, address, BACKLOG, options) {
-        Err(error) if address.is_ipv6() && address.ip().is_unspecified() && lacks_ipv6(&error) => {
+        Err(error) if address.ip().is_unspecified() && lacks_ipv6(address, &error) => {
             listen_tcp(netns, (Ipv4Addr::UNSPECIFIED, address.port()).into(), BACKLOG, options)
         }
         done => done,

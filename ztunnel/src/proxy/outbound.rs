@@ -125,22 +125,29 @@ async fn beside(
     route: &mut Route,
     first: impl Future<Output = (Route, Result<Upstream, ProxyError>)>,
 ) -> Result<Upstream, ProxyError> {
-    let mut other = route.clone();
-    if !pod.retries.spend() || !other.reroute(pod) {
+    if !pod.retries.spend() {
         let (reached, result) = first.await;
         return settle(route, reached, result);
     }
-    tracing::debug!(slow = %route.hop.address(), next = %other.hop.address(), "trying another endpoint as well");
-    route.tried = other.tried.clone();
-    let (first, second) = (pin!(first), pin!(reach(pod, other)));
-    let (reached, result, last) = match select(first, second).await {
-        Either::Left(((reached, result), second)) => (reached, result, Either::Right(second)),
-        Either::Right(((reached, result), first)) => (reached, result, Either::Left(first)),
+    let mut other = route.clone();
+    let second = async {
+        if !other.reroute(pod).await {
+            return None;
+        }
+        tracing::debug!(next = %other.hop.address(), "trying another endpoint as well");
+        Some(reach(pod, other).await)
     };
-    match settle(route, reached, result) {
-        Ok(upstream) => Ok(upstream),
-        Err(_) => {
-            let (reached, result) = last.await;
+    match select(pin!(first), pin!(second)).await {
+        Either::Left(((reached, result), second)) => match settle(route, reached, result) {
+            Ok(upstream) => Ok(upstream),
+            Err(error) => match second.await {
+                Some((reached, result)) => settle(route, reached, result),
+                None => Err(error),
+            },
+        },
+        Either::Right((Some((reached, Ok(upstream))), _)) => settle(route, reached, Ok(upstream)),
+        Either::Right((_, first)) => {
+            let (reached, result) = first.await;
             settle(route, reached, result)
         }
     }
@@ -164,7 +171,7 @@ async fn retry(pod: &PodContext, route: &mut Route) -> Result<Upstream, ProxyErr
 
 /// Another endpoint, if there is one and the failure leaves hope.
 async fn elsewhere(pod: &PodContext, route: &mut Route, error: ProxyError) -> Result<Upstream, ProxyError> {
-    if !error.retryable() || !pod.retries.spend() || !route.reroute(pod) {
+    if !error.retryable() || !pod.retries.spend() || !route.reroute(pod).await {
         return Err(error);
     }
     tracing::debug!(error = error.chain(), next = %route.hop.address(), "trying another endpoint");

@@ -12,7 +12,7 @@ use mesh_core::{
     headers::{Authority, Baggage, encode_baggage, parse_baggage, parse_forwarded_host},
     index::Index,
     reason::Reason,
-    select::{InnerTunnel, NextHop, Request, Selection, Tunnel, select},
+    select::{InnerTunnel, Lookup, NextHop, Request, Selection, Tunnel, select},
     service::Service,
     workload::{GatewayAddress, GatewayDestination, Workload},
 };
@@ -95,7 +95,7 @@ pub(crate) async fn outbound(pod: &PodContext, peer: SocketAddr, destination: So
     }
     // Where the pod has no namespace of its own, loopback clients speak for its address.
     let source_ip = pod.shared.config.local_address.unwrap_or_else(|| peer.ip());
-    let selection = choose(pod, &source, source_ip, destination, &[]);
+    let selection = choose(pod, &source, source_ip, destination, &[]).await;
     let hop = dialable(selection.next_hop)?;
     let (workload, service) = (selection.destination_workload, selection.service);
     Ok(Route { source, source_ip, peer, destination, hop, workload, service, beyond: None, tried: Vec::new() })
@@ -109,10 +109,10 @@ impl Route {
     }
 
     /// Turns to another endpoint; false when there is none.
-    pub(crate) fn reroute(&mut self, pod: &PodContext) -> bool {
+    pub(crate) async fn reroute(&mut self, pod: &PodContext) -> bool {
         let Some(failed) = &self.workload else { return false };
         self.tried.push(failed.uid.clone());
-        let selection = choose(pod, &self.source, self.source_ip, self.destination, &self.tried);
+        let selection = choose(pod, &self.source, self.source_ip, self.destination, &self.tried).await;
         let fresh = selection.destination_workload.filter(|workload| !self.tried.contains(&workload.uid));
         match (dialable(selection.next_hop), fresh) {
             (Ok(hop), Some(workload)) => {
@@ -124,17 +124,30 @@ impl Route {
     }
 }
 
-fn choose(
+/// Hosts of one connection that may have to be looked up: every round may draw another endpoint.
+const LOOKUPS: usize = 4;
+
+async fn choose(
     pod: &PodContext,
     source: &Workload,
     source_ip: IpAddr,
     destination: SocketAddr,
     exclude: &[Arc<str>],
 ) -> Selection {
-    let index = pod.shared.state.snapshot();
     let outbound_policy = pod.shared.config.outbound_policy;
-    let request = Request { source, source_ip, destination, exclude, outbound_policy, lookups: &[] };
-    select(&index, &request, &mut rand::rng())
+    let mut lookups = Vec::new();
+    loop {
+        let request = Request { source, source_ip, destination, exclude, outbound_policy, lookups: &lookups };
+        let selection = select(&pod.shared.state.snapshot(), &request, &mut rand::rng());
+        match &selection.next_hop {
+            NextHop::Lookup { host } if lookups.len() < LOOKUPS => {
+                pod.shared.outcomes.looked_up(source, host);
+                let addresses = pod.shared.lookups.addresses(host).await.to_vec();
+                lookups.push(Lookup { host: host.clone(), addresses });
+            }
+            _ => return selection,
+        }
+    }
 }
 
 fn dialable(hop: NextHop) -> Result<Hop, ProxyError> {
@@ -143,7 +156,7 @@ fn dialable(hop: NextHop) -> Result<Hop, ProxyError> {
         NextHop::Hbone(tunnel) | NextHop::Waypoint(tunnel) => Ok(Hop::Tunnel(tunnel)),
         NextHop::Reject { reason, detail } => Err(ProxyError::NoRoute { reason, detail }),
         NextHop::Lookup { host } => {
-            let detail = format!("{host} would have to be looked up");
+            let detail = format!("{host} is one name too many: {LOOKUPS} were looked up for this connection");
             Err(ProxyError::NoRoute { reason: Reason::Lookup, detail })
         }
         NextHop::DoubleHbone { outer, inner } => Ok(Hop::Beyond { gateway: outer, inner }),

@@ -5,7 +5,9 @@ use std::{
     time::Duration,
 };
 
+use mesh_core::names::Family;
 use mesh_net::sockets::configure_accepted;
+use rand::seq::IndexedRandom as _;
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::TcpStream,
@@ -13,12 +15,14 @@ use tokio::{
 };
 
 use crate::{
+    dns,
     error::ProxyError,
     flow::Direction,
     pods::PodContext,
     proxy::{
         forward::{Carried, FlowSocket},
         outbound::carry,
+        resolve::local_workload,
     },
 };
 
@@ -47,7 +51,7 @@ enum Target {
 /// One client: what it asks for, then the outbound path.
 pub(crate) async fn open(pod: &PodContext, mut client: TcpStream, peer: SocketAddr) -> Option<Carried> {
     drop(configure_accepted(&client, &pod.sockets));
-    let negotiated = timeout(NEGOTIATION_TIMEOUT, negotiate(pod, &mut client)).await;
+    let negotiated = timeout(NEGOTIATION_TIMEOUT, negotiate(pod, &mut client, peer)).await;
     let negotiated = negotiated.unwrap_or(Err(ProxyError::HandshakeTimeout(NEGOTIATION_TIMEOUT)));
     match negotiated {
         Ok(destination) => carry(pod, FlowSocket::new(client), peer, destination).await,
@@ -59,7 +63,7 @@ pub(crate) async fn open(pod: &PodContext, mut client: TcpStream, peer: SocketAd
 }
 
 /// Success is answered before anything is dialled: the client's first bytes then wait in its socket like a captured one's.
-async fn negotiate(pod: &PodContext, client: &mut TcpStream) -> Result<SocketAddr, ProxyError> {
+async fn negotiate(pod: &PodContext, client: &mut TcpStream, peer: SocketAddr) -> Result<SocketAddr, ProxyError> {
     let target = match read_request(client).await {
         Ok(target) => target,
         Err(error) => {
@@ -67,7 +71,7 @@ async fn negotiate(pod: &PodContext, client: &mut TcpStream) -> Result<SocketAdd
             return Err(error);
         }
     };
-    match resolve(pod, &target) {
+    match resolve(pod, &target, peer).await {
         Some(address) => answer(client, Reply::Succeeded).await.map(|()| address),
         None => {
             answer(client, Reply::HostUnreachable).await?;
@@ -76,17 +80,35 @@ async fn negotiate(pod: &PodContext, client: &mut TcpStream) -> Result<SocketAdd
     }
 }
 
-/// Names of services in the mesh; others would need DNS.
-fn resolve(pod: &PodContext, target: &Target) -> Option<SocketAddr> {
-    match target {
-        Target::Address(address) => Some(*address),
-        Target::Host(host, port) => {
-            let index = pod.shared.state.snapshot();
-            let service = index.service_by_hostname(host, &pod.info.namespace)?;
-            let vip = service.vips.iter().find(|vip| vip.ip.is_ipv4()).or_else(|| service.vips.first())?;
-            Some(SocketAddr::new(vip.ip, *port))
+/// A name is the mesh's as in DNS, or looked up; an address of the family the client speaks, where there is one.
+async fn resolve(pod: &PodContext, target: &Target, peer: SocketAddr) -> Option<SocketAddr> {
+    let (host, port) = match target {
+        Target::Address(address) => return Some(*address),
+        Target::Host(host, port) => (host.trim_end_matches('.').to_ascii_lowercase(), *port),
+    };
+    if let Ok(ip) = host.parse::<IpAddr>() {
+        return Some(SocketAddr::new(ip.to_canonical(), port));
+    }
+    let source = local_workload(pod).await.ok()?;
+    let families = match Family::of(peer.ip()) {
+        Family::Ipv4 => [Family::Ipv4, Family::Ipv6],
+        Family::Ipv6 => [Family::Ipv6, Family::Ipv4],
+    };
+    let mut ours = false;
+    for family in families {
+        let answer = dns::resolve(pod, &source, &host, family);
+        ours |= answer.is_some();
+        if let Some(ip) = answer.and_then(|answer| answer.addresses.choose(&mut rand::rng()).copied()) {
+            return Some(SocketAddr::new(ip, port));
         }
     }
+    if ours {
+        return None;
+    }
+    pod.shared.outcomes.looked_up(&source, &host);
+    let found = pod.shared.lookups.addresses(&host.as_str().into()).await;
+    let of = |family| found.iter().find(|ip| Family::of(**ip) == family);
+    families.into_iter().find_map(of).map(|ip| SocketAddr::new(*ip, port))
 }
 
 async fn read_request(client: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> Result<Target, ProxyError> {

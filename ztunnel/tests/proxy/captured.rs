@@ -25,7 +25,8 @@ use tokio::{
 use ztunnel::pods::Protocol;
 
 use crate::{
-    mesh::{Mesh, PATIENCE, expect_reset, expect_reset_early, policy, samples},
+    dns,
+    mesh::{Mesh, PATIENCE, expect_reset, expect_reset_early, policy, samples, service},
     ping_pong,
 };
 
@@ -77,6 +78,8 @@ fn capture(pod: &NetNs) {
     batch.add_rule("t", "mangle-pre", &Rule::new("").mark(from_proxy, 0xfff).set_ct_mark(mark, 0xfff));
     batch.add_rule("t", "mangle-out", &Rule::new("").ct_mark(mark, 0xfff).restore_mark());
     batch.add_rule("t", "nat-pre", &Rule::new("").not_mark(from_proxy, 0xfff).tcp().not_dport(15008).redirect(15006));
+    let dns = Rule::new("").not_oifname("lo").udp().dport(53).not_mark(from_proxy, 0xfff);
+    batch.add_rule("t", "nat-out", &dns.redirect(15053));
     batch.add_rule("t", "nat-out", &Rule::new("").mark(mark, 0xfff).accept());
     batch.add_rule("t", "nat-out", &Rule::new("").not_oifname("lo").not_mark(from_proxy, 0xfff).tcp().redirect(15001));
     Nft::in_ns(pod).expect("netlink").apply(batch).expect("rules");
@@ -127,6 +130,23 @@ fn captured_pods_speak_hbone_and_applications_see_the_clients_address() {
         }
         drop(client);
     });
+}
+
+#[test]
+fn a_captured_query_is_answered_or_goes_as_the_pods_own_to_whom_the_application_asked() {
+    in_namespaces(
+        "captured::a_captured_query_is_answered_or_goes_as_the_pods_own_to_whom_the_application_asked",
+        async {
+            let (first, second) = two_namespaces();
+            let mesh = Mesh::new();
+            let _client = mesh.pod_in(&first, "client", &ips(FIRST)).await;
+            mesh.upsert([service("web", [240, 0, 0, 1], 80)]);
+            capture(&first);
+            for (own, nameserver) in ips(FIRST).into_iter().zip(ips(SECOND)) {
+                assert_eq!(dns::captured(&first, &second, nameserver).await, own);
+            }
+        },
+    );
 }
 
 #[test]

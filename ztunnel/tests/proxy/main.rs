@@ -1,6 +1,7 @@
 //! Two or three proxies in one process, over loopback: what applications see of the mesh. And with real capture, in namespaces.
 
 mod captured;
+mod dns;
 mod hostile;
 mod mesh;
 mod networks;

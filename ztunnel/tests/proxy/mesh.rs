@@ -26,9 +26,13 @@ use tokio::{
     task::JoinHandle,
 };
 use ztunnel::{
-    config::{Config, Ports, ProxyMode},
+    config::{
+        Config, Ports, ProxyMode,
+        dns::{DNS_PORT, Dns},
+    },
     error::StartError,
     inpod::WorkloadInfo,
+    lookup::Lookups,
     outcome::Outcomes,
     pods::{self, Kind, PodHandle, Shared},
     state::State,
@@ -117,12 +121,21 @@ impl Mesh {
 
     /// A pod known to the mesh before its proxy starts.
     pub(crate) async fn pod_with(&self, name: &str, change: impl Fn(&mut Workload)) -> Pod {
+        self.pod_of(name, change, |_| ()).await
+    }
+
+    /// A pod whose proxy is told something else than usual.
+    pub(crate) async fn pod_configured(&self, name: &str, configure: impl Fn(&mut Config)) -> Pod {
+        self.pod_of(name, |_| (), configure).await
+    }
+
+    async fn pod_of(&self, name: &str, change: impl Fn(&mut Workload), configure: impl Fn(&mut Config)) -> Pod {
         loop {
             let ip = some_loopback_address();
             let mut workload = workload(name, ip);
             change(&mut workload);
             let workload = Arc::new(workload);
-            match self.start(ip, &workload).await {
+            match self.start(ip, &workload, &configure).await {
                 Ok(pod) => {
                     self.upsert([Resource::Workload(workload)]);
                     return pod;
@@ -133,11 +146,18 @@ impl Mesh {
         }
     }
 
-    async fn start(&self, ip: IpAddr, workload: &Arc<Workload>) -> Result<Pod, StartError> {
+    async fn start(
+        &self,
+        ip: IpAddr,
+        workload: &Arc<Workload>,
+        configure: impl Fn(&mut Config),
+    ) -> Result<Pod, StartError> {
         let ports =
             Ports { outbound: 0, inbound: HBONE_PORT, passthrough: 0, socks5: 0, admin: 0, stats: 0, readiness: 0 };
         let network = workload.network.clone();
-        let config = Config { ports, network, local_address: Some(ip), socks5: true, ..Config::default_for_tests() };
+        let mut config =
+            Config { ports, network, local_address: Some(ip), socks5: true, ..Config::default_for_tests() };
+        configure(&mut config);
         self.start_with(config, None, ip, workload).await
     }
 
@@ -145,6 +165,7 @@ impl Mesh {
     pub(crate) async fn pod_in(&self, netns: &NetNs, name: &str, addresses: &[IpAddr]) -> Pod {
         let workload = Workload { addresses: addresses.to_vec(), ..workload(name, addresses[0]) };
         let workload = Arc::new(workload);
+        let base = Config::default_for_tests();
         let config = Config {
             mode: ProxyMode::Shared,
             packet_mark: Some(1337),
@@ -152,7 +173,8 @@ impl Mesh {
             ipv6: true,
             local_address: None,
             ports: Ports::default(),
-            ..Config::default_for_tests()
+            dns: Dns { port: DNS_PORT, ..base.dns.clone() },
+            ..base
         };
         let started = self.start_with(config, Some(netns.clone()), addresses[0], &workload).await;
         self.upsert([Resource::Workload(workload)]);
@@ -173,6 +195,7 @@ impl Mesh {
             state: self.state.clone(),
             identities: self.identities.clone(),
             outcomes: Outcomes::new(&registry),
+            lookups: Lookups::new(false),
             memory: mesh_hbone::Process::default(),
             workers: workers.handles().to_vec(),
         };

@@ -53,6 +53,7 @@ async fn bench() -> Bench {
         state: state.clone(),
         identities: identities.clone(),
         outcomes: Outcomes::new(&registry),
+        lookups: crate::lookup::Lookups::new(false),
         memory: mesh_hbone::Process::default(),
         workers: workers.handles().to_vec(),
     });

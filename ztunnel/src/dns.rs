@@ -1,0 +1,108 @@
+//! DNS for a pod's applications: names of the mesh are answered here, everything else is relayed byte for byte to whom the application
+//! asked, from inside the pod.
+//!
+//! In reading order: what a query is ([`message`]), what becomes of it (`decide`), who is asked instead of us ([`nameservers`], `relay`),
+//! and the two transports (`datagrams`, `streams`). Nothing is cached: answers of the mesh are a lookup in memory, and what is relayed is
+//! the nameserver's and the application's business.
+
+use std::{
+    cell::{Cell, RefCell},
+    net::SocketAddr,
+    sync::Arc,
+    time::Duration,
+};
+
+use mesh_core::{
+    names::{self, Answer, Family},
+    workload::Workload,
+};
+use mesh_net::{NetNs, conntrack::Conntrack};
+
+use crate::{config::Config, pods::PodContext};
+
+pub mod message;
+pub mod nameservers;
+
+pub(crate) mod metrics;
+
+mod decide;
+mod relay;
+
+pub(crate) mod datagrams;
+pub(crate) mod streams;
+
+/// What a query may take, whoever answers it; then it is answered SERVFAIL. Clients ask again after as long.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// Queries and TCP clients of one pod at once, on one worker; more are refused.
+const AT_ONCE: usize = 512;
+
+/// What the queries of one pod on one worker share.
+pub(crate) struct Desk {
+    /// Where the pod's DNS is served: never to be relayed to.
+    own: Arc<[SocketAddr]>,
+    /// What the resolvers of the pod's applications append to names.
+    search: Vec<Arc<str>>,
+    busy: Cell<usize>,
+    /// Knows where redirected datagrams were sent; only in a namespace of the pod's own.
+    tracked: RefCell<Option<Conntrack>>,
+}
+
+impl Desk {
+    pub(crate) fn new(config: &Config, namespace: &str, netns: Option<&NetNs>, own: Arc<[SocketAddr]>) -> Self {
+        let search = match config.is_shared() {
+            true => names::kubernetes_search(namespace, &config.cluster_domain),
+            false => config.dns.search.clone(),
+        };
+        let tracked = netns.filter(|_| !own.is_empty()).and_then(|ns| {
+            let opened = Conntrack::in_ns(ns);
+            opened.inspect_err(|error| tracing::warn!(%error, "relayed queries go to this proxy's nameservers")).ok()
+        });
+        Self { own, search, busy: Cell::new(0), tracked: RefCell::new(tracked) }
+    }
+}
+
+/// A place among the queries at work.
+struct Slot<'a>(&'a Cell<usize>);
+
+impl<'a> Slot<'a> {
+    fn take(desk: &'a Desk) -> Option<Self> {
+        let busy = desk.busy.get();
+        (busy < AT_ONCE).then(|| {
+            desk.busy.set(busy + 1);
+            Self(&desk.busy)
+        })
+    }
+}
+
+impl Drop for Slot<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
+
+/// What the mesh says of a name an application of `workload` uses; `None` when it is not the mesh's. The name is lower case and without
+/// the last dot.
+pub(crate) fn resolve(pod: &PodContext, workload: &Workload, name: &str, family: Family) -> Option<Answer> {
+    let config = &pod.shared.config;
+    let client = names::Client {
+        namespace: &workload.namespace,
+        network: &workload.network,
+        cluster_domain: &config.cluster_domain,
+        search: &pod.dns.search,
+        preferred_namespace: config.dns.preferred_namespace.as_deref(),
+    };
+    let mut answer = names::resolve(&pod.shared.state.snapshot(), &client, name, family)?;
+    if family == Family::Ipv6 && !config.ipv6 {
+        answer.addresses.clear();
+    }
+    Some(answer)
+}
+
+/// Whom to ask in place of us: whom the application meant to, or this proxy's nameservers. Never ourselves.
+fn servers(pod: &PodContext, meant: Option<SocketAddr>) -> Vec<SocketAddr> {
+    let foreign = |address: &SocketAddr| !pod.dns.own.contains(address);
+    match meant.filter(foreign) {
+        Some(meant) => vec![meant],
+        None => pod.shared.config.dns.nameservers.iter().copied().filter(foreign).collect(),
+    }
+}
