@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use lab::apps::{hold, http, load, steady, stream};
+use lab::apps::{hold, http, load, names, steady, stream};
 
 use crate::args::{App, TransferMode};
 
@@ -45,6 +45,13 @@ pub(crate) fn run(app: App) -> anyhow::Result<ExitCode> {
             };
             crate::output::say!("{}", serde_json::to_string(&outcome)?);
             return Ok(if outcome.error.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
+        App::Nameserver { listen } => names::serve(address(&listen)?)?,
+        App::Ask { server, name, tcp, timeout } => {
+            let found = names::ask(address(&server)?, &name, tcp, Duration::from_secs(timeout));
+            let found: Vec<String> =
+                found.with_context(|| format!("ask {server}"))?.iter().map(ToString::to_string).collect();
+            crate::output::say!("{}", found.join(" "));
         }
         App::Hold { listen } => hold::serve(address(&listen)?)?,
         App::Idlers { target, connections, seconds } => {

@@ -288,6 +288,20 @@ pub(crate) enum App {
         #[arg(long, default_value_t = 1)]
         connections: usize,
     },
+    /// Answer every DNS query with one address.
+    Nameserver {
+        #[arg(long, default_value = "[::]:53")]
+        listen: String,
+    },
+    /// Ask a nameserver for the IPv4 addresses of a name.
+    Ask {
+        server: String,
+        name: String,
+        #[arg(long)]
+        tcp: bool,
+        #[arg(long, default_value_t = 10)]
+        timeout: u64,
+    },
     /// Greet every connection with one byte and keep it.
     Hold {
         #[arg(long, default_value = "[::]:9003")]

@@ -7,6 +7,7 @@
 //! | `bad_days` | programs killed, restarted, upgraded; pods deleted; labels changed under load |
 //! | `watch` | what an operator sees of it |
 //! | `why` | seeded faults, named by `fairway why` and met by a connection |
+//! | `names` | who answers a pod's DNS |
 //! | `traces` | nothing is left behind |
 
 #[path = "lab/harness.rs"]
@@ -16,6 +17,8 @@ mod harness;
 mod bad_days;
 #[path = "lab/demo.rs"]
 mod demo;
+#[path = "lab/names.rs"]
+mod names;
 #[path = "lab/traces.rs"]
 mod traces;
 #[path = "lab/traffic.rs"]

@@ -134,7 +134,7 @@ pub fn agent(paths: &Paths, node: &str, options: &Options) -> Command {
         .env("FAIRWAY_MANIFESTS", paths.manifests())
         .env("FAIRWAY_SANDBOXES", paths.sandboxes(node))
         .env("FAIRWAY_ADMIN_ADDR", format!("127.0.0.1:{AGENT_ADMIN_PORT}"))
-        .env("AMBIENT_DNS_CAPTURE", "false")
+        .env("AMBIENT_DNS_CAPTURE", "true")
         .env("RUST_LOG", &options.log);
     command
 }
@@ -159,7 +159,7 @@ pub fn ztunnel(paths: &Paths, node: &Member, control: &Member, binary: Option<&P
         .env("CA_ROOT_CA", &root)
         .env("AUTH_TOKEN", dir.join("token"))
         .env("INPOD_UDS", dir.join("ztunnel.sock"))
-        .env("ISTIO_META_DNS_CAPTURE", "false")
+        .env("ISTIO_META_DNS_CAPTURE", "true")
         .env("TERMINATION_GRACE_PERIOD_SECONDS", "30")
         .env("ZTUNNEL_WORKER_THREADS", "2")
         .env("RUST_LOG", &options.log);

@@ -5,7 +5,7 @@
 //! |---|---|
 //! | `peers` | other proxies: certificates, HTTP/2, CONNECT targets and headers; frames of the wire |
 //! | `control` | the control plane towards its clients, and its clients towards it |
-//! | `node` | container runtime, plugin, agent and ztunnel of one node |
+//! | `node` | container runtime, plugin, agent, ztunnel and applications of one node |
 //! | `people` | manifests, environment variables, URLs |
 //! | `tunnel` | the far end of a tunnel: TLS records, HTTP/2, header blocks; a predecessor that hands one over |
 

@@ -9,7 +9,10 @@ use cni_plugin::{
     spec::{Command, add_result, check_version, parse_config, parse_env, previous_ips, version_result},
 };
 use fuzz::target;
-use ztunnel::inpod::protocol::{self, Session, Step};
+use ztunnel::{
+    dns::message::{self, Incoming, MAX_MESSAGE, Reply},
+    inpod::protocol::{self, Session, Step},
+};
 
 use crate::text;
 
@@ -99,6 +102,28 @@ target!(
         if let Some(mut decisions) = Decisions::read_fresh(folder.path(), now) {
             decisions.write(folder.path(), now).expect("the file is written");
             assert_eq!(Decisions::read_fresh(folder.path(), now), Some(decisions));
+        }
+    }
+);
+
+target!(
+    /// Whatever an application sends, the answer is one of its own query, within what it takes.
+    dns_query,
+    |bytes: &[u8]| {
+        let addresses: Vec<_> = (0..=255).map(|i| [10, 0, 0, i].into()).collect();
+        match message::read(bytes) {
+            Incoming::Stub => assert!(bytes.len() < 12),
+            Incoming::Refused(code) => assert!(message::answers(&message::refusal(bytes, code), [bytes[0], bytes[1]])),
+            Incoming::Other(_) => assert!(!message::answers(bytes, [bytes[0], bytes[1]])),
+            Incoming::Addresses { name, .. } => {
+                assert!(name.len() <= 255 && !name.bytes().any(|byte| byte.is_ascii_uppercase()));
+                for (alias_of, datagram) in [(None, true), (Some(&*name), true), (None, false)] {
+                    let reply = Reply { alias_of, addresses: &addresses, datagram };
+                    if let Some(answer) = message::answer(bytes, &reply) {
+                        assert!(message::answers(&answer, [bytes[0], bytes[1]]) && answer.len() <= MAX_MESSAGE);
+                    }
+                }
+            }
         }
     }
 );

@@ -1,6 +1,6 @@
 //! DNS over UDP: one task receives, each query is a task of its own.
 
-use std::{io, net::SocketAddr, rc::Rc, time::Duration};
+use std::{net::SocketAddr, rc::Rc, time::Duration};
 
 use hickory_proto::op::ResponseCode;
 use mesh_net::sockets::canonical;
@@ -24,12 +24,13 @@ use crate::{
 
 /// After a failed receive, which is no client's fault.
 const PAUSE: Duration = Duration::from_millis(50);
-/// How long a leaving socket goes on while queries are at work: a successor has its own by then, but the kernel still shares datagrams out.
+/// How long a leaving socket goes on while queries are at work: a successor has its own by then, but the kernel still shares out the
+/// datagrams.
 const LINGER: Duration = Duration::from_secs(1);
 
 /// Serves until the drain.
 pub(crate) async fn serve(pod: Rc<PodContext>, socket: std::net::UdpSocket) {
-    let socket = match register(socket) {
+    let socket = match UdpSocket::from_std(socket) {
         Ok(socket) => Rc::new(socket),
         Err(error) => return tracing::error!(%error, "cannot register the DNS socket"),
     };
@@ -59,10 +60,6 @@ pub(crate) async fn serve(pod: Rc<PodContext>, socket: std::net::UdpSocket) {
     drop(guard);
 }
 
-fn register(socket: std::net::UdpSocket) -> io::Result<UdpSocket> {
-    UdpSocket::from_std(socket)
-}
-
 fn take(pod: &Rc<PodContext>, socket: &Rc<UdpSocket>, query: &[u8], peer: SocketAddr, queries: &mut JoinSet<()>) {
     // Our own words would be answered without end.
     if pod.dns.own.contains(&canonical(peer)) {
@@ -78,8 +75,9 @@ fn take(pod: &Rc<PodContext>, socket: &Rc<UdpSocket>, query: &[u8], peer: Socket
 }
 
 async fn reply(pod: &PodContext, socket: &UdpSocket, query: &[u8], peer: SocketAddr) -> Option<Vec<u8>> {
-    let overloaded = || (query.len() >= 12).then(|| refusal(query, ResponseCode::ServFail));
-    let Some(_slot) = Slot::take(&pod.dns) else { return overloaded() };
+    let Some(_slot) = Slot::take(&pod.dns) else {
+        return Some(refusal(query, ResponseCode::ServFail)).filter(|refusal| !refusal.is_empty());
+    };
     match decide(pod, query, Transport::Udp).await {
         Verdict::Ignore => None,
         Verdict::Reply(reply) => Some(reply),

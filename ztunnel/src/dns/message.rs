@@ -100,8 +100,12 @@ pub fn answers(message: &[u8], to: [u8; 2]) -> bool {
     message.len() >= HEADER && id(message) == Some(to) && message[2] & 0x80 != 0
 }
 
-/// The answer to a query that gets none. The question is repeated where it reads: resolvers ignore an answer without it.
+/// The answer to a query that gets none; empty for a stub. The question is repeated where it reads: resolvers ignore an answer without
+/// it.
 pub fn refusal(query: &[u8], code: ResponseCode) -> Vec<u8> {
+    if query.len() < HEADER {
+        return Vec::new();
+    }
     let end = question(query).filter(|_| query[4..6] == [0, 1]).map(|(_, end)| end);
     let mut answer = query[..end.unwrap_or(HEADER)].to_vec();
     // QR and what the query said of opcode and RD; RA and the code.

@@ -89,7 +89,7 @@ fn a_name_with_a_search_domain_is_an_alias_of_the_one_meant() {
 #[test]
 fn what_a_datagram_cannot_hold_is_left_to_tcp() {
     let asked = bytes(&query("db.demo.svc.cluster.local.", RecordType::A));
-    let addresses: Vec<IpAddr> = (0..500u16).map(|i| IpAddr::from([10, 0, (i >> 8) as u8, i as u8])).collect();
+    let addresses: Vec<IpAddr> = (0..500u32).map(|i| Ipv4Addr::from_bits(0x0a00_0000 + i).into()).collect();
     let by = |datagram| {
         let reply = Reply { alias_of: None, addresses: &addresses, datagram };
         answer(&asked, &reply).expect("answer")
