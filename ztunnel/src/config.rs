@@ -204,6 +204,8 @@ impl Config {
         let shared = mode == ProxyMode::Shared;
         let cluster_id = r.optional("ISTIO_META_CLUSTER_ID").unwrap_or_else(|| r.string("CLUSTER_ID", "Kubernetes"));
         let keepalive = keepalive_from(r);
+        let metadata = metadata(r);
+        let dns = dns::Dns::read(r, &metadata);
         refuse_unsupported(r);
         Self {
             mode,
@@ -220,14 +222,14 @@ impl Config {
             outbound_policy: OutboundPolicy::AllowAny,
             network: r.string("NETWORK", "").into(),
             version: r.string("ISTIO_META_ISTIO_VERSION", "unknown"),
-            metadata: metadata(r),
+            metadata,
             xds: (r.raw("XDS_ADDRESS").as_deref() != Some("")).then(|| upstream(r, "XDS", &cluster_id)),
             ca: upstream(r, "CA", &cluster_id),
             cluster_id: cluster_id.into(),
             secret_ttl: r.duration("SECRET_TTL", Duration::from_secs(24 * 3600)),
             inpod_uds: r.string("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock").into(),
             ports: Ports::default(),
-            dns: dns::Dns::read(r, &metadata(r)),
+            dns,
             local_address: local_address(r, mode),
             ipv6: r.bool("IPV6_ENABLED", true),
             reuse_port: r.bool("INPOD_PORT_REUSE", true) && shared,

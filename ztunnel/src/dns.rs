@@ -43,11 +43,12 @@ pub(crate) struct Desk {
     /// What the resolvers of the pod's applications append to names.
     search: Vec<Arc<str>>,
     busy: Cell<usize>,
-    /// Knows where redirected datagrams were sent; only in a namespace of the pod's own.
+    /// Knows where redirected datagrams were sent; only where they are received, in a namespace of the pod's own.
     tracked: RefCell<Option<Conntrack>>,
 }
 
 impl Desk {
+    /// `netns`: where datagrams are received that may have been redirected.
     pub(crate) fn new(config: &Config, namespace: &str, netns: Option<&NetNs>, own: Arc<[SocketAddr]>) -> Self {
         let search = match config.is_shared() {
             true => names::kubernetes_search(namespace, &config.cluster_domain),

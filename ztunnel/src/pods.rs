@@ -236,7 +236,7 @@ impl Part {
         };
         let memory = Budget::new(POD_MEMORY / shared.workers.len(), shared.memory.clone());
         let pool = Pool::new(pool_config(&shared.config), memory.clone(), Rc::new(dialer));
-        let dns = Desk::new(&shared.config, &info.namespace, netns.as_ref(), names);
+        let dns = Desk::new(&shared.config, &info.namespace, netns.as_ref().filter(|_| home.is_some()), names);
         let pod = PodContext {
             shared,
             info,

@@ -10,7 +10,7 @@
 //! ```
 //!
 //! Nothing outlives the supervisor: it is the first child of the PID namespace's init, all state is on a private tmpfs, and its
-//! control socket is abstract. Deliberately absent: scheduling, images, DNS servers.
+//! control socket is abstract. Deliberately absent: scheduling, images, a cluster's DNS.
 
 #![forbid(unsafe_code)]
 

@@ -105,7 +105,7 @@ async fn resolve(pod: &PodContext, target: &Target, peer: SocketAddr) -> Option<
     if ours {
         return None;
     }
-    pod.shared.outcomes.looked_up(&source, &host);
+    // Not counted: the names are of the client's choice, and a series each would have no end.
     let found = pod.shared.lookups.addresses(&host.as_str().into()).await;
     let of = |family| found.iter().find(|ip| Family::of(**ip) == family);
     families.into_iter().find_map(of).map(|ip| SocketAddr::new(*ip, port))

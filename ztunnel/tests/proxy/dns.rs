@@ -234,8 +234,7 @@ async fn socks_clients_may_use_any_name_the_pod_could_ask_for() {
     ping_pong(&mut near, &mut accepted.expect("accept").0).await;
     drop(near);
     let metrics = client.finish().await;
-    let labels = [r#"hostname="localhost""#, r#"source_workload="client""#, " 1"];
-    assert_eq!(samples(&metrics, "istio_on_demand_dns_total", &labels).len(), 1, "{metrics}");
+    assert!(!metrics.contains("istio_on_demand_dns_total"), "no series for names of the client's choice");
 }
 
 #[tokio::test]
