@@ -19,7 +19,7 @@ use mesh_runtime::{
 };
 use serde::{Serialize, Serializer};
 
-use crate::inpod::WorkloadInfo;
+use crate::{inpod::WorkloadInfo, static_config::Source};
 
 mod threads;
 
@@ -58,6 +58,13 @@ pub struct Config {
 
     /// `None` when discovery is switched off.
     pub xds: Option<Upstream>,
+    /// Ask for what connections need instead of holding the whole mesh.
+    pub xds_on_demand: bool,
+    /// Facts beside discovery's.
+    #[serde(skip)]
+    pub static_config: Option<Source>,
+    /// Where what discovery said is kept for the next start.
+    pub state_dir: Option<PathBuf>,
     pub ca: Upstream,
     /// Certificate lifetime asked for; shorter means more CA load, longer a longer-lived stolen key.
     pub secret_ttl: Duration,
@@ -213,6 +220,9 @@ impl Config {
             version: r.string("ISTIO_META_ISTIO_VERSION", "unknown"),
             metadata: metadata(r),
             xds: (r.raw("XDS_ADDRESS").as_deref() != Some("")).then(|| upstream(r, "XDS", &cluster_id)),
+            xds_on_demand: on_demand(r),
+            static_config: static_config(r),
+            state_dir: state_dir(r),
             ca: upstream(r, "CA", &cluster_id),
             cluster_id: cluster_id.into(),
             secret_ttl: r.duration("SECRET_TTL", Duration::from_secs(24 * 3600)),
@@ -374,6 +384,40 @@ fn token(text: Option<String>) -> TokenSource {
     }
 }
 
+fn static_config(r: &Reader<'_>) -> Option<Source> {
+    let (path, inline) = (r.optional("LOCAL_XDS_PATH"), r.optional("LOCAL_XDS"));
+    if let (Some(path), Some(_)) = (&path, &inline) {
+        r.problem("LOCAL_XDS_PATH", path, "unset, as LOCAL_XDS is set too: the facts are in one place");
+    }
+    path.map(|path| Source::File(path.into())).or(inline.map(Source::Inline))
+}
+
+/// The DNS proxy answers from the whole registry, which a proxy that asks on demand does not hold.
+fn on_demand(r: &Reader<'_>) -> bool {
+    let wanted = r.bool("XDS_ON_DEMAND", false);
+    // The DNS proxy is on unless it is switched off.
+    if wanted && r.bool("ISTIO_META_DNS_CAPTURE", true) {
+        r.problem(
+            "XDS_ON_DEMAND",
+            "true",
+            "false, or ISTIO_META_DNS_CAPTURE=false beside it: the DNS proxy needs the whole registry",
+        );
+    }
+    wanted
+}
+
+/// Others who could write there could write policy; others who could read there could read the mesh.
+fn state_dir(r: &Reader<'_>) -> Option<PathBuf> {
+    use std::os::unix::fs::PermissionsExt as _;
+    const NAME: &str = "FAIRWAY_STATE_DIR";
+    let text = r.optional(NAME)?;
+    let mode = std::fs::metadata(&text).ok().filter(std::fs::Metadata::is_dir).map(|m| m.permissions().mode());
+    if mode.is_none_or(|mode| mode & 0o077 != 0) {
+        r.problem(NAME, &text, "an existing directory that only this user may enter (mode 0700)");
+    }
+    Some(text.into())
+}
+
 fn metadata(r: &Reader<'_>) -> BTreeMap<String, serde_json::Value> {
     let mut out = BTreeMap::new();
     for (name, value) in r.with_prefix("ISTIO_META_") {
@@ -441,7 +485,7 @@ fn log_format(r: &Reader<'_>) -> Format {
 
 /// Settings whose silent absence would be weaker than what the operator asked for.
 fn refuse_unsupported(r: &Reader<'_>) {
-    for name in ["CRL_PATH", "COMPLIANCE_POLICY", "LOCAL_XDS", "LOCAL_XDS_PATH"] {
+    for name in ["CRL_PATH", "COMPLIANCE_POLICY"] {
         if let Some(value) = r.optional(name) {
             r.problem(name, &value, "unset: this build does not have it");
         }

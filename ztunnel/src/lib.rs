@@ -17,6 +17,7 @@ pub mod inpod;
 pub mod discovery;
 pub mod local;
 pub mod state;
+pub mod static_config;
 
 pub mod pods;
 pub mod proxy;

@@ -2,15 +2,21 @@
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
 use arc_swap::ArcSwap;
-use mesh_core::{index::Index, workload::Workload};
+use mesh_core::{
+    index::{Index, Resource},
+    workload::Workload,
+};
 use tokio::sync::watch;
 
-use crate::inpod::WorkloadInfo;
+use crate::{
+    inpod::WorkloadInfo,
+    static_config::{Source, StaticConfig, Unusable},
+};
 
 /// Cheap to clone; clones share the state.
 #[derive(Clone)]
@@ -23,6 +29,8 @@ struct Inner {
     /// Serialises writers; readers never take it.
     writer: Mutex<()>,
     versions: watch::Sender<u64>,
+    /// Set once, at the start.
+    static_config: OnceLock<StaticConfig>,
 }
 
 impl fmt::Debug for State {
@@ -34,11 +42,26 @@ impl fmt::Debug for State {
 impl State {
     pub fn new(node: Arc<str>) -> Self {
         let index = ArcSwap::from_pointee(Index::default());
-        Self(Arc::new(Inner { node, index, writer: Mutex::default(), versions: watch::Sender::new(0) }))
+        let versions = watch::Sender::new(0);
+        Self(Arc::new(Inner { node, index, writer: Mutex::default(), versions, static_config: OnceLock::new() }))
     }
 
     pub fn node(&self) -> &Arc<str> {
         &self.0.node
+    }
+
+    /// Puts what the operator wrote down into force. Once per process.
+    ///
+    /// # Errors
+    /// As [`StaticConfig::load`].
+    pub fn load_static(&self, source: Source) -> Result<StaticConfig, Unusable> {
+        let config = StaticConfig::load(source, self)?;
+        Ok(self.0.static_config.get_or_init(|| config).clone())
+    }
+
+    /// What the operator wrote down, for the configuration dump.
+    pub fn static_resources(&self) -> Arc<Vec<Resource>> {
+        self.0.static_config.get().map(StaticConfig::resources).unwrap_or_default()
     }
 
     /// The state now. Hold it for one decision, not for a flow: old snapshots would pile up.

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use http::StatusCode;
 use mesh_core::{
-    index::Index,
+    index::{Index, Resource},
     policy::{Action, Match, Policy, Scope as PolicyScope, ServiceAccountMatch, StringMatch},
     service::{HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, Scope, Service, Visibility},
     workload::{
@@ -29,8 +29,8 @@ pub fn respond(context: &Context) -> Response {
         "workloads": sorted(index.workloads(), |w| w.uid.clone(), workload),
         "services": sorted(index.services(), |s| format!("{}/{}", s.hostname, s.namespace), |s| service(&index, s)),
         "policies": sorted(index.policies(), |p| p.key(), policy),
-        "stagedServices": {},
-        "staticConfig": { "workloads": [], "policies": [], "services": [] },
+        "stagedServices": staged(&index),
+        "staticConfig": static_config(&context.shared.state.static_resources()),
         "version": version(&context.shared.config.version),
         "config": config,
         "certificates": certificates::dump(&context.shared.identities.entries()),
@@ -40,6 +40,36 @@ pub fn respond(context: &Context) -> Response {
         dump["workloadState"] = json!(context.pods.dump());
     }
     answer(&dump)
+}
+
+/// What was written down beside the proxy, in the form in which it is written.
+pub(crate) fn static_config(resources: &[Resource]) -> Value {
+    let (mut workloads, mut services, mut policies) = (Vec::new(), Vec::new(), Vec::new());
+    for resource in resources {
+        match resource {
+            Resource::Workload(w) => {
+                let mut shown = workload(w);
+                shown["services"] =
+                    w.services.iter().map(|(key, list)| (key.to_string(), ports(list.iter()))).collect();
+                workloads.push(shown);
+            }
+            Resource::Service(s) => services.push(service(&Index::default(), s)),
+            Resource::Policy(p) => {
+                let mut shown = object(policy(p));
+                shown.remove("origin");
+                policies.push(Value::Object(shown));
+            }
+        }
+    }
+    json!({ "workloads": workloads, "policies": policies, "services": services })
+}
+
+/// Endpoints of services that are not known.
+fn staged(index: &Index) -> Value {
+    let endpoints = |key: &str| -> Value {
+        Value::Object(index.endpoints(key).map(|w| (w.uid.to_string(), endpoint(key, w))).collect())
+    };
+    Value::Object(index.staged_services().map(|key| (key.to_string(), endpoints(key))).collect())
 }
 
 fn sorted<'a, T: 'a, K: Ord>(
