@@ -31,7 +31,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     admin,
     config::{Config, ProxyMode},
-    discovery,
+    discovery::Discovery,
     inpod::manager::{Manager, PodTable, StartPod},
     local::Local,
     metrics::ControlMetrics,
@@ -217,9 +217,9 @@ impl App {
             }
         }
         if let (Some(upstream), Some(unsynced)) = (&config.xds, unsynced) {
-            let client = discovery::client(&config, upstream, state, local.clone(), unsynced, metrics.clone())
+            let discovery = Discovery::new(&config, upstream, state, local.clone(), unsynced, metrics.clone())
                 .context("XDS_ADDRESS")?;
-            tasks.spawn(client.run(services_watcher.clone()));
+            tasks.spawn(discovery.run(services_watcher.clone()));
         }
 
         serve_own_workload(&shared, &local, &pods).await?;

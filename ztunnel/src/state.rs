@@ -11,6 +11,7 @@ use mesh_core::{
     index::{Index, Resource},
     workload::Workload,
 };
+use mesh_xds::client::Demand;
 use tokio::sync::watch;
 
 use crate::{
@@ -31,6 +32,8 @@ struct Inner {
     versions: watch::Sender<u64>,
     /// Set once, at the start.
     static_config: OnceLock<StaticConfig>,
+    /// Set once, where the control plane is asked on demand.
+    demand: OnceLock<Demand>,
 }
 
 impl fmt::Debug for State {
@@ -43,7 +46,8 @@ impl State {
     pub fn new(node: Arc<str>) -> Self {
         let index = ArcSwap::from_pointee(Index::default());
         let versions = watch::Sender::new(0);
-        Self(Arc::new(Inner { node, index, writer: Mutex::default(), versions, static_config: OnceLock::new() }))
+        let (static_config, demand) = (OnceLock::new(), OnceLock::new());
+        Self(Arc::new(Inner { node, index, writer: Mutex::default(), versions, static_config, demand }))
     }
 
     pub fn node(&self) -> &Arc<str> {
@@ -62,6 +66,15 @@ impl State {
     /// What the operator wrote down, for the configuration dump.
     pub fn static_resources(&self) -> Arc<Vec<Resource>> {
         self.0.static_config.get().map(StaticConfig::resources).unwrap_or_default()
+    }
+
+    /// From now on what is missing here can be asked for. Once per process.
+    pub(crate) fn set_demand(&self, demand: Demand) {
+        self.0.demand.get_or_init(|| demand);
+    }
+
+    pub(crate) fn demand(&self) -> Option<&Demand> {
+        self.0.demand.get()
     }
 
     /// The state now. Hold it for one decision, not for a flow: old snapshots would pile up.

@@ -59,8 +59,11 @@ pub struct Update {
 pub trait Handler: Send {
     fn apply(&mut self, update: Update);
 
-    /// The first response of this type has been applied, ever. An empty one counts.
+    /// The first response of this type has been applied in this process. An empty one counts.
     fn synced(&mut self, type_url: &'static str);
+
+    /// What an earlier process had applied, by type, in its order. Called by [`Client::resume`] only.
+    fn restore(&mut self, saved: Vec<(&'static str, Update)>);
 }
 
 /// Keeps what was accepted, as it came, for the next start. Called from the client's task; must not block.
@@ -161,14 +164,17 @@ impl Client {
         self.journal = Some(journal);
     }
 
-    /// Takes what a [`Journal`] recorded in an earlier life, so that the server sends only what has changed since; the caller puts the
-    /// result into force. `None` for a type that is not asked for. Before [`Self::run`].
-    pub fn resume(&mut self, recorded: &DeltaDiscoveryResponse) -> Option<Update> {
-        let kind = self.types.iter_mut().find(|kind| kind.type_url() == recorded.type_url)?;
-        let decoded = decode(kind.type_url(), &recorded.resources);
-        kind.restored(decoded.accepted, &recorded.removed_resources);
-        let removals = recorded.removed_resources.iter().map(|n| convert::key_from_name(kind.type_url(), n)).collect();
-        Some(Update { upserts: decoded.resources, removals })
+    /// Takes what a [`Journal`] recorded in an earlier life, in its order, and hands it to the handler at once; the server then sends only
+    /// what has changed since. Before [`Self::run`].
+    pub fn resume(&mut self, recorded: &[DeltaDiscoveryResponse]) {
+        let mut saved = Vec::new();
+        for response in recorded {
+            let Some(kind) = self.types.iter_mut().find(|kind| kind.type_url() == response.type_url) else { continue };
+            let decoded = decode(kind.type_url(), &response.resources);
+            kind.restored(decoded.accepted, &response.removed_resources);
+            saved.push((kind.type_url(), Update { upserts: decoded.resources, removals: removals(response) }));
+        }
+        self.handler.restore(saved);
     }
 
     /// Keeps the stream up until the drain starts. Never returns before.
@@ -289,8 +295,7 @@ impl Client {
             removals: response.removed_resources.len(),
         });
         let decoded = decode(kind.type_url(), &response.resources);
-        let removals = response.removed_resources.iter().map(|n| convert::key_from_name(kind.type_url(), n)).collect();
-        self.handler.apply(Update { upserts: decoded.resources, removals });
+        self.handler.apply(Update { upserts: decoded.resources, removals: removals(&response) });
         let first = !kind.is_synced();
         kind.accepted(decoded.accepted, &response.removed_resources);
         if first {
@@ -346,6 +351,10 @@ struct Decoded<'a> {
     /// Names and versions.
     accepted: Vec<(&'a str, &'a str)>,
     rejections: Vec<Rejection>,
+}
+
+fn removals(response: &DeltaDiscoveryResponse) -> Vec<ResourceKey> {
+    response.removed_resources.iter().map(|name| convert::key_from_name(&response.type_url, name)).collect()
 }
 
 fn decode<'a>(type_url: &'static str, resources: &'a [WireResource]) -> Decoded<'a> {

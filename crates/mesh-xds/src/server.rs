@@ -229,8 +229,8 @@ fn unlist(lists: &mut HashMap<Arc<str>, BTreeSet<Arc<str>>>, keys: &[Arc<str>], 
     }
 }
 
-/// A content hash, so that a restarted server recognises what its clients already hold.
-fn version_of(body: &[u8]) -> Arc<str> {
+/// A content hash in 32 characters, so that a restarted server recognises what its clients already hold. Not against forgery.
+pub fn version_of(body: &[u8]) -> Arc<str> {
     // FNV-1a over 128 bits: stable across builds and processes, which the standard hashers do not promise.
     let hash = body.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128, |hash, byte| {
         (hash ^ u128::from(*byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)

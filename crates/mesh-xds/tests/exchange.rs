@@ -81,6 +81,8 @@ impl Handler for Tell {
     fn synced(&mut self, _: &'static str) {
         self.0.send(Seen::Synced).unwrap_or_default();
     }
+
+    fn restore(&mut self, _: Vec<(&'static str, Update)>) {}
 }
 
 struct Mesh {
