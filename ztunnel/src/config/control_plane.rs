@@ -99,7 +99,7 @@ pub(super) fn static_config(r: &Reader<'_>) -> Option<Source> {
     if let (Some(path), Some(_)) = (&path, &inline) {
         r.problem("LOCAL_XDS_PATH", path, "unset, as LOCAL_XDS is set too: the facts are in one place");
     }
-    path.map(|path| Source::File(path.into())).or(inline.map(Source::Inline))
+    path.map(|path| Source::File(path.into())).or_else(|| inline.map(Source::Inline))
 }
 
 /// The DNS proxy answers from the whole registry, which a proxy that asks on demand does not hold.

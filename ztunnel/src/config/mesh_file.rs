@@ -64,7 +64,7 @@ impl MeshFile {
 
 impl ProxyConfig {
     fn merge(&mut self, over: Self) {
-        self.discovery_address = over.discovery_address.or(self.discovery_address.take());
+        self.discovery_address = over.discovery_address.or_else(|| self.discovery_address.take());
         self.proxy_admin_port = over.proxy_admin_port.or(self.proxy_admin_port);
         self.stats_port = over.stats_port.or(self.stats_port);
         self.concurrency = over.concurrency.or(self.concurrency);

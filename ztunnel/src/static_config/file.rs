@@ -6,6 +6,7 @@ use ipnet::IpNet;
 use mesh_core::{
     addr::{NetworkAddress, canonical_ip},
     index::Resource,
+    origin::Origin,
     policy::{Action, Clause, Match, Policy, Rule, Scope as PolicyScope, ServiceAccountMatch, StringMatch},
     service::{
         AppProtocol, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, Scope, Service, ServicePort,
@@ -461,6 +462,7 @@ impl PolicyEntry {
             clauses: clauses.into_iter().map(clause).collect(),
             ..Rule::default()
         };
+        let object = format!("static policy {}/{}", self.namespace, self.name).into();
         Policy {
             name: self.name,
             namespace: self.namespace,
@@ -475,7 +477,7 @@ impl PolicyEntry {
             },
             dry_run: self.dry_run,
             rules: self.rules.into_iter().map(rule).collect(),
-            origin: mesh_core::origin::Origin::default(),
+            origin: Origin { object, ..Origin::default() },
         }
     }
 }

@@ -102,7 +102,7 @@ fn the_dump_of_a_mesh_is_the_one_that_tools_were_written_for() {
     let upserts = crate::static_config::parse(MESH).unwrap();
     let mut index = Index::default();
     index.apply(Delta { provenance: Provenance::Xds, upserts, removals: Vec::new() });
-    let expected: Value = serde_json::from_str(include_str!("config_dump/mesh.json")).unwrap();
+    let expected: Value = serde_json::from_str(include_str!("mesh.json")).unwrap();
     let shown = Value::Object(known(&index));
     for (key, expected) in expected.as_object().unwrap() {
         assert_eq!(&shown[key], expected, "{key}: {:#}", shown[key]);
