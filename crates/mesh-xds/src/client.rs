@@ -1,7 +1,7 @@
 //! The client: one stream for all types, kept alive with back-off. What it has learnt is kept while disconnected.
 
 use mesh_runtime::telemetry::error_chain;
-use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use mesh_core::index::{Resource, ResourceKey};
 use mesh_runtime::drain::DrainWatcher;
@@ -294,6 +294,7 @@ impl Client {
             resources: response.resources.len(),
             removals: response.removed_resources.len(),
         });
+        drop_removed(&mut response);
         let decoded = decode(kind.type_url(), &response.resources);
         self.handler.apply(Update { upserts: decoded.resources, removals: removals(&response) });
         let first = !kind.is_synced();
@@ -351,6 +352,14 @@ struct Decoded<'a> {
     /// Names and versions.
     accepted: Vec<(&'a str, &'a str)>,
     rejections: Vec<Rejection>,
+}
+
+/// A response's removals come after its resources (upstream's order): what it both gives and takes is gone.
+fn drop_removed(response: &mut DeltaDiscoveryResponse) {
+    if !response.removed_resources.is_empty() {
+        let removed: BTreeSet<&str> = response.removed_resources.iter().map(String::as_str).collect();
+        response.resources.retain(|resource| !removed.contains(&*resource.name));
+    }
 }
 
 fn removals(response: &DeltaDiscoveryResponse) -> Vec<ResourceKey> {

@@ -133,3 +133,16 @@ fn what_was_recorded_resumes_the_versions_but_is_no_first_sync() {
     assert!(next.types[1].initial(Node::default(), &[]).initial_resource_versions.is_empty());
     assert!(next.types.iter().all(|kind| !kind.is_synced()));
 }
+
+#[test]
+fn what_a_response_both_gives_and_takes_is_gone() {
+    let mut client = client();
+    let (keep, kept) = std::sync::mpsc::channel();
+    client.journal(Box::new(Keep(keep)));
+    let mut both = response(ADDRESS_TYPE_URL, vec![workload("a"), workload("b")]);
+    both.removed_resources.push("a".to_owned());
+    client.on_response(both);
+    let held = client.types[0].initial(Node::default(), &[]).initial_resource_versions;
+    assert_eq!(held.keys().collect::<Vec<_>>(), ["b"]);
+    assert_eq!(kept.recv().unwrap().resources.len(), 1);
+}
