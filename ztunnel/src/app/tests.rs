@@ -193,3 +193,16 @@ async fn facts_written_beside_a_proxy_without_discovery_make_it_ready_and_are_en
     let error = App::start_with_ca(config, Arc::new(TestCa(authority))).await.err().expect("an unknown key");
     assert!(format!("{error:#}").contains("LOCAL_XDS: "), "{error:#}");
 }
+
+#[tokio::test]
+async fn a_proxy_that_is_switched_off_listens_for_no_traffic() {
+    let authority = Arc::new(TestCa(SigningAuthority::generate("cluster.local").unwrap()));
+    let config = Config { proxy: false, ..Config::default_for_tests() };
+    let app = App::start_with_ca(config, authority).await.unwrap();
+    let info = app.shared.config.workload.clone().unwrap();
+    let pod = pods::start(&app.shared, info, None).await.unwrap();
+    assert!(pod.listening().is_empty());
+    drop(pod);
+    assert_eq!(ask(app.readiness, "GET /healthz/ready").await.0, 200);
+    assert_eq!(app.stop().await, Drained::Complete);
+}

@@ -154,12 +154,16 @@ struct Life {
 fn live(address: SocketAddr, change: impl FnOnce(&mut Config)) -> Life {
     let mut config = Config::default_for_tests();
     change(&mut config);
+    over(Arc::new(Dial(address)), config)
+}
+
+fn over(transport: Arc<dyn Transport>, config: Config) -> Life {
     let (config, state, readiness) = (Arc::new(config), State::new("".into()), Readiness::default());
     let (identities, task) = mesh_identity::Manager::new(mesh_identity::Config::default(), Arc::new(NoCa));
     let manager = tokio::spawn(task);
     let local = Arc::new(Local::new(config.clone(), state.clone(), identities));
     let unsynced = readiness.pending("state manager");
-    let (transport, observer) = (Arc::new(Dial(address)), Box::new(|_: Event<'_>| {}));
+    let observer = Box::new(|_: Event<'_>| {});
     let discovery = Discovery::over(transport, observer, &config, "the same", state.clone(), local, unsynced);
     let (trigger, watcher) = drain::channel();
     let running = tokio::spawn(discovery.run(watcher));
@@ -279,4 +283,65 @@ async fn on_demand_a_destination_is_asked_for_with_what_it_leads_to() {
     on_demand::own_record(&life.state, "c", &info).await;
     assert!(life.state.snapshot().workload("c//Pod/demo/a").is_some());
     life.end().await;
+}
+
+/// Lets in whoever brings the header and the token.
+struct Guarded(tokio::sync::mpsc::UnboundedSender<bool>);
+
+impl Authenticate for Guarded {
+    fn authenticate<'a>(
+        &'a self,
+        metadata: &'a MetadataMap,
+    ) -> Pin<Box<dyn Future<Output = Result<Caller, Status>> + Send + 'a>> {
+        let is = |name: &str, value: &str| metadata.get(name).is_some_and(|v| v == value);
+        let expected = is("x-tenant", "blue") && is("authorization", "Bearer t0ken") && is("clusterid", "c1");
+        self.0.send(expected).unwrap_or_default();
+        Anybody.authenticate(metadata)
+    }
+}
+
+#[tokio::test]
+async fn the_control_plane_is_trusted_by_its_root_and_alternative_name_and_told_the_headers() {
+    use tokio_rustls::{TlsAcceptor, rustls::ServerConfig};
+    let authority = mesh_identity::authority::SigningAuthority::generate("cluster.local").unwrap();
+    let (hour, now) = (std::time::Duration::from_secs(3600), std::time::SystemTime::now());
+    let certificate = authority.server_certificate(&["istiod.test".to_owned()], hour, now).unwrap();
+    let tls = ServerConfig::builder_with_provider(mesh_identity::tls::provider())
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_no_client_auth()
+        .with_single_cert(certificate.chain, certificate.key.clone_key())
+        .unwrap();
+    let acceptor = TlsAcceptor::from(Arc::new(tls));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let incoming = futures_util::stream::unfold((listener, acceptor), |(listener, acceptor)| async move {
+        let (tcp, _) = listener.accept().await.ok()?;
+        // tonic knows no TLS streams of others, but it knows duplex ones.
+        let (near, mut far) = tokio::io::duplex(1 << 16);
+        let accepting = acceptor.accept(tcp);
+        tokio::spawn(async move { tokio::io::copy_bidirectional(&mut accepting.await?, &mut far).await });
+        Some((Ok::<_, std::io::Error>(near), (listener, acceptor)))
+    });
+    let cache = Arc::new(Cache::new());
+    cache.set_ready();
+    let (tell, mut told) = tokio::sync::mpsc::unbounded_channel();
+    let service = DeltaService::new(cache, Arc::new(Guarded(tell)), Arc::new(|_| {})).into_server();
+    let server = tokio::spawn(Server::builder().add_service(service).serve_with_incoming(incoming));
+
+    let vars = [
+        ("XDS_ADDRESS", address.to_string()),
+        ("XDS_ROOT_CA", authority.root_pem().to_owned()),
+        ("ALT_XDS_HOSTNAME", "istiod.test".to_owned()),
+        ("XDS_HEADER_X-Tenant", "blue".to_owned()),
+        ("AUTH_TOKEN", "t0ken".to_owned()),
+        ("CLUSTER_ID", "c1".to_owned()),
+    ];
+    let vars: std::collections::HashMap<String, String> = vars.map(|(name, value)| (name.to_owned(), value)).into();
+    let config = Config::from_env(&vars).unwrap();
+    let life = over(Arc::new(Reach(config.xds.as_ref().unwrap().control_plane())), config);
+    life.until(|state| state.snapshot().policies_complete()).await;
+    assert_eq!(told.recv().await, Some(true));
+    life.end().await;
+    server.abort();
 }
