@@ -59,10 +59,10 @@ pub enum ResourceKey {
 pub enum Provenance {
     /// Seen on this node; says nothing about policies, so such a workload denies inbound connections.
     Local,
-    /// What discovery said before the last restart.
-    Disk,
     /// Written down by the operator beside this proxy. Discovery may replace it, but cannot remove what it never gave.
     Static,
+    /// What discovery said before the last restart.
+    Disk,
     Xds,
 }
 

@@ -192,7 +192,8 @@ fn discovery_replaces_what_the_operator_wrote_but_does_not_remove_it() {
     let key = ResourceKey::Address(written.uid.clone());
     let mut index = Index::default();
     index.apply(from(Provenance::Static, vec![Resource::Workload(written.clone())], Vec::new()));
-    index.apply(from(Provenance::Disk, vec![Resource::Workload(workload("a", |_| {}))], Vec::new()));
+    index.apply(from(Provenance::Local, vec![Resource::Workload(workload("a", |_| {}))], Vec::new()));
+    index.apply(from(Provenance::Disk, Vec::new(), vec![key.clone()]));
     index.apply(from(Provenance::Xds, Vec::new(), vec![key.clone()]));
     assert_eq!(index.workload(&written.uid), Some(&written));
     index.apply(from(
