@@ -184,7 +184,7 @@ impl NodeProxy {
                 id: "ztunnel~127.0.0.1~z.istio-system~istio-system.svc.cluster.local".into(),
                 ..Node::default()
             };
-            requests.send(kind.initial(node)).await.unwrap();
+            requests.send(kind.initial(node, [])).await.unwrap();
         }
         let mut client = AggregatedDiscoveryServiceClient::new(channel);
         let responses =
@@ -340,7 +340,7 @@ async fn a_reconnecting_node_gets_only_what_it_lacks_even_from_a_restarted_serve
 
     fs::remove_file(mesh.folder.path().join("client.yaml")).unwrap();
     let mut watcher = NodeProxy::connect(mesh.channel().await, &token, types()).await;
-    while watcher.types[ADDRESS_TYPE_URL].initial(Node::default()).initial_resource_versions.contains_key(CLIENT)
+    while watcher.types[ADDRESS_TYPE_URL].initial(Node::default(), []).initial_resource_versions.contains_key(CLIENT)
         || !watcher.types[ADDRESS_TYPE_URL].is_synced()
     {
         watcher.receive().await;

@@ -32,7 +32,7 @@ use crate::{
     admin,
     config::{Config, ProxyMode},
     crl::RevocationLists,
-    discovery,
+    discovery::Discovery,
     inpod::manager::{Manager, PodTable, StartPod},
     local::Local,
     lookup::Lookups,
@@ -225,10 +225,19 @@ impl App {
         let readiness = ports.serve("readiness", config.wildcard(config.ports.readiness), probe)?;
 
         let local = Arc::new(Local::new(config.clone(), state.clone(), identities));
+        if let Some(source) = config.static_config.clone() {
+            let written = state.load_static(source)?;
+            tasks.spawn(written.follow(state.clone(), services_watcher.clone()));
+            if config.xds.is_none() {
+                // Nobody else will say more.
+                state.update(|index| index.set_policies_complete(true));
+                local.synced();
+            }
+        }
         if let (Some(upstream), Some(unsynced)) = (&config.xds, unsynced) {
-            let client = discovery::client(&config, upstream, state, local.clone(), unsynced, metrics.clone())
+            let discovery = Discovery::new(&config, upstream, state, local.clone(), unsynced, metrics.clone())
                 .context("XDS_ADDRESS")?;
-            tasks.spawn(client.run(services_watcher.clone()));
+            tasks.spawn(discovery.run(services_watcher.clone()));
         }
 
         serve_own_workload(&shared, &local, &pods).await?;

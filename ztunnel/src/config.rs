@@ -5,13 +5,12 @@ use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     num::NonZeroUsize,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
 
 use mesh_core::workload::OutboundPolicy;
-use mesh_identity::{ControlPlane, ControlTls, RootSource, TokenSource};
 use mesh_net::{KeepAlive, SocketOptions, Transparent};
 use mesh_runtime::{
     env::{Problems, Reader, Vars},
@@ -19,16 +18,20 @@ use mesh_runtime::{
 };
 use serde::{Serialize, Serializer};
 
-use crate::inpod::WorkloadInfo;
+use crate::{inpod::WorkloadInfo, static_config::Source};
 
+mod control_plane;
 pub mod dns;
+mod mesh_file;
 mod threads;
+mod timing;
 mod trust;
 
+pub use control_plane::Upstream;
+use control_plane::upstream;
+use mesh_file::{MeshFile, ProxyConfig};
 pub use trust::Trust;
 
-const TOKEN_PATH: &str = "./var/run/secrets/tokens/istio-token";
-const ROOT_PATH: &str = "./var/run/secrets/istio/root-cert.pem";
 /// The mark by which capture rules know the proxy's own packets.
 const PACKET_MARK: u32 = 1337;
 
@@ -63,11 +66,20 @@ pub struct Config {
 
     /// `None` when discovery is switched off.
     pub xds: Option<Upstream>,
+    /// Ask for what connections need instead of holding the whole mesh.
+    pub xds_on_demand: bool,
+    /// Facts beside discovery's.
+    #[serde(skip)]
+    pub static_config: Option<Source>,
+    /// Where what discovery said is kept for the next start.
+    pub state_dir: Option<PathBuf>,
     pub ca: Upstream,
     /// Certificate lifetime asked for; shorter means more CA load, longer a longer-lived stolen key.
     pub secret_ttl: Duration,
     pub inpod_uds: PathBuf,
 
+    /// Carry TCP. Without, pods are announced and looked after, but nothing listens for their traffic.
+    pub proxy: bool,
     pub ports: Ports,
     pub dns: dns::Dns,
     /// Dedicated mode: bind everything to this address instead of the wildcard.
@@ -138,43 +150,14 @@ impl Default for Ports {
     }
 }
 
-/// How to reach the control plane or the CA.
-#[derive(Clone, Serialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Upstream {
-    /// `host:port`, with or without `https://`.
-    pub address: String,
-    #[serde(serialize_with = "debug")]
-    pub roots: RootSource,
-    #[serde(skip)]
-    pub token: TokenSource,
-    #[serde(skip)]
-    pub headers: Vec<(String, String)>,
-    pub alternative_name: Option<String>,
-}
-
-impl Upstream {
-    /// The address with everything that is needed to connect.
-    pub fn control_plane(&self, tls: ControlTls) -> ControlPlane {
-        ControlPlane {
-            address: self.address.clone(),
-            roots: self.roots.clone(),
-            token: self.token.clone(),
-            headers: self.headers.clone(),
-            alternative_name: self.alternative_name.clone(),
-            tls,
+impl From<&ProxyConfig> for Ports {
+    fn from(proxy: &ProxyConfig) -> Self {
+        let default = Self::default();
+        Self {
+            admin: proxy.proxy_admin_port.unwrap_or(default.admin),
+            stats: proxy.stats_port.unwrap_or(default.stats),
+            ..default
         }
-    }
-}
-
-/// Secrets left out.
-impl fmt::Debug for Upstream {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Upstream")
-            .field("address", &self.address)
-            .field("roots", &self.roots)
-            .field("alternative_name", &self.alternative_name)
-            .finish_non_exhaustive()
     }
 }
 
@@ -183,7 +166,7 @@ impl Config {
     /// Every variable that cannot be used, with its value and what would be right.
     pub fn from_env(vars: &dyn Vars) -> Result<Self, Problems> {
         let reader = Reader::new(vars);
-        let config = Self::read(&reader);
+        let config = Self::read(&reader, mesh_file::mounted(&reader).as_deref());
         reader.finish().map(|()| config)
     }
 
@@ -199,14 +182,15 @@ impl Config {
         Self { ports, dns, local_address: Some(Ipv4Addr::LOCALHOST.into()), workers: 1, ipv6: false, ..config }
     }
 
-    fn read(r: &Reader<'_>) -> Self {
+    /// `mesh` is the text of the mesh's configuration file.
+    fn read(r: &Reader<'_>, mesh: Option<&str>) -> Self {
+        let (mesh, proxy) = MeshFile::read(r, mesh);
         let mode = mode(r);
         let shared = mode == ProxyMode::Shared;
         let cluster_id = r.optional("ISTIO_META_CLUSTER_ID").unwrap_or_else(|| r.string("CLUSTER_ID", "Kubernetes"));
-        let keepalive = keepalive_from(r);
-        let metadata = metadata(r);
+        let keepalive = timing::keepalive_from(r);
+        let metadata = control_plane::metadata(r, &proxy);
         let dns = dns::Dns::read(r, &metadata);
-        refuse_unsupported(r);
         Self {
             mode,
             workload: workload(r, mode, &cluster_id),
@@ -216,19 +200,23 @@ impl Config {
             service_account: r.string("SERVICE_ACCOUNT", ""),
             instance_ip: r.parse("INSTANCE_IP", Ipv4Addr::new(1, 1, 1, 1).into(), "this pod's IP address"),
             trust_domain: r.string("TRUST_DOMAIN", mesh_core::identity::DEFAULT_TRUST_DOMAIN),
-            trust_domain_aliases: Vec::new(),
+            trust_domain_aliases: mesh.trust_domain_aliases.iter().map(|alias| alias.as_str().into()).collect(),
             trust: Trust::read(r),
             cluster_domain: r.string("CLUSTER_DOMAIN", "cluster.local").into(),
-            outbound_policy: OutboundPolicy::AllowAny,
+            outbound_policy: mesh.outbound_policy(),
             network: r.string("NETWORK", "").into(),
             version: r.string("ISTIO_META_ISTIO_VERSION", "unknown"),
             metadata,
-            xds: (r.raw("XDS_ADDRESS").as_deref() != Some("")).then(|| upstream(r, "XDS", &cluster_id)),
-            ca: upstream(r, "CA", &cluster_id),
+            xds: (r.raw("XDS_ADDRESS").as_deref() != Some("")).then(|| upstream(r, "XDS", &cluster_id, &proxy)),
+            xds_on_demand: control_plane::on_demand(r, &dns),
+            static_config: control_plane::static_config(r),
+            state_dir: control_plane::state_dir(r),
+            ca: upstream(r, "CA", &cluster_id, &proxy),
             cluster_id: cluster_id.into(),
             secret_ttl: r.duration("SECRET_TTL", Duration::from_secs(24 * 3600)),
             inpod_uds: r.string("INPOD_UDS", "/var/run/ztunnel/ztunnel.sock").into(),
-            ports: Ports::default(),
+            proxy: r.bool("ENABLE_PROXY", true),
+            ports: Ports::from(&proxy),
             dns,
             local_address: local_address(r, mode),
             ipv6: r.bool("IPV6_ENABLED", true),
@@ -246,10 +234,10 @@ impl Config {
             connection_window: within(r, "HTTP2_CONNECTION_WINDOW_SIZE", 16 << 20, 65_535, i32::MAX as u32),
             // RFC 9113 §6.5.2 bounds SETTINGS_MAX_FRAME_SIZE.
             frame_size: within(r, "HTTP2_FRAME_SIZE", 65_536, 16_384, 16_777_215),
-            user_timeout: user_timeout(r, keepalive),
+            user_timeout: timing::user_timeout(r, keepalive),
             keepalive,
-            workers: threads::from_env(r),
-            drain_deadline: drain_deadline(r),
+            workers: threads::from_env(r, proxy.concurrency),
+            drain_deadline: timing::drain_deadline(r),
             log_filter: r.string("RUST_LOG", "info"),
             log_format: log_format(r),
             log_decisions: r.bool("AUTHZ_POLICY_INFO_LOGGING", false),
@@ -352,54 +340,6 @@ fn local_address(r: &Reader<'_>, mode: ProxyMode) -> Option<IpAddr> {
     Some(address)
 }
 
-/// `prefix` is `XDS` or `CA`.
-fn upstream(r: &Reader<'_>, prefix: &str, cluster: &str) -> Upstream {
-    let in_cluster = r.optional("KUBERNETES_SERVICE_HOST").is_some();
-    let default = if in_cluster { "https://istiod.istio-system.svc:15012" } else { "https://localhost:15012" };
-    let header_prefix = format!("{prefix}_HEADER_");
-    let extra = r.with_prefix(&header_prefix);
-    let headers = extra.iter().map(|(name, value)| (name[header_prefix.len()..].to_ascii_lowercase(), value.clone()));
-    Upstream {
-        address: r.string(&format!("{prefix}_ADDRESS"), default),
-        roots: roots(&r.string(&format!("{prefix}_ROOT_CA"), ROOT_PATH)),
-        token: token(r.optional("AUTH_TOKEN")),
-        headers: headers.chain([("clusterid".to_owned(), cluster.to_owned())]).collect(),
-        alternative_name: r.optional(&format!("ALT_{prefix}_HOSTNAME")),
-    }
-}
-
-fn roots(text: &str) -> RootSource {
-    match text {
-        "SYSTEM" => RootSource::System,
-        pem if pem.contains("-----BEGIN") => RootSource::Pem(pem.to_owned()),
-        path => RootSource::File(path.into()),
-    }
-}
-
-/// A token never holds a slash, so a path is known for one even before its file exists.
-fn token(text: Option<String>) -> TokenSource {
-    match text {
-        Some(path) if path.contains('/') || Path::new(&path).exists() => TokenSource::File(path.into()),
-        Some(literal) => TokenSource::Literal(literal),
-        None if Path::new(TOKEN_PATH).exists() => TokenSource::File(TOKEN_PATH.into()),
-        None => TokenSource::None,
-    }
-}
-
-fn metadata(r: &Reader<'_>) -> BTreeMap<String, serde_json::Value> {
-    let mut out = BTreeMap::new();
-    for (name, value) in r.with_prefix("ISTIO_META_") {
-        out.insert(name["ISTIO_META_".len()..].to_owned(), serde_json::Value::String(value));
-    }
-    for (name, value) in r.with_prefix("ISTIO_METAJSON_") {
-        match serde_json::from_str(&value) {
-            Ok(json) => drop(out.insert(name["ISTIO_METAJSON_".len()..].to_owned(), json)),
-            Err(_) => r.problem(&name, &value, "a JSON value"),
-        }
-    }
-    out
-}
-
 fn within<T>(r: &Reader<'_>, name: &str, default: T, low: T, high: T) -> T
 where
     T: std::str::FromStr + PartialOrd + fmt::Display + Copy,
@@ -413,33 +353,6 @@ where
     default
 }
 
-fn keepalive_from(r: &Reader<'_>) -> Option<KeepAlive> {
-    let seconds = Duration::from_secs(180);
-    let keepalive = KeepAlive {
-        idle: r.duration("KEEPALIVE_TIME", seconds),
-        interval: r.duration("KEEPALIVE_INTERVAL", seconds),
-        retries: within(r, "KEEPALIVE_RETRIES", 9, 1, 127),
-    };
-    r.bool("KEEPALIVE_ENABLED", true).then_some(keepalive)
-}
-
-/// What keep-alive would take to notice a dead peer, applied to unacknowledged data too.
-fn user_timeout(r: &Reader<'_>, keepalive: Option<KeepAlive>) -> Option<Duration> {
-    let wanted = r.bool("USER_TIMEOUT_ENABLED", false);
-    keepalive.filter(|_| wanted).map(|k| k.idle.saturating_add(k.interval.saturating_mul(k.retries)))
-}
-
-/// A little less than Kubernetes will wait.
-fn drain_deadline(r: &Reader<'_>) -> Duration {
-    let grace: Option<u64> = r.optional_parse("TERMINATION_GRACE_PERIOD_SECONDS", "a number of seconds");
-    let default = match grace {
-        Some(seconds) if seconds > 10 => seconds - 5,
-        Some(seconds) => seconds.saturating_sub(1).max(1),
-        None => 5,
-    };
-    r.duration("CONNECTION_TERMINATION_DEADLINE", Duration::from_secs(default))
-}
-
 fn log_format(r: &Reader<'_>) -> Format {
     match r.string("LOG_FORMAT", "plain").as_str() {
         "plain" => Format::Plain,
@@ -447,15 +360,6 @@ fn log_format(r: &Reader<'_>) -> Format {
         other => {
             r.problem("LOG_FORMAT", other, "plain or json");
             Format::Plain
-        }
-    }
-}
-
-/// Settings whose silent absence would be weaker than what the operator asked for.
-fn refuse_unsupported(r: &Reader<'_>) {
-    for name in ["LOCAL_XDS", "LOCAL_XDS_PATH"] {
-        if let Some(value) = r.optional(name) {
-            r.problem(name, &value, "unset: this build does not have it");
         }
     }
 }

@@ -1,10 +1,10 @@
 //! Discovery: how this process reaches its control plane, introduces itself, and puts what it learns into force.
 
-use std::{future::Future, pin::Pin, sync::Arc};
+use std::{collections::BTreeSet, future::Future, pin::Pin, sync::Arc};
 
 use mesh_core::index::{Delta, Provenance, Resource, ResourceKey};
 use mesh_identity::{ControlPlane, ControlPlaneError};
-use mesh_runtime::readiness::Pending;
+use mesh_runtime::{drain::DrainWatcher, readiness::Pending};
 use mesh_xds::client::{BoxError, Client, Event, Handler, Transport, Update};
 use prost_types::value::Kind;
 use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, core::Node};
@@ -17,27 +17,84 @@ use crate::{
     state::State,
 };
 
+mod disk;
+pub(crate) mod on_demand;
+
+pub use disk::decode_any as decode_saved;
+
 /// In this order: a policy may name workloads, and readiness wants both.
 const TYPES: [&str; 2] = [ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL];
 
-/// A client that feeds `state`; `unsynced` is dropped when every type has arrived once.
-///
-/// # Errors
-/// When the control plane's address cannot be used.
-pub fn client(
-    config: &Config,
-    upstream: &Upstream,
-    state: State,
-    local: Arc<Local>,
-    unsynced: Pending,
-    metrics: ControlMetrics,
-) -> Result<Client, ControlPlaneError> {
-    let control_plane = upstream.control_plane(config.trust.control_tls());
-    // Says at the start, rather than at each attempt, what can never work.
-    drop(control_plane.channel()?);
-    let handler = IntoState { state, local, waiting: TYPES.to_vec(), unsynced: Some(unsynced) };
-    let observer = Box::new(move |event: Event<'_>| observe(&metrics, event));
-    Ok(Client::new(Arc::new(Reach(control_plane)), node(config), &TYPES, Box::new(handler), observer))
+/// The client and what writes down what it hears.
+pub struct Discovery {
+    client: Client,
+    writer: Option<disk::Writer>,
+}
+
+impl std::fmt::Debug for Discovery {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Discovery").field("writer", &self.writer).finish_non_exhaustive()
+    }
+}
+
+impl Discovery {
+    /// Feeds `state`; `unsynced` is dropped when every type has arrived once, or was there already when this process started.
+    ///
+    /// # Errors
+    /// When the control plane's address cannot be used.
+    pub fn new(
+        config: &Config,
+        upstream: &Upstream,
+        state: State,
+        local: Arc<Local>,
+        unsynced: Pending,
+        metrics: ControlMetrics,
+    ) -> Result<Self, ControlPlaneError> {
+        let control_plane = upstream.control_plane(config.trust.control_tls());
+        // Says at the start, rather than at each attempt, what can never work.
+        drop(control_plane.channel()?);
+        let observer = Box::new(move |event: Event<'_>| observe(&metrics, event));
+        Ok(Self::over(Arc::new(Reach(control_plane)), observer, config, &upstream.address, state, local, unsynced))
+    }
+
+    fn over(
+        transport: Arc<dyn Transport>,
+        observer: Box<dyn Fn(Event<'_>) + Send>,
+        config: &Config,
+        address: &str,
+        state: State,
+        local: Arc<Local>,
+        unsynced: Pending,
+    ) -> Self {
+        let on_demand = config.xds_on_demand;
+        let waiting = TYPES.into_iter().filter(|kind| !(on_demand && *kind == ADDRESS_TYPE_URL)).collect();
+        let handler = IntoState { state: state.clone(), local, on_demand, waiting, unsynced: Some(unsynced) };
+        let mut client = Client::new(transport, node(config), &TYPES, Box::new(handler), observer);
+        let directory = config.state_dir.as_deref();
+        let store = directory.map(|dir| disk::Store::new(dir, address, &config.cluster_id, &config.node));
+        if let Some(store) = &store {
+            client.resume(&store.load());
+        }
+        if on_demand {
+            state.set_demand(client.on_demand());
+        }
+        let writer = store.map(|store| {
+            let (journal, writer) = disk::journal(store);
+            client.journal(journal);
+            writer
+        });
+        Self { client, writer }
+    }
+
+    /// Keeps the stream up, and the disk, until the drain starts.
+    pub async fn run(self, drain: DrainWatcher) {
+        let write = async {
+            if let Some(writer) = self.writer {
+                writer.run(drain.clone()).await;
+            }
+        };
+        tokio::join!(self.client.run(drain.clone()), write);
+    }
 }
 
 /// The control plane behind [`Transport`]: roots and token are read anew for each attempt.
@@ -95,13 +152,15 @@ fn value(json: &serde_json::Value) -> prost_types::Value {
 struct IntoState {
     state: State,
     local: Arc<Local>,
+    /// Addresses come when asked for, so nothing waits for all of them.
+    on_demand: bool,
     /// Types that have not arrived yet.
     waiting: Vec<&'static str>,
     unsynced: Option<Pending>,
 }
 
-impl Handler for IntoState {
-    fn apply(&mut self, Update { upserts, removals }: Update) {
+impl IntoState {
+    fn put(&self, provenance: Provenance, Update { upserts, removals }: Update) {
         let before = self.state.snapshot();
         let replaced = upserts.iter().map(Resource::key).chain(removals.iter().cloned());
         let former = replaced.filter_map(|key| match key {
@@ -117,20 +176,46 @@ impl Handler for IntoState {
             })
             .collect();
         drop(before);
-        self.state.update(|index| index.apply(Delta { provenance: Provenance::Xds, upserts, removals }));
+        self.state.update(|index| index.apply(Delta { provenance, upserts, removals }));
         self.local.records_changed(&arrived, former);
     }
 
-    fn synced(&mut self, type_url: &'static str) {
+    /// On demand, a pod's record is asked for rather than made up ([`on_demand::own_record`]).
+    fn arrived(&mut self, type_url: &'static str) {
         if type_url == AUTHORIZATION_TYPE_URL {
             self.state.update(|index| index.set_policies_complete(true));
         }
-        if type_url == ADDRESS_TYPE_URL {
+        if type_url == ADDRESS_TYPE_URL && !self.on_demand {
             self.local.synced();
         }
         self.waiting.retain(|waiting| *waiting != type_url);
+    }
+}
+
+impl Handler for IntoState {
+    fn apply(&mut self, update: Update) {
+        self.put(Provenance::Xds, update);
+    }
+
+    fn synced(&mut self, type_url: &'static str) {
+        self.arrived(type_url);
         if self.waiting.is_empty() && self.unsynced.take().is_some() {
             tracing::info!(version = self.state.snapshot().version(), "first sync with the control plane is complete");
+        }
+    }
+
+    /// A whole saved state makes this process ready: what it knew before is what it would go on with, had it not been restarted.
+    fn restore(&mut self, saved: Vec<(&'static str, Update)>) {
+        let types: BTreeSet<&'static str> = saved.iter().map(|(type_url, _)| *type_url).collect();
+        for (_, update) in saved {
+            self.put(Provenance::Disk, update);
+        }
+        if TYPES.iter().all(|kind| types.contains(kind)) {
+            TYPES.into_iter().for_each(|kind| self.arrived(kind));
+            self.unsynced = None;
+            tracing::info!(state = ?self.state.snapshot(), "serving by the saved state until the control plane answers");
+        } else if !types.is_empty() {
+            tracing::warn!("the saved state is not whole; waiting for the control plane");
         }
     }
 }
@@ -148,55 +233,4 @@ fn observe(metrics: &ControlMetrics, event: Event<'_>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use mesh_core::workload::Workload;
-    use mesh_identity::{CaClient, CaError, ca::BoxFuture};
-    use mesh_runtime::readiness::Readiness;
-
-    use super::*;
-
-    struct NoCa;
-
-    impl CaClient for NoCa {
-        fn sign(&self, _: &mesh_core::identity::Identity, _: String) -> BoxFuture<'_, Result<Vec<String>, CaError>> {
-            Box::pin(std::future::pending())
-        }
-    }
-
-    #[tokio::test]
-    async fn policies_are_complete_and_readiness_given_when_every_type_has_arrived() {
-        let (config, state, readiness) =
-            (Arc::new(Config::default_for_tests()), State::new("".into()), Readiness::default());
-        let (identities, task) = mesh_identity::Manager::new(mesh_identity::Config::default(), Arc::new(NoCa));
-        let manager = tokio::spawn(task);
-        let local = Arc::new(Local::new(config, state.clone(), identities));
-        let unsynced = Some(readiness.pending("state manager"));
-        let mut handler = IntoState { state: state.clone(), local, waiting: TYPES.to_vec(), unsynced };
-        let workload = Arc::new(Workload::new("c//Pod/demo/a", "demo", "a"));
-        handler.apply(Update { upserts: vec![Resource::Workload(workload)], removals: Vec::new() });
-        handler.synced(ADDRESS_TYPE_URL);
-        assert!(!state.snapshot().policies_complete() && !readiness.is_ready());
-        handler.synced(AUTHORIZATION_TYPE_URL);
-        assert!(state.snapshot().policies_complete() && readiness.is_ready());
-        handler.apply(Update { upserts: Vec::new(), removals: vec![ResourceKey::Address("c//Pod/demo/a".into())] });
-        assert_eq!(state.snapshot().workloads().count(), 0);
-        manager.abort();
-    }
-
-    #[test]
-    fn introduces_itself_as_upstream_does() {
-        let metadata = [("CLUSTER_ID".to_owned(), serde_json::json!({"a": [1, null]}))].into();
-        let config = Config {
-            pod_name: "zt-1".into(),
-            pod_namespace: "istio-system".into(),
-            node: "n1".into(),
-            metadata,
-            ..Config::default_for_tests()
-        };
-        let node = node(&config);
-        assert_eq!(node.id, "ztunnel~1.1.1.1~zt-1.istio-system~istio-system.svc.cluster.local");
-        let fields = node.metadata.unwrap().fields;
-        assert_eq!(fields["NODE_NAME"], string("n1".to_owned()));
-        assert!(matches!(fields["CLUSTER_ID"].kind, Some(Kind::StructValue(_))));
-    }
-}
+mod tests;

@@ -18,6 +18,7 @@ pub mod inpod;
 pub mod discovery;
 pub mod local;
 pub mod state;
+pub mod static_config;
 
 mod crl;
 

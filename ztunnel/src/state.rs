@@ -2,15 +2,22 @@
 
 use std::{
     fmt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
 use arc_swap::ArcSwap;
-use mesh_core::{index::Index, workload::Workload};
+use mesh_core::{
+    index::{Index, Resource},
+    workload::Workload,
+};
+use mesh_xds::client::Demand;
 use tokio::sync::watch;
 
-use crate::inpod::WorkloadInfo;
+use crate::{
+    inpod::WorkloadInfo,
+    static_config::{Source, StaticConfig, Unusable},
+};
 
 /// Cheap to clone; clones share the state.
 #[derive(Clone)]
@@ -23,6 +30,10 @@ struct Inner {
     /// Serialises writers; readers never take it.
     writer: Mutex<()>,
     versions: watch::Sender<u64>,
+    /// Set once, at the start.
+    static_config: OnceLock<StaticConfig>,
+    /// Set once, where the control plane is asked on demand.
+    demand: OnceLock<Demand>,
 }
 
 impl fmt::Debug for State {
@@ -34,11 +45,36 @@ impl fmt::Debug for State {
 impl State {
     pub fn new(node: Arc<str>) -> Self {
         let index = ArcSwap::from_pointee(Index::default());
-        Self(Arc::new(Inner { node, index, writer: Mutex::default(), versions: watch::Sender::new(0) }))
+        let versions = watch::Sender::new(0);
+        let (static_config, demand) = (OnceLock::new(), OnceLock::new());
+        Self(Arc::new(Inner { node, index, writer: Mutex::default(), versions, static_config, demand }))
     }
 
     pub fn node(&self) -> &Arc<str> {
         &self.0.node
+    }
+
+    /// Puts what the operator wrote down into force. Once per process.
+    ///
+    /// # Errors
+    /// As [`StaticConfig::load`].
+    pub fn load_static(&self, source: Source) -> Result<StaticConfig, Unusable> {
+        let config = StaticConfig::load(source, self)?;
+        Ok(self.0.static_config.get_or_init(|| config).clone())
+    }
+
+    /// What the operator wrote down, for the configuration dump.
+    pub fn static_resources(&self) -> Arc<Vec<Resource>> {
+        self.0.static_config.get().map(StaticConfig::resources).unwrap_or_default()
+    }
+
+    /// From now on what is missing here can be asked for. Once per process.
+    pub(crate) fn set_demand(&self, demand: Demand) {
+        self.0.demand.get_or_init(|| demand);
+    }
+
+    pub(crate) fn demand(&self) -> Option<&Demand> {
+        self.0.demand.get()
     }
 
     /// The state now. Hold it for one decision, not for a flow: old snapshots would pile up.

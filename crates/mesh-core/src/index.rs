@@ -59,6 +59,8 @@ pub enum ResourceKey {
 pub enum Provenance {
     /// Seen on this node; says nothing about policies, so such a workload denies inbound connections.
     Local,
+    /// Written down by the operator beside this proxy. Discovery may replace it, but cannot remove what it never gave.
+    Static,
     /// What discovery said before the last restart.
     Disk,
     Xds,
@@ -150,7 +152,7 @@ impl Index {
     pub fn apply(&mut self, delta: Delta) {
         let mut cidrs_changed = false;
         for key in &delta.removals {
-            if self.outranked(key, delta.provenance) {
+            if self.removable(key, delta.provenance) {
                 cidrs_changed |= self.remove(key);
             }
         }
@@ -275,6 +277,11 @@ impl Index {
         PolicySet { policies, missing, complete, version: self.version }
     }
 
+    /// Services that workloads say they belong to, but that are not known: their endpoints wait.
+    pub fn staged_services(&self) -> impl Iterator<Item = &Arc<str>> {
+        self.endpoints.keys().filter(|key| !self.services.contains_key(*key))
+    }
+
     pub fn workloads(&self) -> impl Iterator<Item = &Arc<Workload>> {
         self.workloads.values()
     }
@@ -294,6 +301,11 @@ impl Index {
             ResourceKey::Policy(key) => self.policies.contains_key(key),
         };
         !held || self.provisional.get(key).copied().unwrap_or(Provenance::Xds) <= provenance
+    }
+
+    fn removable(&self, key: &ResourceKey, provenance: Provenance) -> bool {
+        let is_static = self.provisional.get(key) == Some(&Provenance::Static);
+        self.outranked(key, provenance) && (!is_static || provenance == Provenance::Static)
     }
 
     /// True when a service with ranges changed.

@@ -1,19 +1,19 @@
 //! The client: one stream for all types, kept alive with back-off. What it has learnt is kept while disconnected.
 
 use mesh_runtime::telemetry::error_chain;
-use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use mesh_core::index::{Resource, ResourceKey};
 use mesh_runtime::drain::DrainWatcher;
 use proto::{
-    AUTHORIZATION_TYPE_URL,
+    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL,
     core::Node,
     discovery::{
         DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource as WireResource,
         aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
     },
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming, metadata::MetadataMap, transport::Channel};
 
@@ -21,12 +21,17 @@ use crate::{
     backoff::Backoff,
     convert,
     delta::{ClientType, Rejection},
+    on_demand::{OnDemand, Wish},
 };
 
 /// Largest response accepted, as upstream: a full mesh in one message.
 const MAX_MESSAGE: usize = 200 * 1024 * 1024;
 /// The server opens a new stream and answers on it within this, or it is dialled again.
 const FIRST_RESPONSE: Duration = Duration::from_secs(30);
+/// How long a connection waits to learn about its destination.
+const ANSWER: Duration = Duration::from_secs(5);
+/// Wishes on their way to the client's task; beyond it they wait, within [`ANSWER`].
+const WISHES: usize = 256;
 /// Requests in flight: one answer per response, and the two initial ones.
 const REQUEST_QUEUE: usize = 8;
 
@@ -54,8 +59,54 @@ pub struct Update {
 pub trait Handler: Send {
     fn apply(&mut self, update: Update);
 
-    /// The first response of this type has been applied, ever. An empty one counts.
+    /// The first response of this type has been applied in this process. An empty one counts.
     fn synced(&mut self, type_url: &'static str);
+
+    /// What an earlier process had applied, by type, in its order. Called by [`Client::resume`] only.
+    fn restore(&mut self, saved: Vec<(&'static str, Update)>);
+}
+
+/// Keeps what was accepted, as it came, for the next start. Called from the client's task; must not block.
+pub trait Journal: Send {
+    /// `accepted` holds no address that was rejected. Rejected policies are in it: they deny until they can be read, also after a restart.
+    fn record(&mut self, accepted: DeltaDiscoveryResponse);
+}
+
+/// Asks for resources of a type that the client does not hold as a whole. Cheap to clone, usable from any runtime.
+#[derive(Clone, Debug)]
+pub struct Demand(mpsc::Sender<Wanted>);
+
+/// No answer came in time, or too many were waited for already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the control plane did not say within 5 s")]
+pub struct Unanswered;
+
+impl Demand {
+    /// Returns when the state holds what there is under `name`: `network/ip`, a uid, or `namespace/hostname`. At once when it was asked for
+    /// before. Cancel safe: others keep waiting.
+    ///
+    /// # Errors
+    /// After 5 s, or at once when too many names wait.
+    pub async fn fetch(&self, name: Arc<str>) -> Result<(), Unanswered> {
+        let answer = async {
+            let (done, answered) = oneshot::channel();
+            self.0.send(Wanted { name, done }).await.ok()?;
+            answered.await.ok()
+        };
+        tokio::time::timeout(ANSWER, answer).await.ok().flatten().ok_or(Unanswered)
+    }
+}
+
+#[derive(Debug)]
+struct Wanted {
+    name: Arc<str>,
+    done: oneshot::Sender<()>,
+}
+
+/// The receiving end of [`Demand`].
+struct Wishes {
+    queue: mpsc::Receiver<Wanted>,
+    asked: OnDemand<oneshot::Sender<()>>,
 }
 
 /// Events an operator counts.
@@ -81,6 +132,8 @@ pub struct Client {
     types: Vec<ClientType>,
     handler: Box<dyn Handler>,
     observer: Box<dyn Fn(Event<'_>) + Send>,
+    wishes: Option<Wishes>,
+    journal: Option<Box<dyn Journal>>,
 }
 
 impl Client {
@@ -92,7 +145,36 @@ impl Client {
         handler: Box<dyn Handler>,
         observer: Box<dyn Fn(Event<'_>) + Send>,
     ) -> Self {
-        Self { transport, node, types: types.iter().copied().map(ClientType::new).collect(), handler, observer }
+        let types = types.iter().copied().map(ClientType::new).collect();
+        Self { transport, node, types, handler, observer, wishes: None, journal: None }
+    }
+
+    /// Holds addresses only as far as they are asked for, instead of all. Before [`Self::run`].
+    pub fn on_demand(&mut self) -> Demand {
+        for kind in self.types.iter_mut().filter(|kind| kind.type_url() == ADDRESS_TYPE_URL) {
+            *kind = ClientType::on_demand(ADDRESS_TYPE_URL);
+        }
+        let (demand, queue) = mpsc::channel(WISHES);
+        self.wishes = Some(Wishes { queue, asked: OnDemand::default() });
+        Demand(demand)
+    }
+
+    /// Tells `journal` what is accepted from now on. Before [`Self::run`].
+    pub fn journal(&mut self, journal: Box<dyn Journal>) {
+        self.journal = Some(journal);
+    }
+
+    /// Takes what a [`Journal`] recorded in an earlier life, in its order, and hands it to the handler at once; the server then sends only
+    /// what has changed since. Before [`Self::run`].
+    pub fn resume(&mut self, recorded: &[DeltaDiscoveryResponse]) {
+        let mut saved = Vec::new();
+        for response in recorded {
+            let Some(kind) = self.types.iter_mut().find(|kind| kind.type_url() == response.type_url) else { continue };
+            let decoded = decode(kind.type_url(), &response.resources);
+            kind.restored(decoded.accepted, &response.removed_resources);
+            saved.push((kind.type_url(), Update { upserts: decoded.resources, removals: removals(response) }));
+        }
+        self.handler.restore(saved);
     }
 
     /// Keeps the stream up until the drain starts. Never returns before.
@@ -109,6 +191,9 @@ impl Client {
             let delay = backoff.next_delay(&mut rand::rng());
             match &ended {
                 Ended::Complete => tracing::debug!("discovery stream ended, reconnecting"),
+                Ended::Local(error) => {
+                    tracing::warn!(error = error_chain(error.as_ref()), ?delay, "cannot ask the control plane");
+                }
                 Ended::Connect(error) => {
                     tracing::warn!(error = error_chain(error.as_ref()), ?delay, "cannot reach the control plane");
                 }
@@ -134,30 +219,56 @@ impl Client {
             Ok(Err(ended)) => return ended,
             Err(_) => return Ended::Connect("no response within 30 s of asking for the stream".into()),
         };
-        let mut next = Ok(Some(first));
+        let mut next = Next::Response(Ok(Some(first)));
         loop {
-            let response = match next {
-                Ok(Some(response)) => response,
-                Ok(None) => return Ended::Complete,
-                Err(status) => return Ended::Status(status),
+            let answers = match next {
+                Next::Response(Ok(Some(response))) => {
+                    backoff.reset();
+                    self.on_response(response)
+                }
+                Next::Response(Ok(None)) => return Ended::Complete,
+                Next::Response(Err(status)) => return Ended::Status(status),
+                Next::Wish(wanted) => self.on_wish(wanted).into_iter().collect(),
             };
-            backoff.reset();
-            if let Some(answer) = self.on_response(&response)
-                && requests.send(answer).await.is_err()
-            {
-                return Ended::Complete;
+            for answer in answers {
+                if requests.send(answer).await.is_err() {
+                    return Ended::Complete;
+                }
             }
-            next = responses.message().await;
+            next = tokio::select! {
+                response = responses.message() => Next::Response(response),
+                Some(wanted) = next_wish(&mut self.wishes) => Next::Wish(wanted),
+            };
         }
+    }
+
+    /// Turns a wish, and those queued behind it, into one request.
+    fn on_wish(&mut self, first: Wanted) -> Option<DeltaDiscoveryRequest> {
+        let wishes = self.wishes.as_mut()?;
+        let mut subscribe = Vec::new();
+        let mut next = Some(first);
+        while let Some(Wanted { name, done }) = next {
+            match wishes.asked.want(name.clone(), done, oneshot::Sender::is_closed) {
+                // Whoever waits may have given up.
+                Wish::Known(done) => done.send(()).unwrap_or_default(),
+                Wish::Subscribe => subscribe.push(name.to_string()),
+                // Refused ones learn it by losing their sender.
+                Wish::Joined | Wish::Refused(_) => {}
+            }
+            next = wishes.queue.try_recv().ok();
+        }
+        let kind = self.types.iter().find(|kind| kind.is_on_demand())?;
+        (!subscribe.is_empty()).then(|| kind.change(subscribe, Vec::new()))
     }
 
     /// Opens the stream and waits for its first response.
     async fn open(&mut self, channel: Channel) -> Result<Opened, Ended> {
-        let metadata = self.transport.metadata().map_err(Ended::Connect)?;
+        let metadata = self.transport.metadata().map_err(Ended::Local)?;
         let (requests, queue) = mpsc::channel(REQUEST_QUEUE.max(self.types.len()));
         for kind in &self.types {
             // Room for every initial request by construction.
-            drop(requests.try_send(kind.initial(self.node.clone())));
+            let asked = self.wishes.iter().filter(|_| kind.is_on_demand()).flat_map(|wishes| wishes.asked.names());
+            drop(requests.try_send(kind.initial(self.node.clone(), asked)));
         }
         let mut request = tonic::Request::new(ReceiverStream::new(queue));
         *request.metadata_mut() = metadata;
@@ -170,10 +281,12 @@ impl Client {
     }
 
     /// Applies first, then records versions, then answers: an ACK means that the state is in force.
-    fn on_response(&mut self, response: &DeltaDiscoveryResponse) -> Option<DeltaDiscoveryRequest> {
+    fn on_response(&mut self, mut response: DeltaDiscoveryResponse) -> Vec<DeltaDiscoveryRequest> {
         let Some(kind) = self.types.iter_mut().find(|t| t.type_url() == response.type_url) else {
             tracing::debug!(type_url = response.type_url, "response of a type that was not asked for");
-            return None;
+            // Not to answer would hold back a server that waits for it.
+            let (type_url, response_nonce) = (response.type_url, response.nonce);
+            return vec![DeltaDiscoveryRequest { type_url, response_nonce, ..DeltaDiscoveryRequest::default() }];
         };
         (self.observer)(Event::Received {
             type_url: kind.type_url(),
@@ -181,9 +294,9 @@ impl Client {
             resources: response.resources.len(),
             removals: response.removed_resources.len(),
         });
+        drop_removed(&mut response);
         let decoded = decode(kind.type_url(), &response.resources);
-        let removals = response.removed_resources.iter().map(|n| convert::key_from_name(kind.type_url(), n)).collect();
-        self.handler.apply(Update { upserts: decoded.resources, removals });
+        self.handler.apply(Update { upserts: decoded.resources, removals: removals(&response) });
         let first = !kind.is_synced();
         kind.accepted(decoded.accepted, &response.removed_resources);
         if first {
@@ -192,7 +305,41 @@ impl Client {
         for rejection in &decoded.rejections {
             tracing::warn!(name = rejection.name, reason = rejection.reason, "resource rejected");
         }
-        Some(kind.answer(response, &decoded.rejections))
+        let mut answers = vec![kind.answer(&response, &decoded.rejections)];
+        if let Some(wishes) = self.wishes.as_mut().filter(|_| kind.is_on_demand()) {
+            let settled = wishes.asked.settle(&response);
+            let names = |names: &[Arc<str>]| names.iter().map(ToString::to_string).collect::<Vec<_>>();
+            if !settled.unsubscribe.is_empty() {
+                let forgotten = names(&settled.forgotten);
+                kind.accepted([], &forgotten);
+                let removals = settled.forgotten.into_iter().map(ResourceKey::Address).collect();
+                self.handler.apply(Update { upserts: Vec::new(), removals });
+                answers.push(kind.change(Vec::new(), [names(&settled.unsubscribe), forgotten.clone()].concat()));
+                response.removed_resources.extend(forgotten);
+            }
+            settled.woken.into_iter().for_each(|done| done.send(()).unwrap_or_default());
+        }
+        if let Some(journal) = &mut self.journal {
+            if kind.type_url() == ADDRESS_TYPE_URL {
+                response.resources.retain(|r| decoded.rejections.iter().all(|rejection| rejection.name != r.name));
+            }
+            journal.record(response);
+        }
+        answers
+    }
+}
+
+/// What a session reacts to.
+enum Next {
+    Response(Result<Option<DeltaDiscoveryResponse>, Status>),
+    Wish(Wanted),
+}
+
+/// Waits for ever where nothing is asked for on demand. Cancel safe.
+async fn next_wish(wishes: &mut Option<Wishes>) -> Option<Wanted> {
+    match wishes {
+        Some(wishes) => wishes.queue.recv().await,
+        None => std::future::pending().await,
     }
 }
 
@@ -202,8 +349,21 @@ type Opened = (mpsc::Sender<DeltaDiscoveryRequest>, Streaming<DeltaDiscoveryResp
 /// The accepted and rejected parts of a response.
 struct Decoded<'a> {
     resources: Vec<Resource>,
+    /// Names and versions.
     accepted: Vec<(&'a str, &'a str)>,
     rejections: Vec<Rejection>,
+}
+
+/// A response's removals come after its resources (upstream's order): what it both gives and takes is gone.
+fn drop_removed(response: &mut DeltaDiscoveryResponse) {
+    if !response.removed_resources.is_empty() {
+        let removed: BTreeSet<&str> = response.removed_resources.iter().map(String::as_str).collect();
+        response.resources.retain(|resource| !removed.contains(&*resource.name));
+    }
+}
+
+fn removals(response: &DeltaDiscoveryResponse) -> Vec<ResourceKey> {
+    response.removed_resources.iter().map(|name| convert::key_from_name(&response.type_url, name)).collect()
 }
 
 fn decode<'a>(type_url: &'static str, resources: &'a [WireResource]) -> Decoded<'a> {
@@ -232,18 +392,34 @@ fn decode<'a>(type_url: &'static str, resources: &'a [WireResource]) -> Decoded<
 enum Ended {
     Complete,
     Connect(BoxError),
+    /// Nothing that the network could mend, for instance an unreadable token.
+    Local(BoxError),
     Status(Status),
 }
 
 impl Ended {
+    /// Upstream's label.
     fn reason(&self) -> &'static str {
         match self {
             Self::Complete => "Complete",
             Self::Connect(_) => "ConnectionError",
-            Self::Status(status) => match status.code() {
-                Code::Unknown | Code::Cancelled | Code::DeadlineExceeded | Code::Unavailable => "Reconnect",
-                _ => "Error",
-            },
+            Self::Local(_) => "Error",
+            Self::Status(status) if is_ordinary(status) => "Reconnect",
+            Self::Status(_) => "Error",
         }
     }
 }
+
+/// How streams end that were not refused: age, a restart, a connection that went.
+fn is_ordinary(status: &Status) -> bool {
+    match status.code() {
+        Code::Unknown | Code::Cancelled | Code::DeadlineExceeded => true,
+        Code::Unavailable => {
+            ["transport is closing", "received prior goaway"].iter().any(|text| status.message().contains(text))
+        }
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -67,6 +67,7 @@ pub fn resource_to_wire(resource: &Resource) -> Encoded {
                     .iter()
                     .map(|ip| NetworkAddress::new(workload.network.clone(), *ip).to_string().into())
                     .collect(),
+                member_of: workload.services.keys().cloned().collect(),
                 body: wire::Address { r#type: Some(message) }.encode_to_vec().into(),
             }
         }
@@ -74,6 +75,7 @@ pub fn resource_to_wire(resource: &Resource) -> Encoded {
             type_url: ADDRESS_TYPE_URL,
             name: service.key(),
             aliases: service.vips.iter().map(|vip| vip.to_string().into()).collect(),
+            member_of: Vec::new(),
             body: wire::Address { r#type: Some(wire::address::Type::Service(service_to_wire(service))) }
                 .encode_to_vec()
                 .into(),
@@ -82,6 +84,7 @@ pub fn resource_to_wire(resource: &Resource) -> Encoded {
             type_url: AUTHORIZATION_TYPE_URL,
             name: policy.key(),
             aliases: Vec::new(),
+            member_of: Vec::new(),
             body: policy_to_wire(policy).encode_to_vec().into(),
         },
     }
@@ -93,6 +96,8 @@ pub struct Encoded {
     pub type_url: &'static str,
     pub name: Arc<str>,
     pub aliases: Vec<Arc<str>>,
+    /// Primary names of the services it is an endpoint of; who asks for one of them is sent this too. Not on the wire.
+    pub member_of: Vec<Arc<str>>,
     pub body: Bytes,
 }
 

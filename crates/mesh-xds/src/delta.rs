@@ -24,12 +24,22 @@ pub struct ClientType {
     type_url: &'static str,
     versions: BTreeMap<String, String>,
     synced: bool,
+    on_demand: bool,
 }
 
 impl ClientType {
     /// A wildcard subscription: everything of the type.
     pub fn new(type_url: &'static str) -> Self {
-        Self { type_url, versions: BTreeMap::new(), synced: false }
+        Self { type_url, versions: BTreeMap::new(), synced: false, on_demand: false }
+    }
+
+    /// A subscription to nothing yet: resources are asked for by name.
+    pub fn on_demand(type_url: &'static str) -> Self {
+        Self { on_demand: true, ..Self::new(type_url) }
+    }
+
+    pub fn is_on_demand(&self) -> bool {
+        self.on_demand
     }
 
     pub fn type_url(&self) -> &'static str {
@@ -41,15 +51,40 @@ impl ClientType {
         self.synced
     }
 
-    /// The first request of a stream: wildcard is an empty subscribe list, and what is held already is listed so that the server
-    /// sends only what changed and names what is gone.
-    pub fn initial(&self, node: Node) -> DeltaDiscoveryRequest {
+    /// The first request of a stream: wildcard is an empty subscribe list, on demand the star subscribed and unsubscribed at once. What
+    /// is held already is listed so that the server sends only what changed and names what is gone; names that were `asked` for and have
+    /// no version are listed with an empty one, which renews their subscription.
+    pub fn initial<'a>(&self, node: Node, asked: impl IntoIterator<Item = &'a Arc<str>>) -> DeltaDiscoveryRequest {
+        let star: Vec<String> = self.on_demand.then(|| "*".to_owned()).into_iter().collect();
+        let mut versions = self.versions.clone();
+        for name in asked {
+            versions.entry(name.to_string()).or_default();
+        }
         DeltaDiscoveryRequest {
             node: Some(node),
             type_url: self.type_url.to_owned(),
-            initial_resource_versions: self.versions.clone(),
+            resource_names_subscribe: star.clone(),
+            resource_names_unsubscribe: star,
+            initial_resource_versions: versions,
             ..DeltaDiscoveryRequest::default()
         }
+    }
+
+    /// Asks for names, or says that they are not needed any more.
+    pub fn change(&self, subscribe: Vec<String>, unsubscribe: Vec<String>) -> DeltaDiscoveryRequest {
+        DeltaDiscoveryRequest {
+            type_url: self.type_url.to_owned(),
+            resource_names_subscribe: subscribe,
+            resource_names_unsubscribe: unsubscribe,
+            ..DeltaDiscoveryRequest::default()
+        }
+    }
+
+    /// As [`Self::accepted`], of what was accepted before this process started.
+    pub fn restored<'a>(&mut self, upserts: impl IntoIterator<Item = (&'a str, &'a str)>, removed: &[String]) {
+        let synced = self.synced;
+        self.accepted(upserts, removed);
+        self.synced = synced;
     }
 
     /// Records what was accepted; a rejected resource is not recorded, so that it is sent again after a reconnect.
@@ -120,6 +155,9 @@ impl ServerType {
     pub fn on_request(&mut self, request: DeltaDiscoveryRequest, first: bool) -> Asked {
         let added = self.subscribe(&request, first);
         if first {
+            if !self.wildcard {
+                self.names.extend(request.initial_resource_versions.keys().map(|name| name.as_str().into()));
+            }
             return Asked::Respond { held: request.initial_resource_versions, names: None };
         }
         if !request.response_nonce.is_empty() {
@@ -228,7 +266,25 @@ mod tests {
         let answer = client.answer(&response, &rejected);
         assert_eq!(answer.error_detail.unwrap().message, "b: uid: is empty");
         assert_eq!(answer.response_nonce, "7");
-        let again = client.initial(Node::default());
+        let again = client.initial(Node::default(), &[]);
         assert_eq!(again.initial_resource_versions.into_iter().collect::<Vec<_>>(), [("a".to_owned(), "1".to_owned())]);
+    }
+
+    #[test]
+    fn an_on_demand_stream_starts_with_nothing_but_what_was_asked_for_or_held() {
+        let mut client = ClientType::on_demand(proto::ADDRESS_TYPE_URL);
+        client.accepted([("uid", "1")], &[]);
+        let initial = client.initial(Node::default(), &["/10.0.0.1".into(), "uid".into()]);
+        assert_eq!(
+            (&initial.resource_names_subscribe[..], &initial.resource_names_unsubscribe[..]),
+            (&["*".to_owned()][..], &["*".to_owned()][..])
+        );
+        let versions: Vec<_> =
+            initial.initial_resource_versions.iter().map(|(n, v)| (n.as_str(), v.as_str())).collect();
+        assert_eq!(versions, [("/10.0.0.1", ""), ("uid", "1")]);
+        let mut server = ServerType::default();
+        server.on_request(initial, true);
+        assert!(!server.wildcard);
+        assert_eq!(server.names.iter().map(|n| &**n).collect::<Vec<_>>(), ["/10.0.0.1", "uid"]);
     }
 }

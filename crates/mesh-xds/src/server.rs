@@ -58,6 +58,7 @@ pub enum Change {
 struct Stored {
     version: Arc<str>,
     aliases: Arc<[Arc<str>]>,
+    member_of: Arc<[Arc<str>]>,
     body: Bytes,
 }
 
@@ -72,6 +73,8 @@ struct Logged {
 struct TypeCache {
     resources: HashTrieMapSync<Arc<str>, Stored>,
     by_alias: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+    /// Endpoints by the service's key.
+    members: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
     log: VecDeque<Logged>,
     /// Changes up to here are no longer in the log.
     trimmed: u64,
@@ -167,15 +170,19 @@ impl TypeCache {
             if old.body == encoded.body {
                 return false;
             }
-            let aliases = old.aliases.clone();
-            self.unlink(&encoded.name, &aliases);
+            let old = old.clone();
+            self.unlink(&encoded.name, &old);
         }
         for alias in &encoded.aliases {
             self.by_alias.entry(alias.clone()).or_default().insert(encoded.name.clone());
         }
+        for service in &encoded.member_of {
+            self.members.entry(service.clone()).or_default().insert(encoded.name.clone());
+        }
         let stored = Stored {
             version: version_of(&encoded.body),
             aliases: encoded.aliases.as_slice().into(),
+            member_of: encoded.member_of.as_slice().into(),
             body: encoded.body.clone(),
         };
         self.resources.insert_mut(encoded.name.clone(), stored);
@@ -183,21 +190,14 @@ impl TypeCache {
     }
 
     fn remove(&mut self, name: &Arc<str>) -> bool {
-        let Some(old) = self.resources.get(name) else { return false };
-        let aliases = old.aliases.clone();
-        self.unlink(name, &aliases);
+        let Some(old) = self.resources.get(name).cloned() else { return false };
+        self.unlink(name, &old);
         self.resources.remove_mut(name)
     }
 
-    fn unlink(&mut self, name: &Arc<str>, aliases: &[Arc<str>]) {
-        for alias in aliases {
-            if let Some(names) = self.by_alias.get_mut(alias) {
-                names.remove(name);
-                if names.is_empty() {
-                    self.by_alias.remove(alias);
-                }
-            }
-        }
+    fn unlink(&mut self, name: &Arc<str>, old: &Stored) {
+        unlist(&mut self.by_alias, &old.aliases, name);
+        unlist(&mut self.members, &old.member_of, name);
     }
 
     fn record(&mut self, entry: Logged) {
@@ -218,8 +218,19 @@ impl TypeCache {
     }
 }
 
-/// A content hash, so that a restarted server recognises what its clients already hold.
-fn version_of(body: &[u8]) -> Arc<str> {
+fn unlist(lists: &mut HashMap<Arc<str>, BTreeSet<Arc<str>>>, keys: &[Arc<str>], name: &Arc<str>) {
+    for key in keys {
+        if let Some(names) = lists.get_mut(key) {
+            names.remove(name);
+            if names.is_empty() {
+                lists.remove(key);
+            }
+        }
+    }
+}
+
+/// A content hash in 32 characters, so that a restarted server recognises what its clients already hold. Not against forgery.
+pub fn version_of(body: &[u8]) -> Arc<str> {
     // FNV-1a over 128 bits: stable across builds and processes, which the standard hashers do not promise.
     let hash = body.iter().fold(0x6c62_272e_07bb_0142_62b8_2175_6295_c58d_u128, |hash, byte| {
         (hash ^ u128::from(*byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b)
@@ -396,14 +407,18 @@ impl Session {
             let sequence = inner.sequence;
             let cache = inner.types.entry(type_url).or_default();
             if let Some(names) = names {
-                names.iter().for_each(|name| batch.add_subscribed(cache, name));
+                let held = BTreeMap::new();
+                names.iter().for_each(|name| batch.add_subscribed(cache, &mut subscription.protocol, name, &held));
             } else {
                 if subscription.protocol.wildcard {
                     cache.resources.iter().for_each(|(name, stored)| batch.add_unless_held(name, stored, held));
                 } else {
-                    subscription.protocol.names.iter().for_each(|name| batch.add_subscribed(cache, name));
+                    let names = subscription.protocol.names.clone();
+                    names.iter().for_each(|name| batch.add_subscribed(cache, &mut subscription.protocol, name, held));
                 }
-                batch.removed.extend(held.keys().filter(|n| !cache.resources.contains_key(n.as_str())).cloned());
+                // Of an on-demand client the loop above has answered every name.
+                let gone = |n: &&String| subscription.protocol.wildcard && !cache.resources.contains_key(n.as_str());
+                batch.removed.extend(held.keys().filter(gone).cloned());
                 (subscription.seen, subscription.seen_urgent) = (sequence, sequence);
             }
         }
@@ -500,7 +515,9 @@ impl Session {
 }
 
 fn wants(protocol: &ServerType, name: &Arc<str>, stored: &Stored) -> bool {
-    protocol.wildcard || protocol.names.contains(name) || stored.aliases.iter().any(|a| protocol.names.contains(a))
+    protocol.wildcard
+        || protocol.names.contains(name)
+        || stored.aliases.iter().chain(&*stored.member_of).any(|a| protocol.names.contains(a))
 }
 
 #[derive(Default)]
@@ -508,6 +525,8 @@ struct Batch {
     resources: Vec<Outgoing>,
     removed: Vec<String>,
     unchanged: usize,
+    /// By [`Self::add_subscribed`]: names may lead to the same resource.
+    added: BTreeSet<Arc<str>>,
 }
 
 struct Outgoing {
@@ -528,15 +547,28 @@ impl Batch {
         }
     }
 
-    /// An unknown name is answered as removed, so that the asker need not wait for it.
-    fn add_subscribed(&mut self, cache: &TypeCache, name: &str) {
+    /// An unknown name is answered as removed, so that the asker need not wait for it. A service brings its endpoints, as with Istio's
+    /// control plane, and both are followed under their own names from now on.
+    fn add_subscribed(
+        &mut self,
+        cache: &TypeCache,
+        protocol: &mut ServerType,
+        name: &str,
+        held: &BTreeMap<String, String>,
+    ) {
         let found = cache.resolve(name);
         if found.is_empty() {
             self.removed.push(name.to_owned());
         }
         for name in found {
-            if let Some(stored) = cache.resources.get(&name) {
-                self.add(&name, stored);
+            protocol.names.insert(name.clone());
+            let members = cache.members.get(&name).into_iter().flatten();
+            for name in std::iter::once(&name).chain(members) {
+                if let Some(stored) = cache.resources.get(name)
+                    && self.added.insert(name.clone())
+                {
+                    self.add_unless_held(name, stored, held);
+                }
             }
         }
     }

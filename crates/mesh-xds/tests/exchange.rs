@@ -81,6 +81,8 @@ impl Handler for Tell {
     fn synced(&mut self, _: &'static str) {
         self.0.send(Seen::Synced).unwrap_or_default();
     }
+
+    fn restore(&mut self, _: Vec<(&'static str, Update)>) {}
 }
 
 struct Mesh {
@@ -262,7 +264,7 @@ async fn policies_come_before_workloads_and_leave_after_them() {
 async fn one_bad_resource_is_rejected_alone() {
     let cache = filled(3);
     let bad =
-        Encoded { type_url: ADDRESS_TYPE_URL, name: "bad".into(), aliases: Vec::new(), body: vec![0xff, 0xff].into() };
+        Encoded { name: "bad".into(), aliases: Vec::new(), body: vec![0xff, 0xff].into(), ..workload("bad", "n1") };
     cache.publish([upsert(bad)]);
     let mesh = Mesh::start(cache);
     let (client, mut seen) = mesh.client();
@@ -325,4 +327,46 @@ async fn a_server_that_never_opens_the_stream_is_left() {
     trigger.drain(DEADLINE).await;
     running.await.unwrap();
     server.abort();
+}
+
+#[tokio::test]
+async fn an_on_demand_client_learns_what_it_asks_for_and_follows_it() {
+    let cache = filled(3);
+    let mut service = mesh_core::service::Service::new("ns", "web", "web.ns.svc");
+    service.vips = vec![mesh_core::addr::NetworkAddress::new("", "10.96.0.1".parse().unwrap())];
+    let member = |name: &str, node: &str| {
+        let mut w = Workload::new(format!("Kubernetes//Pod/ns/{name}"), "ns", name);
+        w.node = node.into();
+        w.services.insert("ns/web.ns.svc".into(), Vec::new());
+        upsert(resource_to_wire(&Resource::Workload(Arc::new(w))))
+    };
+    cache.publish([upsert(resource_to_wire(&Resource::Service(Arc::new(service)))), member("e0", "n1")]);
+    let mut mesh = Mesh::start(cache);
+    let (mut client, mut seen) = mesh.client();
+    let demand = client.on_demand();
+    let (trigger, watcher) = drain::channel();
+    let running = tokio::spawn(client.run(watcher));
+    let total: usize = until_synced(&mut seen).await.iter().map(|u| u.upserts.len()).sum();
+    assert_eq!(total, 0, "nothing was asked for");
+
+    // By alias: the answer has the primary name.
+    demand.fetch("/10.96.0.1".into()).await.unwrap();
+    assert_eq!(next_change(&mut seen).await.upserts.len(), 2, "the service with its endpoint");
+    demand.fetch("/192.0.2.1".into()).await.unwrap();
+    assert!(next_change(&mut seen).await.upserts.is_empty(), "there is no such address");
+    mesh.cache.publish([upsert(workload("w0", "unwanted")), member("e1", "n1")]);
+    let change = next_change(&mut seen).await;
+    assert_eq!(change.upserts[0].key(), ResourceKey::Address("Kubernetes//Pod/ns/e1".into()), "a new endpoint");
+    assert_eq!(change.upserts.len(), 1);
+
+    // A new server is told what is held and asked for; only what it does not know alike comes.
+    mesh.kill();
+    let cache = filled(0);
+    cache.publish([member("e0", "n1"), member("e1", "n2")]);
+    let _again = Mesh::start_at(cache, mesh.address);
+    let change = next_change(&mut seen).await;
+    assert_eq!(change.upserts.len(), 1);
+    assert!(change.removals.contains(&ResourceKey::Address("ns/web.ns.svc".into())), "{change:?}");
+    trigger.drain(DEADLINE).await;
+    running.await.unwrap();
 }

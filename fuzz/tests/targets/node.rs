@@ -127,3 +127,11 @@ target!(
         }
     }
 );
+
+target!(
+    /// What a disk gives back of the saved discovery state.
+    saved_state,
+    |bytes: &[u8]| {
+        ztunnel::discovery::decode_saved(bytes);
+    }
+);

@@ -79,3 +79,14 @@ target!(
         }
     }
 );
+
+target!(
+    /// The facts an operator writes beside a proxy.
+    static_config,
+    runs = 300,
+    |bytes: &[u8]| {
+        if let Err(problem) = ztunnel::static_config::parse(&text(bytes)) {
+            assert!(!problem.is_empty());
+        }
+    }
+);

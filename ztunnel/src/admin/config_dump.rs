@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use http::StatusCode;
 use mesh_core::{
-    index::Index,
+    index::{Index, Resource},
     policy::{Action, Match, Policy, Scope as PolicyScope, ServiceAccountMatch, StringMatch},
     service::{HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, Scope, Service, Visibility},
     workload::{
@@ -16,30 +16,83 @@ use mesh_runtime::admin::{Response, text};
 use serde_json::{Map, Value, json};
 
 use super::{Context, answer};
+use crate::config::Config;
 
 mod certificates;
 
 /// Answers from one snapshot.
 pub fn respond(context: &Context) -> Response {
     let index = context.shared.state.snapshot();
-    let Ok(config) = serde_json::to_value(&*context.shared.config) else {
+    let config = &context.shared.config;
+    let Ok(shown) = effective(config) else {
         return text(StatusCode::INTERNAL_SERVER_ERROR, "cannot encode the configuration\n");
     };
-    let mut dump = json!({
-        "workloads": sorted(index.workloads(), |w| w.uid.clone(), workload),
-        "services": sorted(index.services(), |s| format!("{}/{}", s.hostname, s.namespace), |s| service(&index, s)),
-        "policies": sorted(index.policies(), |p| p.key(), policy),
-        "stagedServices": {},
-        "staticConfig": { "workloads": [], "policies": [], "services": [] },
-        "version": version(&context.shared.config.version),
-        "config": config,
-        "certificates": certificates::dump(&context.shared.identities.entries()),
-        "stateVersion": index.version(),
-    });
-    if context.shared.config.is_shared() {
-        dump["workloadState"] = json!(context.pods.dump());
+    let mut dump = known(&index);
+    let others = [
+        ("staticConfig", static_config(&context.shared.state.static_resources())),
+        ("version", version(&config.version)),
+        ("config", shown),
+        ("certificates", json!(certificates::dump(&context.shared.identities.entries()))),
+    ];
+    extend(&mut dump, others.map(|(name, value)| (name, Some(value))));
+    if config.is_shared() {
+        dump.insert("workloadState".to_owned(), json!(context.pods.dump()));
     }
-    answer(&dump)
+    answer(&Value::Object(dump))
+}
+
+/// What discovery, the operator and this node have said.
+fn known(index: &Index) -> Map<String, Value> {
+    object(json!({
+        "workloads": sorted(index.workloads(), |w| w.uid.clone(), workload),
+        "services": sorted(index.services(), |s| format!("{}/{}", s.hostname, s.namespace), |s| service(index, s)),
+        "policies": sorted(index.policies(), |p| p.key(), policy),
+        "stagedServices": staged(index),
+        "stateVersion": index.version(),
+    }))
+}
+
+/// The configuration, its addresses in upstream's form.
+fn effective(config: &Config) -> serde_json::Result<Value> {
+    let mut shown = serde_json::to_value(config)?;
+    let anywhere = |port| json!({ "SocketAddr": config.wildcard(port).to_string() });
+    shown["adminAddr"] = match config.local_address {
+        None => json!({ "Localhost": [config.ipv6, config.ports.admin] }),
+        Some(_) => json!({ "SocketAddr": config.loopback(config.ports.admin).to_string() }),
+    };
+    shown["statsAddr"] = anywhere(config.ports.stats);
+    shown["readinessAddr"] = anywhere(config.ports.readiness);
+    Ok(shown)
+}
+
+/// What was written down beside the proxy, in the form in which it is written.
+pub(crate) fn static_config(resources: &[Resource]) -> Value {
+    let (mut workloads, mut services, mut policies) = (Vec::new(), Vec::new(), Vec::new());
+    for resource in resources {
+        match resource {
+            Resource::Workload(w) => {
+                let mut shown = workload(w);
+                shown["services"] =
+                    w.services.iter().map(|(key, list)| (key.to_string(), ports(list.iter()))).collect();
+                workloads.push(shown);
+            }
+            Resource::Service(s) => services.push(service(&Index::default(), s)),
+            Resource::Policy(p) => {
+                let mut shown = object(policy(p));
+                shown.remove("origin");
+                policies.push(Value::Object(shown));
+            }
+        }
+    }
+    json!({ "workloads": workloads, "policies": policies, "services": services })
+}
+
+/// Endpoints of services that are not known.
+fn staged(index: &Index) -> Value {
+    let endpoints = |key: &str| -> Value {
+        Value::Object(index.endpoints(key).map(|w| (w.uid.to_string(), endpoint(key, w))).collect())
+    };
+    Value::Object(index.staged_services().map(|key| (key.to_string(), endpoints(key))).collect())
 }
 
 fn sorted<'a, T: 'a, K: Ord>(
@@ -260,46 +313,4 @@ fn extend<const N: usize>(out: &mut Map<String, Value>, optional: [(&str, Option
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn empty_optionals_are_left_out_and_required_keys_are_not() {
-        let mut w = Workload::new("c//Pod/demo/web", "demo", "web");
-        w.addresses = vec!["10.0.0.1".parse().unwrap()];
-        w.services = [("demo/web.demo.svc".into(), vec![PortMapping { service_port: 80, target_port: 8080 }])].into();
-        let shown = workload(&w);
-        for key in ["protocol", "networkMode", "name", "status", "clusterId", "capacity", "workloadIps", "namespace"] {
-            assert!(shown.get(key).is_some(), "{key}");
-        }
-        for key in ["waypoint", "network", "locality", "nativeTunnel", "authorizationPolicies"] {
-            assert!(shown.get(key).is_none(), "{key}");
-        }
-        assert_eq!(shown["services"], json!(["demo/web.demo.svc"]));
-    }
-
-    #[test]
-    fn policies_keep_the_shape_istioctl_reads() {
-        let m = Match {
-            principals: vec![StringMatch::Exact("td/ns/demo/sa/a".into()), StringMatch::Presence],
-            not_destination_ports: vec![80],
-            ..Match::default()
-        };
-        let clause = mesh_core::policy::Clause { matches: vec![m] };
-        let rule = mesh_core::policy::Rule { clauses: vec![clause], ..Default::default() };
-        let shown = policy(&Policy {
-            name: "p".into(),
-            namespace: "demo".into(),
-            scope: PolicyScope::WorkloadSelector,
-            action: Action::Deny,
-            rules: vec![rule],
-            dry_run: false,
-            origin: Default::default(),
-        });
-        assert_eq!(
-            shown["rules"],
-            json!([[[{"principals": [{"Exact": "td/ns/demo/sa/a"}, {"Presence": []}], "notDestinationPorts": [80]}]]])
-        );
-        assert_eq!((&shown["scope"], &shown["action"]), (&json!("WorkloadSelector"), &json!("Deny")));
-    }
-}
+mod tests;

@@ -222,3 +222,37 @@ async fn revocation_lists_are_followed_from_the_start() {
     tokio::time::timeout(Duration::from_secs(60), changes.changed()).await.expect("followed").unwrap();
     app.stop().await;
 }
+
+#[tokio::test]
+async fn facts_written_beside_a_proxy_without_discovery_make_it_ready_and_are_enforced() {
+    let text = "workloads: [{name: test, namespace: demo, serviceAccount: test, workloadIps: [10.0.0.1]}]\n\
+        policies: [{name: shield, namespace: demo, scope: Namespace, action: Deny, dryRun: false, rules: [[]]}]";
+    let source = crate::static_config::Source::Inline(text.to_owned());
+    let config = Config { static_config: Some(source), ..Config::default_for_tests() };
+    let authority = SigningAuthority::generate("cluster.local").unwrap();
+    let app = App::start_with_ca(config, Arc::new(TestCa(authority))).await.unwrap();
+    assert_eq!(ask(app.readiness, "GET /healthz/ready").await.0, 200);
+    assert!(app.shared.state.snapshot().policies_complete());
+    let dump = get(app.admin, "/config_dump").await;
+    assert_eq!(dump["staticConfig"]["workloads"][0]["name"], "test");
+    assert_eq!(dump["policies"][0]["name"], "shield");
+    app.stop().await;
+    let bad = Some(crate::static_config::Source::Inline("workload: []".to_owned()));
+    let config = Config { static_config: bad, ..Config::default_for_tests() };
+    let authority = SigningAuthority::generate("cluster.local").unwrap();
+    let error = App::start_with_ca(config, Arc::new(TestCa(authority))).await.err().expect("an unknown key");
+    assert!(format!("{error:#}").contains("LOCAL_XDS: "), "{error:#}");
+}
+
+#[tokio::test]
+async fn a_proxy_that_is_switched_off_listens_for_no_traffic() {
+    let authority = Arc::new(TestCa(SigningAuthority::generate("cluster.local").unwrap()));
+    let config = Config { proxy: false, ..Config::default_for_tests() };
+    let app = App::start_with_ca(config, authority).await.unwrap();
+    let info = app.shared.config.workload.clone().unwrap();
+    let pod = pods::start(&app.shared, info, None).await.unwrap();
+    assert!(pod.listening().is_empty());
+    drop(pod);
+    assert_eq!(ask(app.readiness, "GET /healthz/ready").await.0, 200);
+    assert_eq!(app.stop().await, Drained::Complete);
+}

@@ -4,13 +4,27 @@ use mesh_runtime::env::Reader;
 
 use super::cpus;
 
+/// More than any machine has CPUs for.
+const MOST: usize = 1024;
+
 /// `ZTUNNEL_WORKER_THREADS` as a number, a percentage of the CPUs, or 0 for all; otherwise what the container's resources suggest.
-pub(super) fn from_env(r: &Reader<'_>) -> usize {
+/// `concurrency` is the mesh configuration's, 0 for all CPUs.
+pub(super) fn from_env(r: &Reader<'_>, concurrency: Option<u16>) -> usize {
     let limit = quantity(r, "ZTUNNEL_RESOURCE_CPU_LIMIT");
     let request = quantity(r, "ZTUNNEL_RESOURCE_CPU_REQUEST");
     let hint = quantity(r, "ZTUNNEL_CPU_LIMIT");
     let cpus = limit.or(hint).unwrap_or_else(cpus).max(1);
-    let Some(text) = r.optional("ZTUNNEL_WORKER_THREADS") else { return default(limit, request, cpus) };
+    let Some(text) = r.optional("ZTUNNEL_WORKER_THREADS") else {
+        return match concurrency {
+            Some(0) => cpus,
+            Some(count) if usize::from(count) <= MOST => count.into(),
+            Some(count) => {
+                r.problem("defaultConfig.concurrency", &count.to_string(), &format!("at most {MOST} threads"));
+                1
+            }
+            None => default(limit, request, cpus),
+        };
+    };
     explicit(&text, cpus).unwrap_or_else(|| {
         r.problem("ZTUNNEL_WORKER_THREADS", &text, "a number of threads, a percentage such as 50%, or 0 for all CPUs");
         1
@@ -33,7 +47,7 @@ fn explicit(text: &str, cpus: usize) -> Option<usize> {
         }
         None => text.parse().ok()?,
     };
-    (count <= 1024).then_some(if count == 0 { cpus } else { count })
+    (count <= MOST).then_some(if count == 0 { cpus } else { count })
 }
 
 /// A Kubernetes CPU quantity (`500m`, `1.5`), rounded up to whole CPUs.
@@ -64,7 +78,7 @@ mod tests {
                 pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
             vars.entry("ZTUNNEL_CPU_LIMIT".to_owned()).or_insert_with(|| "16".to_owned());
             let reader = Reader::new(&vars);
-            let count = from_env(&reader);
+            let count = from_env(&reader, None);
             reader.finish().map(|()| count).map_err(|p| p.0.len())
         };
         assert_eq!(count(&[]), Ok(4));

@@ -41,6 +41,9 @@ pub enum Kind {
 
 impl Kind {
     pub(crate) fn of_pod(config: &Config) -> Vec<Self> {
+        if !config.proxy {
+            return Vec::new();
+        }
         let mut kinds = vec![Self::Outbound, Self::Passthrough, Self::Inbound];
         kinds.extend(config.socks5.then_some(Self::Socks5));
         kinds.extend(config.dns.enabled.then_some([Self::Dns, Self::DnsDatagrams]).into_iter().flatten());

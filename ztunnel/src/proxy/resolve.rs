@@ -17,7 +17,7 @@ use mesh_core::{
     workload::{GatewayAddress, GatewayDestination, Workload},
 };
 
-use crate::{config::Config, error::ProxyError, flow::Beyond, pods::PodContext};
+use crate::{config::Config, discovery::on_demand, error::ProxyError, flow::Beyond, pods::PodContext};
 
 /// How long a pod may be ahead of its own record.
 const WORKLOAD_WAIT: Duration = Duration::from_secs(5);
@@ -31,12 +31,16 @@ pub(crate) const FORWARDED_NETWORK: &str = "x-forwarded-network";
 
 /// The pod's own record, to call out with.
 pub(crate) async fn local_workload(pod: &PodContext) -> Result<Arc<Workload>, ProxyError> {
-    pod.shared.state.local_workload(&pod.info, WORKLOAD_WAIT).await.ok_or_else(|| unknown(pod))
+    let state = &pod.shared.state;
+    let asked = on_demand::own_record(state, &pod.shared.config.cluster_id, &pod.info);
+    tokio::join!(asked, state.local_workload(&pod.info, WORKLOAD_WAIT)).1.ok_or_else(|| unknown(pod))
 }
 
 /// The pod's own record, to be called by: waits, as long, for the policies that protect it.
 pub(crate) async fn settled_workload(pod: &PodContext) -> Result<Arc<Workload>, ProxyError> {
-    pod.shared.state.settled_workload(&pod.info, WORKLOAD_WAIT).await.ok_or_else(|| unknown(pod))
+    let state = &pod.shared.state;
+    let asked = on_demand::own_record(state, &pod.shared.config.cluster_id, &pod.info);
+    tokio::join!(asked, state.settled_workload(&pod.info, WORKLOAD_WAIT)).1.ok_or_else(|| unknown(pod))
 }
 
 fn unknown(pod: &PodContext) -> ProxyError {
@@ -95,6 +99,12 @@ pub(crate) async fn outbound(pod: &PodContext, peer: SocketAddr, destination: So
     }
     // Where the pod has no namespace of its own, loopback clients speak for its address.
     let source_ip = pod.shared.config.local_address.unwrap_or_else(|| peer.ip());
+    on_demand::destination_known(&pod.shared.state, &source, destination.ip().to_canonical()).await.map_err(
+        |unanswered| {
+            let detail = format!("asked what is at {}: {unanswered}", destination.ip());
+            ProxyError::NoRoute { reason: Reason::Lookup, detail }
+        },
+    )?;
     let selection = choose(pod, &source, source_ip, destination, &[]).await;
     let hop = dialable(selection.next_hop)?;
     let (workload, service) = (selection.destination_workload, selection.service);

@@ -187,6 +187,28 @@ fn inbound_is_denied_until_the_policies_are_complete_and_for_workloads_known_onl
 }
 
 #[test]
+fn discovery_replaces_what_the_operator_wrote_but_does_not_remove_it() {
+    let from = |provenance, upserts, removals| Delta { provenance, upserts, removals };
+    let written = workload("a", |w| w.node = "written".into());
+    let key = ResourceKey::Address(written.uid.clone());
+    let mut index = Index::default();
+    index.apply(from(Provenance::Static, vec![Resource::Workload(written.clone())], Vec::new()));
+    index.apply(from(Provenance::Local, vec![Resource::Workload(workload("a", |_| {}))], Vec::new()));
+    index.apply(from(Provenance::Disk, Vec::new(), vec![key.clone()]));
+    index.apply(from(Provenance::Xds, Vec::new(), vec![key.clone()]));
+    assert_eq!(index.workload(&written.uid), Some(&written));
+    index.apply(from(
+        Provenance::Xds,
+        vec![Resource::Workload(workload("a", |w| w.node = "found".into()))],
+        Vec::new(),
+    ));
+    index.apply(from(Provenance::Static, Vec::new(), vec![key.clone()]));
+    assert_eq!(&*index.workload(&written.uid).unwrap().node, "found");
+    index.apply(from(Provenance::Xds, Vec::new(), vec![key]));
+    assert!(index.workload(&written.uid).is_none());
+}
+
+#[test]
 fn lesser_facts_neither_replace_nor_remove_better_ones() {
     let named = |node: &str| Resource::Workload(workload("a", |w| w.node = node.into()));
     let mut index = index_of(vec![named("xds")]);
