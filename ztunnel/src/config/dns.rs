@@ -88,7 +88,7 @@ mod tests {
     fn read(vars: &[(&str, &str)]) -> Result<Dns, String> {
         let vars: HashMap<String, String> = vars.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         let reader = Reader::new(&vars);
-        let metadata = super::super::metadata(&reader);
+        let metadata = super::super::control_plane::metadata(&reader, &Default::default());
         let dns = Dns::read(&reader, &metadata);
         reader.finish().map(|()| dns).map_err(|problems| problems.to_string())
     }

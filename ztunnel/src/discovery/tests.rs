@@ -339,7 +339,7 @@ async fn the_control_plane_is_trusted_by_its_root_and_alternative_name_and_told_
     ];
     let vars: std::collections::HashMap<String, String> = vars.map(|(name, value)| (name.to_owned(), value)).into();
     let config = Config::from_env(&vars).unwrap();
-    let life = over(Arc::new(Reach(config.xds.as_ref().unwrap().control_plane())), config);
+    let life = over(Arc::new(Reach(config.xds.as_ref().unwrap().control_plane(config.trust.control_tls()))), config);
     life.until(|state| state.snapshot().policies_complete()).await;
     assert_eq!(told.recv().await, Some(true));
     life.end().await;
