@@ -13,6 +13,7 @@ use std::{
 };
 
 use mesh_core::{
+    index::Index,
     names::{self, Answer, Family},
     workload::Workload,
 };
@@ -84,15 +85,26 @@ impl Drop for Slot<'_> {
 /// What the mesh says of a name an application of `workload` uses; `None` when it is not the mesh's. The name is lower case and without
 /// the last dot.
 pub(crate) fn resolve(pod: &PodContext, workload: &Workload, name: &str, family: Family) -> Option<Answer> {
-    let config = &pod.shared.config;
+    resolve_for(&pod.shared.config, &pod.shared.state.snapshot(), &pod.dns.search, workload, name, family)
+}
+
+/// [`resolve`] for a client whose resolver appends `search`.
+pub(crate) fn resolve_for(
+    config: &Config,
+    index: &Index,
+    search: &[Arc<str>],
+    workload: &Workload,
+    name: &str,
+    family: Family,
+) -> Option<Answer> {
     let client = names::Client {
         namespace: &workload.namespace,
         network: &workload.network,
         cluster_domain: &config.cluster_domain,
-        search: &pod.dns.search,
+        search,
         preferred_namespace: config.dns.preferred_namespace.as_deref(),
     };
-    let mut answer = names::resolve(&pod.shared.state.snapshot(), &client, name, family)?;
+    let mut answer = names::resolve(index, &client, name, family)?;
     if family == Family::Ipv6 && !config.ipv6 {
         answer.addresses.clear();
     }

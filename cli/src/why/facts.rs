@@ -17,6 +17,8 @@ pub(crate) struct Facts {
     /// As the user named it.
     pub(crate) destination: String,
     pub(crate) port: u16,
+    /// By a host name that only DNS can turn into an address.
+    pub(crate) by_name: bool,
     /// What the source's ztunnel would do. Of a source outside the mesh, what one would do for it: only its endpoints count.
     pub(crate) outbound: Option<Value>,
     /// The pod that the connection would end in, when it gets that far.
@@ -56,6 +58,11 @@ impl End {
         }
     }
 
+    /// Its DNS does, too.
+    pub(crate) fn has_dns(&self) -> bool {
+        self.is_captured() && self.report.as_ref().is_some_and(|report| report["dns"] != false)
+    }
+
     /// Its traffic passes a ztunnel. Where the agent is silent, the enrolment on record counts: capture outlives the agent.
     pub(crate) fn is_captured(&self) -> bool {
         self.report.as_ref().is_some_and(|report| report["rules"] == true && report["announced"] == true)
@@ -82,7 +89,10 @@ impl Facts {
 
     /// How the connection travels, in a line.
     pub(crate) fn way(&self) -> String {
-        let Some(hop) = self.hop() else { return "uncaptured, in clear".to_owned() };
+        let Some(hop) = self.hop() else {
+            let way = if self.is_captured() { "unknown" } else { "uncaptured, in clear" };
+            return way.to_owned();
+        };
         let kind = hop["type"].as_str().unwrap_or("unknown");
         let to = [&hop["tunnel"]["address"], &hop["outer"]["address"], &hop["address"], &hop["detail"]];
         let to = to.into_iter().find_map(Value::as_str).unwrap_or_default();
@@ -102,10 +112,18 @@ pub(crate) fn gather(lab: &Lab, source: &str, destination: &str) -> anyhow::Resu
     let source = find_source(&status, source)?;
     let mut facts = Facts { destination: destination.to_owned(), port, source, ..Facts::default() };
     facts.source.report = facts.ask_agent(lab, &facts.source.clone(), &status);
-    let address = address_of(&status, name, &facts.source)?;
-    let target = SocketAddr::new(address, port);
-    facts.ask_source(lab, &status, target)?;
-    facts.ask_target(lab, &status, target);
+    let target = match address_of(&status, name, &facts.source) {
+        Ok(address) => Some(SocketAddr::new(address, port)),
+        Err(_) if is_host(name) => None,
+        Err(error) => return Err(error),
+    };
+    let asked = target.map_or_else(|| destination.to_owned(), |target| target.to_string());
+    facts.by_name = target.is_none();
+    facts.ask_source(lab, &status, &asked)?;
+    let said = facts.outbound.as_ref().and_then(|answer| answer["destination"].as_str()?.parse().ok());
+    if let Some(target) = target.or(said) {
+        facts.ask_target(lab, &status, target);
+    }
     match fetch(lab, "control", CONTROL_ADMIN_PORT, "/debug/problems") {
         Ok(Value::Array(problems)) => facts.problems = problems,
         Ok(_) => {}
@@ -135,16 +153,17 @@ impl Facts {
         }
     }
 
-    fn ask_source(&mut self, lab: &Lab, status: &Status, target: SocketAddr) -> anyhow::Result<()> {
+    /// `target`: an address or a host, and a port.
+    fn ask_source(&mut self, lab: &Lab, status: &Status, target: &str) -> anyhow::Result<()> {
         let captured = self.is_captured();
         // Which endpoints a service has, any ztunnel can say for any pod; a node is not one.
         let asker = match self.source.pod.is_empty() {
             false => self.source.clone(),
             true => End::of_pod(status.pods.first().context("the lab runs no pod")?),
         };
-        let (target, probe) = (target.to_string(), if captured { "true" } else { "false" });
+        let probe = if captured { "true" } else { "false" };
         let parameters =
-            [("namespace", asker.namespace.as_str()), ("pod", &asker.pod), ("destination", &target), ("probe", probe)];
+            [("namespace", asker.namespace.as_str()), ("pod", &asker.pod), ("destination", target), ("probe", probe)];
         match ask(lab, &asker.node, "outbound", &parameters) {
             Ok(Some(answer)) => self.outbound = Some(answer),
             Ok(None) => {
@@ -222,7 +241,8 @@ fn ask(lab: &Lab, node: &str, end: &str, parameters: &[(&str, &str)]) -> anyhow:
     let (status, body) =
         lab.get(&format!("ztunnel/{node}"), &format!("http://127.0.0.1:{ZTUNNEL_ADMIN_PORT}{path}"))?;
     // Ours says what it does not know; who does not know the page says nothing of the kind.
-    if status == 404 && !body.contains("unknown_workload") {
+    let is_ours = body.starts_with("unknown_workload") || body.starts_with("lookup");
+    if status == 404 && !is_ours {
         return Ok(None);
     }
     ensure!(status == 200, "{}", body.trim());
@@ -250,6 +270,10 @@ fn find_pod<'a>(status: &'a Status, name: &str) -> anyhow::Result<&'a PodStatus>
     let full = if name.contains('/') { name.to_owned() } else { format!("default/{name}") };
     let found = status.pods.iter().find(|p| format!("{}/{}", p.namespace, p.name) == full);
     found.with_context(|| format!("there is no pod `{full}`; `fairway lab pods` lists them"))
+}
+
+fn is_host(name: &str) -> bool {
+    name.contains('.') && !name.contains('/')
 }
 
 fn address_of(status: &Status, name: &str, from: &End) -> anyhow::Result<IpAddr> {

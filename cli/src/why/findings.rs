@@ -66,6 +66,7 @@ impl Finding {
 pub(crate) fn of(facts: &Facts) -> Vec<Finding> {
     let mut findings = Vec::new();
     findings.extend(capture(&facts.source, "source"));
+    findings.extend(names(facts));
     findings.extend(silent(facts));
     findings.extend(facts.mute.iter().map(|node| {
         let says = format!("the ztunnel on {node} does not explain itself; another one was asked about the same state");
@@ -115,11 +116,33 @@ fn capture(end: &End, side: &'static str) -> Option<Finding> {
     )
 }
 
+/// A host of the mesh has its address from the mesh's DNS only.
+fn names(facts: &Facts) -> Option<Finding> {
+    let host = facts.destination.rsplit_once(':').map_or("", |(host, _)| host);
+    let unanswered = facts.silent.iter().any(|(_, said)| said.contains("is not a name of the mesh"));
+    if !facts.by_name || (facts.source.has_dns() && !unanswered) {
+        return None;
+    }
+    if unanswered {
+        let says = format!("{host} is not a name of the mesh for this source: its own DNS decides where it goes");
+        return Some(Finding::new("source", says).in_field(format!("a ServiceEntry for {host}"), "spec.hosts"));
+    }
+    let (object, field) = match facts.source.is_captured() {
+        true => (format!("Pod {}", facts.source.name), "metadata.annotations[ambient.istio.io/dns-capture]"),
+        false => (format!("Pod {}", facts.source.name), MODE),
+    };
+    let says =
+        format!("the DNS of {} does not pass the mesh, which alone knows an address of {host}", facts.source.name);
+    let remedy = "remove the annotation, and have the pod in the mesh";
+    Some(Finding::blocking("source", says).reason("lookup").in_field(object, field).remedy(remedy))
+}
+
 fn silent(facts: &Facts) -> impl Iterator<Item = Finding> {
     let captured_source = facts.is_captured().then(|| format!("the ztunnel on {}", facts.source.node));
     let captured_target =
         facts.target.as_ref().filter(|t| t.is_captured()).map(|t| format!("the ztunnel on {}", t.node));
-    facts.silent.iter().map(move |(who, said)| {
+    let silent = facts.silent.iter().filter(|(_, said)| !said.contains("is not a name of the mesh"));
+    silent.map(move |(who, said)| {
         let needed = [&captured_source, &captured_target].into_iter().flatten().any(|needed| needed == who);
         let says = format!("{who} does not answer: {said}");
         let finding = if needed { Finding::blocking("mesh", says) } else { Finding::new("mesh", says) };
@@ -202,7 +225,12 @@ fn unserved(facts: &Facts) -> Option<Finding> {
 }
 
 fn certificate(facts: &Facts) -> Option<Finding> {
-    let certificate = &facts.outbound.as_ref()?["certificate"];
+    let answer = facts.outbound.as_ref()?;
+    if answer["probe"]["open"] == true {
+        // It failed before, and has been had meanwhile.
+        return None;
+    }
+    let certificate = &answer["certificate"];
     let (identity, state) = (certificate["identity"].as_str()?, certificate["state"].as_str()?);
     let needed = facts.hop().is_some_and(|hop| hop["tunnel"].is_object() || hop["outer"].is_object());
     let error = state.strip_prefix("unavailable: ")?;

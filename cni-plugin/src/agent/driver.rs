@@ -392,6 +392,7 @@ impl Driver {
             decided_by: decided_by(pod, self.labels_of(&pod.namespace), self.verdict(pod)),
             rules: state.is_some_and(State::has_rules),
             announced: state.is_some_and(State::is_announced),
+            dns: options_of(pod, &self.settings.options).dns,
             older_flows: self.older_flows.get(uid).copied(),
         }
     }

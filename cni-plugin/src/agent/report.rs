@@ -23,6 +23,8 @@ pub struct PodReport {
     pub decided_by: DecidedBy,
     pub rules: bool,
     pub announced: bool,
+    /// Its DNS passes the mesh while it is captured.
+    pub dns: bool,
     /// Flows that were open when the pod was enrolled and stay as they were.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub older_flows: Option<usize>,

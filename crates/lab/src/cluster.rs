@@ -536,7 +536,10 @@ impl Cluster {
         }
         // Written in place: a bind mount follows the file, not its name.
         fs::write(dir.join("hosts"), hosts)?;
-        Ok(fs::write(dir.join("resolv.conf"), "# the lab resolves names from /etc/hosts\n")?)
+        // Services are in /etc/hosts. What is not is asked of the node, where nobody answers, and which refuses at once; in the mesh,
+        // ztunnel hears it first.
+        let nameserver = self.topology.node(&pod.node).map_or(Ipv4Addr::LOCALHOST, |node| node.v4);
+        Ok(fs::write(dir.join("resolv.conf"), format!("nameserver {nameserver}\noptions timeout:1 attempts:1\n"))?)
     }
 
     // --- faults

@@ -149,7 +149,18 @@ fn policies_are_named_with_file_line_and_field_and_the_mesh_does_what_was_said()
                 .check(lab)?;
             delete(lab, "p.yaml")?;
         }
-        Ok(())
+        apply(lab, "p.yaml", &policy("  action: ALLOW\n  rules:\n  - to: [{operation: {paths: [/public]}}]\n"))?;
+        Case {
+            fault: "a field that needs a waypoint",
+            source: "t/a2",
+            destination: "t/b:80",
+            allowed: false,
+            object: "spec.rules[0].to[0].operation.paths needs a waypoint",
+            place: "p.yaml",
+            field: "",
+            says: "none allowed",
+        }
+        .check(lab)
     });
 }
 
@@ -368,6 +379,116 @@ fn leaving_the_mesh_changes_the_answer() {
             place: "",
             field,
             says: "not in the mesh",
+        }
+        .check(lab)
+    });
+}
+
+/// A host, and where it leads: to pod b, whose address is filled in, under an identity that it has, or not.
+fn entry(lab: &Lab, host: &str, account: &str) -> anyhow::Result<String> {
+    let pods = lab.status()?.pods;
+    let address = &pods.iter().find(|p| p.name == "b").context("b")?.addresses[0];
+    Ok(format!(
+        "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {{name: e, namespace: t, labels: {{networking.istio.io/tunnel: http}}}}\nspec:\n  hosts: [{host}]\n  \
+         location: MESH_INTERNAL\n  resolution: STATIC\n  ports: [{{number: 80, name: http, protocol: TCP, targetPort: 8080}}]\n  \
+         endpoints: [{{address: {address}, serviceAccount: {account}}}]\n"
+    ))
+}
+
+#[test]
+fn names_that_only_the_mesh_knows_need_the_meshs_dns() {
+    in_mesh(|lab| {
+        apply(lab, "e.yaml", &entry(lab, "shop.example.com", "b")?)?;
+        apply(lab, "deaf.yaml", &pod("deaf", "t", ", annotations: {ambient.istio.io/dns-capture: \"false\"}"))?;
+        let destination = "shop.example.com:80";
+        let heard = Case {
+            fault: "nothing",
+            source: "t/a2",
+            destination,
+            allowed: true,
+            object: "",
+            place: "",
+            field: "",
+            says: "",
+        };
+        eventually("the host", || {
+            ensure!(why(lab, heard.source, destination)?["allowed"] == true, "not yet");
+            Ok(())
+        })?;
+        ensure!(reaches(lab, heard.source, destination)?, "the mesh knows the name");
+        let (object, field) = ("Pod t/deaf", "metadata.annotations[ambient.istio.io/dns-capture]");
+        Case {
+            fault: "DNS is not captured",
+            source: "t/deaf",
+            allowed: false,
+            object,
+            field,
+            says: "does not pass the mesh",
+            ..heard
+        }
+        .check(lab)
+    });
+}
+
+#[test]
+fn whoever_answers_as_somebody_else_is_named() {
+    in_mesh(|lab| {
+        apply(lab, "e.yaml", &entry(lab, "shop.example.com", "impostor")?)?;
+        let says = "peer did not present the expected SAN";
+        Case {
+            fault: "another identity",
+            source: "t/a2",
+            destination: "shop.example.com:80",
+            allowed: false,
+            object: "Pod t/b",
+            place: "",
+            field: "identity",
+            says,
+        }
+        .check(lab)
+    });
+}
+
+#[test]
+fn what_the_mesh_config_forbids_is_named() {
+    in_mesh(|lab| {
+        let config = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: istio, namespace: istio-system}\ndata:\n  mesh: |\n    outboundTrafficPolicy:\n      mode: REGISTRY_ONLY\n";
+        apply(lab, "mesh.yaml", config)?;
+        let (object, field) = ("ConfigMap istio-system/istio", "outboundTrafficPolicy");
+        Case {
+            fault: "a destination outside the registry",
+            source: "t/a2",
+            destination: "172.18.0.12:80",
+            allowed: false,
+            object,
+            place: "",
+            field,
+            says: "REGISTRY_ONLY",
+        }
+        .check(lab)?;
+        ensure!(reaches(lab, "t/a2", "t/b:80")?, "the registry is not forbidden");
+        Ok(())
+    });
+}
+
+#[test]
+fn a_waypoint_that_is_not_there_is_named() {
+    in_mesh(|lab| {
+        let manifests = "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: gate, namespace: t}\nspec:\n  gatewayClassName: istio-waypoint\n  \
+             listeners: [{name: mesh, port: 15008, protocol: HBONE}]\n---\napiVersion: v1\nkind: Service\nmetadata: {name: gate, namespace: t}\nspec: {selector: {app: gate}, ports: [{port: 15008}]}\n\
+             ---\napiVersion: v1\nkind: Service\nmetadata: {name: s, namespace: t, labels: {istio.io/use-waypoint: gate}}\n\
+             spec: {selector: {app: b}, ports: [{port: 80, targetPort: 8080}]}\n";
+        apply(lab, "w.yaml", manifests)?;
+        let (object, field) = ("Service t/s", "metadata.labels[istio.io/use-waypoint]");
+        Case {
+            fault: "a waypoint without pods",
+            source: "t/a2",
+            destination: "t/s:80",
+            allowed: false,
+            object,
+            place: "",
+            field,
+            says: "unknown waypoint",
         }
         .check(lab)
     });

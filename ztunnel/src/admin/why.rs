@@ -10,6 +10,7 @@ use mesh_core::{
     headers::Authority,
     identity::Identity,
     index::Index,
+    names::{Family, kubernetes_search},
     reason::Reason,
     select::{InnerTunnel, NextHop, Selection, Tunnel, select},
     service::Service,
@@ -20,7 +21,10 @@ use mesh_runtime::admin::{Request, Response, text};
 use serde_json::{Value, json};
 
 use super::{Context, answer};
-use crate::proxy::probe::{Blocked, Way};
+use crate::{
+    dns,
+    proxy::probe::{Blocked, Way},
+};
 
 /// What would this pod's connection to `destination` do? With `probe=true`, the way is tried as well.
 pub async fn outbound(context: Context, request: Request) -> Response {
@@ -92,9 +96,13 @@ fn respond(result: Result<Value, Unanswerable>) -> Response {
 }
 
 fn explain_outbound(context: &Context, request: &Request) -> Result<(Value, Arc<Workload>, NextHop), Unanswerable> {
-    let destination: SocketAddr = required(request, "destination", "IP:PORT")?;
+    let named: Authority = required(request, "destination", "IP:PORT or HOST:PORT")?;
     let index = context.shared.state.snapshot();
     let source = pod(context, &index, request)?;
+    let destination = match &named {
+        Authority::Address(address) => *address,
+        Authority::Host { host, port } => SocketAddr::new(address_of(context, &index, &source, host)?, *port),
+    };
     let source_ip = source.addresses.first().copied().unwrap_or_else(|| unspecified(destination));
     let asked = mesh_core::select::Request {
         source: &source,
@@ -110,6 +118,7 @@ fn explain_outbound(context: &Context, request: &Request) -> Result<(Value, Arc<
         "direction": "outbound",
         "source": party(&source),
         "destination": destination,
+        "name": matches!(named, Authority::Host { .. }).then(|| named.to_string()),
         "service": selection.service.as_ref().map(|service| service.key()),
         "servicePorts": selection.service.as_ref().map(|s| s.ports.iter().map(|p| p.mapping.service_port).collect::<Vec<_>>()),
         "endpoints": selection.service.as_ref().map(|service| endpoints(&index, service, &source, destination.port())),
@@ -170,6 +179,22 @@ fn explain_inbound(context: &Context, request: &Request) -> Result<(Value, Socke
         "version": index.version(),
     });
     Ok((answer, destination))
+}
+
+/// What the DNS proxy tells the pod of a name.
+fn address_of(context: &Context, index: &Index, source: &Workload, host: &str) -> Result<IpAddr, Unanswerable> {
+    let config = &context.shared.config;
+    let name = host.trim_end_matches('.').to_ascii_lowercase();
+    let search = kubernetes_search(&source.namespace, &config.cluster_domain);
+    let ask = |family| dns::resolve_for(config, index, &search, source, &name, family);
+    let mut answers = [Family::Ipv4, Family::Ipv6].into_iter().filter_map(ask).peekable();
+    if answers.peek().is_none() {
+        let problem = format!("{}: `{host}` is not a name of the mesh for {}", Reason::Lookup, source.uid);
+        return Err((StatusCode::NOT_FOUND, problem));
+    }
+    answers.flat_map(|answer| answer.addresses).next().ok_or_else(|| {
+        (StatusCode::NOT_FOUND, format!("{}: `{host}` has no address that {} can use", Reason::Lookup, source.uid))
+    })
 }
 
 /// The pod asked about, preferably this node's of that name.
