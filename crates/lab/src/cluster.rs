@@ -539,7 +539,7 @@ impl Cluster {
         // Services are in /etc/hosts. What is not is asked of the node, where nobody answers, and which refuses at once; in the mesh,
         // ztunnel hears it first.
         let nameserver = self.topology.node(&pod.node).map_or(Ipv4Addr::LOCALHOST, |node| node.v4);
-        Ok(fs::write(dir.join("resolv.conf"), format!("nameserver {nameserver}\noptions timeout:1 attempts:1\n"))?)
+        Ok(fs::write(dir.join("resolv.conf"), format!("nameserver {nameserver}\noptions timeout:2 attempts:3\n"))?)
     }
 
     // --- faults
