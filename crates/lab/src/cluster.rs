@@ -4,6 +4,7 @@ use std::{
     collections::BTreeMap,
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::unix::fs::DirBuilderExt as _,
     path::PathBuf,
     process::Command,
     time::{Duration, Instant},
@@ -114,6 +115,9 @@ impl Cluster {
         let nodes = self.topology.nodes.clone();
         for node in &nodes {
             fs::create_dir_all(self.paths.sandboxes(&node.name))?;
+            for kept in ["state", "keys"] {
+                fs::DirBuilder::new().mode(0o700).create(self.paths.node(&node.name).join(kept))?;
+            }
             self.write_token(&node.name).await?;
             let name = node.name.clone();
             self.add_program(&format!("agent/{name}"), node, Kind::Agent(name.clone()))?;

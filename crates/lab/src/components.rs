@@ -139,7 +139,8 @@ pub fn agent(paths: &Paths, node: &str, options: &Options) -> Command {
     command
 }
 
-/// The command that runs a node's ztunnel: only standard variables, so that any ztunnel understands them.
+/// The command that runs a node's ztunnel. Standard variables, so that any ztunnel understands them; and where ours keeps what it knows
+/// across a restart, which others ignore.
 pub fn ztunnel(paths: &Paths, node: &Member, control: &Member, binary: Option<&Path>, options: &Options) -> Command {
     let own = paths.bin().join("ztunnel");
     let mut command = Command::new(binary.unwrap_or(&own));
@@ -160,6 +161,8 @@ pub fn ztunnel(paths: &Paths, node: &Member, control: &Member, binary: Option<&P
         .env("AUTH_TOKEN", dir.join("token"))
         .env("INPOD_UDS", dir.join("ztunnel.sock"))
         .env("ISTIO_META_DNS_CAPTURE", "true")
+        .env("FAIRWAY_STATE_DIR", dir.join("state"))
+        .env("FAIRWAY_KEYS_DIR", dir.join("keys"))
         .env("TERMINATION_GRACE_PERIOD_SECONDS", "30")
         .env("ZTUNNEL_WORKER_THREADS", "2")
         .env("RUST_LOG", &options.log);

@@ -112,6 +112,30 @@ fn a_frozen_control_plane_stops_nothing_that_is_known() {
 }
 
 #[test]
+fn a_ztunnel_restarted_while_the_control_plane_is_dead_serves_and_enforces_what_it_knew() {
+    in_mesh(|lab| {
+        let policy = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: p, namespace: t}\nspec:\n  action: DENY\n  rules:\n  - to: [{operation: {ports: [\"9000\"]}}]\n";
+        apply(lab, "p.yaml", policy)?;
+        eventually("the policy in force, and on disk", || {
+            let (_, kept) =
+                lab.run("node/node2", &["sh", "-c", "grep -a -c 't/p' /run/fairway/nodes/node2/state/discovery"])?;
+            ensure!(kept.trim().parse::<u32>().unwrap_or(0) > 0, "not kept yet: {kept}");
+            Ok(())
+        })?;
+        kill(lab, "fairwayd", false)?;
+        for node in ["node1", "node2"] {
+            kill(lab, &format!("ztunnel/{node}"), true)?;
+            lab.ask(&Request::Ready { program: format!("ztunnel/{node}") })?;
+        }
+        lab.mark()?;
+        eventually("requests to succeed", || get(lab, "t/a2", "http://b/kept"))?;
+        ensure!(lab.look(Some("/kept"))?.found == 0, "in clear");
+        ensure!(get(lab, "t/a2", "http://b:9000/").is_err(), "the policy is not enforced");
+        Ok(())
+    });
+}
+
+#[test]
 fn a_partitioned_node_comes_back() {
     in_mesh(|lab| {
         fault(lab, Fault::Partition { node: "node2".to_owned() })?;

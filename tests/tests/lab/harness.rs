@@ -76,6 +76,10 @@ spec:
 
 /// Runs a test in a lab of its own, or says in one line why this machine cannot. With `FAIRWAY_CI=1` that is a failure.
 pub(crate) fn in_lab(test: impl FnOnce(&OwnedLab) -> anyhow::Result<()>) {
+    in_lab_of(&Options::default(), test);
+}
+
+fn in_lab_of(options: &Options, test: impl FnOnce(&OwnedLab) -> anyhow::Result<()>) {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     if let Err(refusal) = mesh_net::isolate::probe(Path::new(PROGRAM), &["lab-probe"]) {
         assert!(std::env::var("FAIRWAY_CI").is_err(), "this tier must run here, but {refusal}");
@@ -83,9 +87,8 @@ pub(crate) fn in_lab(test: impl FnOnce(&OwnedLab) -> anyhow::Result<()>) {
         return;
     }
     let name = format!("test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-    let outcome = Lab::start_owned_with(Path::new(PROGRAM), &name, &Options::default())
-        .map_err(anyhow::Error::from)
-        .and_then(|lab| {
+    let outcome =
+        Lab::start_owned_with(Path::new(PROGRAM), &name, options).map_err(anyhow::Error::from).and_then(|lab| {
             let outcome = test(&lab);
             if outcome.is_err() {
                 print_logs(&lab.lab);
@@ -106,7 +109,12 @@ fn print_logs(lab: &Lab) {
 
 /// [`in_lab`] with [`PODS`] applied and namespace `t` in the mesh.
 pub(crate) fn in_mesh(test: impl FnOnce(&Lab) -> anyhow::Result<()>) {
-    in_lab(|owned| {
+    in_mesh_of(&Options::default(), test);
+}
+
+/// [`in_mesh`] in a lab with these options.
+pub(crate) fn in_mesh_of(options: &Options, test: impl FnOnce(&Lab) -> anyhow::Result<()>) {
+    in_lab_of(options, |owned| {
         let lab = &owned.lab;
         apply_pods(lab)?;
         enrol(lab)?;

@@ -3,12 +3,13 @@
 
 use anyhow::{Context as _, ensure};
 use lab::{
+    components::Options,
     control::Lab,
     protocol::{Fault, Request},
 };
 use serde_json::Value;
 
-use super::harness::{apply, eventually, fairway, in_mesh, label};
+use super::harness::{apply, eventually, fairway, in_mesh, in_mesh_of, label};
 
 /// A question, and what the answer has to say.
 struct Case<'a> {
@@ -339,14 +340,8 @@ fn what_blocks_the_way_is_named() {
 
 #[test]
 fn a_certificate_that_ran_out_is_named() {
-    in_mesh(|lab| {
-        fault(lab, Fault::CertificateTtl { ttl: "5s".to_owned() })?;
-        // What is held is good for a day; the new process asks for its own.
-        fault(lab, Fault::Kill { program: "ztunnel/node1".to_owned(), restart: true })?;
-        eventually("a short certificate", || {
-            ensure!(reaches(lab, "t/a2", "t/b:80")?, "not yet");
-            Ok(())
-        })?;
+    let options = Options { certificate_ttl: "5s".to_owned(), ..Options::default() };
+    in_mesh_of(&options, |lab| {
         fault(lab, Fault::Freeze { program: "fairwayd".to_owned() })?;
         let (object, field) = ("certificate of spiffe://cluster.local/ns/t/sa/a", "notAfter");
         Case {

@@ -13,7 +13,7 @@ use std::{
     collections::BTreeMap,
     fs::{self, File, OpenOptions},
     io::{self, Write as _},
-    os::unix::fs::OpenOptionsExt as _,
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -224,7 +224,14 @@ impl Writer {
                 return Err(io::Error::other("it does not keep up with discovery"));
             };
             size += bytes.len() as u64;
-            file = blocking(move || append(file, &bytes)).await?;
+            let path = self.store.path.clone();
+            let appended = blocking(move || append(file, &bytes, &path)).await?;
+            let Some(appended) = appended else {
+                tracing::info!("another process of this node keeps the state from now on");
+                *self.pending.lock() = None;
+                return Ok(());
+            };
+            file = appended;
             if stopping {
                 return Ok(());
             }
@@ -247,10 +254,15 @@ impl Writer {
     }
 }
 
-fn append(mut file: File, bytes: &[u8]) -> io::Result<File> {
+/// Nothing when `file` is not the log any more: in an upgrade two processes overlap, and the one that started last replaced it.
+fn append(mut file: File, bytes: &[u8], path: &Path) -> io::Result<Option<File>> {
+    let (ours, now) = (file.metadata()?, fs::metadata(path)?);
+    if (ours.dev(), ours.ino()) != (now.dev(), now.ino()) {
+        return Ok(None);
+    }
     file.write_all(bytes)?;
     file.sync_data()?;
-    Ok(file)
+    Ok(Some(file))
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
@@ -317,6 +329,24 @@ mod tests {
         assert_eq!(names(store.load()), ["a"]);
         fs::write(&store.path, b"nonsense").unwrap();
         assert!(store.load().is_empty());
+    }
+
+    #[tokio::test]
+    async fn of_two_processes_the_one_that_started_last_keeps_the_state() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = Store::new(directory.path(), "a", "c", "n");
+        let (mut old, old_writer) = journal(store.clone());
+        let (mut new, new_writer) = journal(store.clone());
+        let (file, _) = old_writer.rewrite().await.unwrap();
+        let (trigger, watcher) = drain::channel();
+        new.record(response(&["new"], &[]));
+        let writing = tokio::spawn(new_writer.run(watcher));
+        trigger.drain(Duration::from_secs(20)).await;
+        writing.await.unwrap();
+        old.record(response(&["old"], &[]));
+        let bytes = old_writer.pending.lock().take().unwrap();
+        assert!(append(file, &bytes, &store.path).unwrap().is_none());
+        assert_eq!(names(store.load()), ["new"]);
     }
 
     #[tokio::test]
