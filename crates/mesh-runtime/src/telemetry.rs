@@ -61,19 +61,23 @@ pub fn init(filter: &str, format: Format) -> Result<(), String> {
     Ok(())
 }
 
-/// Replaces the filter at run time, or restores the initial one with `None`; returns the filter now in force.
+/// Replaces the filter at run time; returns the filter now in force.
 ///
 /// # Errors
 /// When the filter does not parse, or logging was never started.
-pub fn set_filter(filter: Option<&str>) -> Result<String, String> {
-    let (initial, handle) = FILTER.get().ok_or("logging is not running in this process")?;
-    if let Some(filter) = filter {
-        let parsed = EnvFilter::try_new(filter).map_err(|e| e.to_string())?;
-        handle.reload(parsed).map_err(|e| e.to_string())?;
-    } else {
-        handle.reload(EnvFilter::new(initial)).map_err(|e| e.to_string())?;
-    }
+pub fn set_filter(filter: &str) -> Result<String, String> {
+    let (_, handle) = FILTER.get().ok_or("logging is not running in this process")?;
+    let parsed = EnvFilter::try_new(filter).map_err(|e| e.to_string())?;
+    handle.reload(parsed).map_err(|e| e.to_string())?;
     current_filter()
+}
+
+/// The filter the process started with.
+///
+/// # Errors
+/// When logging was never started.
+pub fn initial_filter() -> Result<String, String> {
+    FILTER.get().map(|(initial, _)| initial.clone()).ok_or_else(|| "logging is not running in this process".to_owned())
 }
 
 /// The filter in force.

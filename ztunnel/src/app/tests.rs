@@ -15,6 +15,8 @@ use tokio::{
 
 use super::*;
 
+mod routes;
+
 struct TestCa(SigningAuthority);
 
 impl CaClient for TestCa {
