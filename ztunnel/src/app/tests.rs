@@ -15,6 +15,7 @@ use tokio::{
 
 use super::*;
 
+mod families;
 mod routes;
 
 struct TestCa(SigningAuthority);
