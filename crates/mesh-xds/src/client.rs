@@ -13,7 +13,7 @@ use proto::{
         aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
     },
 };
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming, metadata::MetadataMap, transport::Channel};
 
@@ -27,6 +27,9 @@ use crate::{
 const MAX_MESSAGE: usize = 200 * 1024 * 1024;
 /// The server opens a new stream and answers on it within this, or it is dialled again.
 const FIRST_RESPONSE: Duration = Duration::from_secs(30);
+/// A stream that lasted this long was in order: the next one is opened at once. A response alone proves nothing, as a control plane that
+/// answers and then ends every stream would be asked again a hundred times a second.
+const HEALTHY: Duration = Duration::from_secs(15);
 /// Requests in flight: one answer per response, and the two initial ones.
 const REQUEST_QUEUE: usize = 8;
 
@@ -101,10 +104,14 @@ impl Client {
         tokio::pin!(stop);
         let mut backoff = Backoff::default();
         loop {
+            let began = Instant::now();
             let ended = tokio::select! {
                 _ = &mut stop => return,
-                ended = self.session(&mut backoff) => ended,
+                ended = self.session() => ended,
             };
+            if began.elapsed() >= HEALTHY && !matches!(ended, Ended::Connect(_)) {
+                backoff.reset();
+            }
             (self.observer)(Event::Terminated { reason: ended.reason() });
             let delay = backoff.next_delay(&mut rand::rng());
             match &ended {
@@ -123,7 +130,7 @@ impl Client {
         }
     }
 
-    async fn session(&mut self, backoff: &mut Backoff) -> Ended {
+    async fn session(&mut self) -> Ended {
         // Dialling has limits of its own.
         let channel = match self.transport.channel().await {
             Ok(channel) => channel,
@@ -141,7 +148,6 @@ impl Client {
                 Ok(None) => return Ended::Complete,
                 Err(status) => return Ended::Status(status),
             };
-            backoff.reset();
             if let Some(answer) = self.on_response(&response)
                 && requests.send(answer).await.is_err()
             {
@@ -247,3 +253,6 @@ impl Ended {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
