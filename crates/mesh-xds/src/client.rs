@@ -16,6 +16,7 @@ use proto::{
 use tokio::{sync::mpsc, time::Instant};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming, metadata::MetadataMap, transport::Channel};
+use tracing::Instrument as _;
 
 use crate::{
     backoff::Backoff,
@@ -103,18 +104,19 @@ impl Client {
         let stop = drain.signalled();
         tokio::pin!(stop);
         let mut backoff = Backoff::default();
-        loop {
+        for id in 1_u64.. {
+            let span = tracing::info_span!("xds", id);
             let began = Instant::now();
             let ended = tokio::select! {
                 _ = &mut stop => return,
-                ended = self.session() => ended,
+                ended = self.session().instrument(span.clone()) => ended,
             };
             if began.elapsed() >= HEALTHY && !matches!(ended, Ended::Connect(_)) {
                 backoff.reset();
             }
             (self.observer)(Event::Terminated { reason: ended.reason() });
             let delay = backoff.next_delay(&mut rand::rng());
-            match &ended {
+            span.in_scope(|| match &ended {
                 Ended::Complete => tracing::debug!("discovery stream ended, reconnecting"),
                 Ended::Connect(error) => {
                     tracing::warn!(error = error_chain(error.as_ref()), ?delay, "cannot reach the control plane");
@@ -122,7 +124,7 @@ impl Client {
                 Ended::Status(status) => {
                     tracing::warn!(code = ?status.code(), message = status.message(), ?delay, "discovery stream failed");
                 }
-            }
+            });
             tokio::select! {
                 _ = &mut stop => return,
                 () = tokio::time::sleep(delay) => {}
