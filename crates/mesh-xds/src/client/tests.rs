@@ -50,7 +50,8 @@ impl Transport for Memory {
             let connector = tower::service_fn(move |_| {
                 let near = near.take();
                 async move {
-                    near.map(hyper_util::rt::TokioIo::new).ok_or(std::io::Error::from(std::io::ErrorKind::NotConnected))
+                    near.map(hyper_util::rt::TokioIo::new)
+                        .ok_or_else(|| std::io::Error::from(std::io::ErrorKind::NotConnected))
                 }
             });
             Ok(Endpoint::from_static("http://memory").connect_with_connector(connector).await?)

@@ -18,6 +18,8 @@ use tokio::{sync::mpsc, task::JoinHandle};
 use super::*;
 use crate::{config::Config, outcome::Outcomes, pods::Shared, state::State};
 
+mod rows;
+
 struct NoCa;
 
 impl CaClient for NoCa {
