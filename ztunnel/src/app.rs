@@ -250,6 +250,8 @@ impl App {
         // First out of readiness, so that nobody sends more.
         let leaving = self.ready.pending("shutting down");
         let drained = self.flows.drain(self.shared.config.drain_deadline + SLACK).await;
+        // Pods cut their flows themselves, and are done then.
+        let drained = if self.pods.were_cut() { Drained::Forced } else { drained };
         self.services.drain(SLACK).await;
         self.tasks.shutdown().await;
         let workers = self.workers;

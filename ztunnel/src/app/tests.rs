@@ -225,3 +225,16 @@ async fn revocation_lists_are_followed_from_the_start() {
     tokio::time::timeout(Duration::from_secs(60), changes.changed()).await.expect("followed").unwrap();
     app.stop().await;
 }
+
+#[tokio::test]
+async fn readiness_names_what_is_waited_for() {
+    let vars =
+        [("PROXY_MODE", "dedicated"), ("PROXY_WORKLOAD_INFO", "demo/test/test"), ("XDS_ADDRESS", "http://127.0.0.1:1")];
+    let vars: HashMap<String, String> = vars.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+    let mut config = Config::default_for_tests();
+    config.xds = Config::from_env(&vars).unwrap().xds;
+    let app = App::start_with_ca(config, Arc::new(DeadCa)).await.unwrap();
+    let pending = (500, "not ready, pending: state manager\n".to_owned());
+    assert_eq!(ask(app.readiness, "GET /healthz/ready").await, pending);
+    app.stop().await;
+}

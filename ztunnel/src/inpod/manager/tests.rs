@@ -4,7 +4,7 @@ use mesh_core::identity::Identity;
 use mesh_identity::{CaClient, CaError};
 use mesh_net::SeqListener;
 use mesh_runtime::{
-    drain::{self, DrainTrigger, Drained},
+    drain::{self, DrainTrigger},
     metrics::Registry,
     workers::Workers,
 };
