@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::{inpod::manager::PodTable, pods::Shared};
 
 pub mod config_dump;
-mod logging;
+pub mod logging;
 mod profile;
 pub mod why;
 

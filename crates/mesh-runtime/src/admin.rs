@@ -11,7 +11,7 @@ use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 
 use crate::{drain::DrainWatcher, metrics::Registry, readiness::Readiness};
 
-mod scrape;
+pub mod scrape;
 
 /// Open admin connections at once; further ones wait in the backlog.
 const MAX_CONNECTIONS: usize = 64;

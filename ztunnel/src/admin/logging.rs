@@ -36,8 +36,11 @@ fn change(request: &Request) -> Result<String, String> {
     }
 }
 
-/// Checked here, as the logger would take a mistyped level for a target.
-fn spec(text: &str) -> Result<String, String> {
+/// What `level` asks for, in the logger's words. Checked here, as the logger would take a mistyped level for a target.
+///
+/// # Errors
+/// When an item is neither a level nor a target with one; the text names it.
+pub fn spec(text: &str) -> Result<String, String> {
     let items: Result<Vec<String>, String> = text.split(',').map(|item| directive(item.trim())).collect();
     Ok(items?.join(","))
 }

@@ -18,17 +18,12 @@ const TEXT_TYPE: &str = "text/plain; charset=utf-8";
 const BROTLI_QUALITY: u32 = 4;
 const BROTLI_WINDOW: u32 = 20;
 
+const ZSTD: &str = "zstd";
+const BROTLI: &str = "br";
+const GZIP: &str = "gzip";
+const DEFLATE: &str = "deflate";
 /// Content codings (RFC 9110 §8.4.1, RFC 7932, RFC 8878), the preferred one first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Coding {
-    Zstd,
-    Brotli,
-    Gzip,
-    Deflate,
-}
-
-const CODINGS: [(Coding, &str); 4] =
-    [(Coding::Zstd, "zstd"), (Coding::Brotli, "br"), (Coding::Gzip, "gzip"), (Coding::Deflate, "deflate")];
+const CODINGS: [&str; 4] = [ZSTD, BROTLI, GZIP, DEFLATE];
 
 /// Off the async threads: a large mesh has megabytes of series.
 pub(super) async fn metrics(registry: Registry, request: Request) -> Response {
@@ -40,21 +35,25 @@ pub(super) async fn metrics(registry: Registry, request: Request) -> Response {
     }
 }
 
-fn page(body: &str, headers: &HeaderMap) -> io::Result<Response> {
+/// The media type of the metrics page for these request headers, and the content coding, if any.
+pub fn negotiate(headers: &HeaderMap) -> (&'static str, Option<&'static str>) {
     let openmetrics = weight(headers, &ACCEPT, OPENMETRICS) > 0;
-    let content_type = if openmetrics { OPENMETRICS_TYPE } else { TEXT_TYPE };
-    let Some((coding, name)) = choose(headers) else {
+    (if openmetrics { OPENMETRICS_TYPE } else { TEXT_TYPE }, choose(headers))
+}
+
+fn page(body: &str, headers: &HeaderMap) -> io::Result<Response> {
+    let (content_type, coding) = negotiate(headers);
+    let Some(name) = coding else {
         return Ok(answer(StatusCode::OK, content_type, Bytes::copy_from_slice(body.as_bytes())));
     };
-    let mut response = answer(StatusCode::OK, content_type, encode(coding, body.as_bytes())?.into());
+    let mut response = answer(StatusCode::OK, content_type, encode(name, body.as_bytes())?.into());
     response.headers_mut().insert(CONTENT_ENCODING, HeaderValue::from_static(name));
     Ok(response)
 }
 
 /// The coding of the greatest weight; `*` is not taken as a wish for one of ours.
-fn choose(headers: &HeaderMap) -> Option<(Coding, &'static str)> {
-    let weighed =
-        CODINGS.iter().rev().map(|(coding, name)| (weight(headers, &ACCEPT_ENCODING, name), (*coding, *name)));
+fn choose(headers: &HeaderMap) -> Option<&'static str> {
+    let weighed = CODINGS.iter().rev().map(|name| (weight(headers, &ACCEPT_ENCODING, name), *name));
     weighed.filter(|(weight, _)| *weight > 0).max_by_key(|(weight, _)| *weight).map(|(_, chosen)| chosen)
 }
 
@@ -77,21 +76,21 @@ fn quality(parameter: &str) -> Option<u16> {
     Some((value.clamp(0.0, 1.0) * 1000.0) as u16)
 }
 
-fn encode(coding: Coding, body: &[u8]) -> io::Result<Vec<u8>> {
+fn encode(coding: &str, body: &[u8]) -> io::Result<Vec<u8>> {
     let fast = flate2::Compression::fast();
     match coding {
-        Coding::Zstd => zstd::stream::encode_all(body, 1),
-        Coding::Brotli => {
+        ZSTD => zstd::stream::encode_all(body, 1),
+        BROTLI => {
             let mut writer = brotli::CompressorWriter::new(Vec::new(), 4096, BROTLI_QUALITY, BROTLI_WINDOW);
             writer.write_all(body)?;
             Ok(writer.into_inner())
         }
-        Coding::Gzip => {
+        GZIP => {
             let mut writer = flate2::write::GzEncoder::new(Vec::new(), fast);
             writer.write_all(body)?;
             writer.finish()
         }
-        Coding::Deflate => {
+        _ => {
             let mut writer = flate2::write::ZlibEncoder::new(Vec::new(), fast);
             writer.write_all(body)?;
             writer.finish()

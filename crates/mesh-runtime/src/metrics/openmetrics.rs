@@ -1,7 +1,8 @@
 //! Metric families as OpenMetrics text (OpenMetrics 1.0), which older scrapers read as Prometheus text.
 //!
 //! Differences that matter: a counter's family is named without `_total` and its samples with it, bucket bounds are written as floats, and
-//! the text ends with `# EOF`, so that a scrape cut short is noticed.
+//! the text ends with `# EOF`, so that a scrape cut short is noticed. A counter that is known to the world by a name without `_total`
+//! keeps it, and has no type: neither format knows such counters.
 
 use std::fmt::{self, Write};
 
@@ -19,20 +20,22 @@ pub(super) fn encode(families: &[MetricFamily]) -> String {
 
 fn encode_family(family: &MetricFamily, out: &mut String) -> fmt::Result {
     let kind = family.get_field_type();
-    let name = match kind {
-        MetricType::COUNTER => family.name().strip_suffix(TOTAL).unwrap_or_else(|| family.name()),
-        _ => family.name(),
-    };
+    let base = family.name().strip_suffix(TOTAL).filter(|_| kind == MetricType::COUNTER);
+    let name = base.unwrap_or_else(|| family.name());
     let word = match kind {
-        MetricType::COUNTER => "counter",
-        MetricType::GAUGE => "gauge",
-        MetricType::HISTOGRAM => "histogram",
+        MetricType::COUNTER => base.map(|_| "counter"),
+        MetricType::GAUGE => Some("gauge"),
+        MetricType::HISTOGRAM => Some("histogram"),
         // Nothing here makes summaries.
         MetricType::SUMMARY | MetricType::UNTYPED => return Ok(()),
     };
-    writeln!(out, "# HELP {name} {}\n# TYPE {name} {word}", escaped(family.help()))?;
+    writeln!(out, "# HELP {name} {}", escaped(family.help()))?;
+    word.map_or(Ok(()), |word| writeln!(out, "# TYPE {name} {word}"))?;
     family.get_metric().iter().try_for_each(|metric| match kind {
-        MetricType::COUNTER => sample(out, (name, TOTAL), metric, None, metric.get_counter().get_value()),
+        MetricType::COUNTER => {
+            let suffix = base.map_or("", |_| TOTAL);
+            sample(out, (name, suffix), metric, None, metric.get_counter().get_value())
+        }
         MetricType::GAUGE => sample(out, (name, ""), metric, None, metric.get_gauge().get_value()),
         _ => histogram(out, name, metric),
     })
@@ -99,10 +102,12 @@ mod tests {
         histogram.with_label_values(&["ok"]).observe(0.75);
         let endless = Gauge::new("endless", "Endless").unwrap();
         endless.set(f64::INFINITY);
+        let old = IntCounter::new("csr_count", "Old").unwrap();
         let families: Vec<MetricFamily> =
-            [counter.collect(), gauge.collect(), histogram.collect(), endless.collect()].concat();
+            [counter.collect(), old.collect(), gauge.collect(), histogram.collect(), endless.collect()].concat();
         let wanted = concat!(
             "# HELP things Things \\\"seen\\\"\n# TYPE things counter\nthings_total 3\n",
+            "# HELP csr_count Old\ncsr_count 0\n",
             "# HELP open Open\n# TYPE open gauge\nopen{what=\"a \\\"b\\\"\\\\\\n\"} -2\n",
             "# HELP took_seconds Took\n# TYPE took_seconds histogram\n",
             "took_seconds_bucket{result=\"ok\",le=\"0.5\"} 0\n",
