@@ -68,7 +68,8 @@ mod tests {
         let sender = watch::Sender::new(snapshot(&[(1, 2, 3)]));
         let ask = |version: &str, within: Duration| {
             let query = [("version".to_owned(), version.to_owned())].into();
-            let request = admin::Request { method: http::Method::GET, path: "/debug/problems".to_owned(), query };
+            let (method, path) = (http::Method::GET, "/debug/problems".to_owned());
+            let request = admin::Request { method, path, query, headers: http::HeaderMap::default() };
             problems_page(sender.subscribe(), request, within)
         };
         assert_eq!(ask("12", READ_WITHIN).await.status(), 400);

@@ -6,25 +6,39 @@ use std::{
 };
 
 use http::{Method, StatusCode};
-use mesh_runtime::{
-    admin::{AdminServer, Request, Response, json, text},
-    telemetry,
-};
+use mesh_runtime::admin::{AdminServer, Request, Response, html, json, text};
 use tokio_util::sync::CancellationToken;
 
 use crate::{inpod::manager::PodTable, pods::Shared};
 
 pub mod config_dump;
+pub mod logging;
+mod profile;
 pub mod why;
 
-const INDEX: &str = "ztunnel admin\n\n\
-    GET  /config_dump\n\
-    GET  /debug/why/outbound?namespace=&pod=&destination=IP:PORT[&probe=true]\n\
-    GET  /debug/why/inbound?namespace=&pod=&source_ip=&source_identity=&destination=IP:PORT[&probe=true]\n\
-    POST /logging?level=info,target=debug&reset\n\
-    POST /quitquitquit\n";
-const LOGGING_HELP: &str = "use POST: no parameter lists; level=<off|error|warn|info|debug|trace> or \
-    level=<target>=<level>, comma-separated, adds; reset starts from the initial filter\n";
+/// Method, path with its parameters, and what it is for.
+const PAGES: [(&str, &str, &str); 8] = [
+    (
+        "GET",
+        "/config_dump",
+        "what this proxy knows: workloads, services, policies, certificates, connections, configuration",
+    ),
+    (
+        "GET",
+        "/debug/why/outbound?namespace=&pod=&destination=IP:PORT[&probe=true]",
+        "what would become of a pod's connection",
+    ),
+    (
+        "GET",
+        "/debug/why/inbound?namespace=&pod=&source_ip=&source_identity=&destination=IP:PORT[&probe=true]",
+        "whether a peer may reach a pod",
+    ),
+    ("GET", "/debug/pprof/profile?seconds=10&frequency=100", "a CPU profile for pprof"),
+    ("GET", "/debug/pprof/heap", "a heap profile; this build has none, and says what to use"),
+    ("GET", "/debug/pprof/heap/profiling", "the state of heap profiling"),
+    ("POST", "/logging?level=info,access=debug&reset", "shows or changes what is logged"),
+    ("POST", "/quitquitquit", "starts a graceful shutdown"),
+];
 
 /// What the handlers answer from.
 #[derive(Clone, Debug)]
@@ -43,31 +57,27 @@ pub fn server(context: Context) -> AdminServer {
     };
     let (outbound, inbound) = (context.clone(), context.clone());
     AdminServer::new()
-        .route("/", route(|_, _| text(StatusCode::OK, INDEX)))
+        .route("/", route(|_, _| html(StatusCode::OK, index())))
         .route("/config_dump", route(|context, _| config_dump::respond(context)))
         .route("/debug/why/outbound", move |request| why::outbound(outbound.clone(), request))
         .route("/debug/why/inbound", move |request| why::inbound(inbound.clone(), request))
-        .route("/logging", route(|_, request| logging(request)))
+        .route("/debug/pprof/profile", profile::cpu)
+        .route("/debug/pprof/heap", route(|_, _| profile::heap()))
+        .route("/debug/pprof/heap/profiling", route(|_, _| profile::heap()))
+        .route("/logging", route(|_, request| logging::respond(request)))
         .route("/quitquitquit", route(quit))
 }
 
-fn logging(request: &Request) -> Response {
-    if request.method != Method::POST {
-        return text(StatusCode::METHOD_NOT_ALLOWED, LOGGING_HELP);
-    }
-    match change_filter(request) {
-        Ok(filter) => text(StatusCode::OK, format!("current log level is {filter}\n")),
-        Err(problem) => text(StatusCode::BAD_REQUEST, format!("{problem}\n{LOGGING_HELP}")),
-    }
-}
-
-fn change_filter(request: &Request) -> Result<String, String> {
-    let base =
-        if request.query.contains_key("reset") { telemetry::set_filter(None) } else { telemetry::current_filter() };
-    match request.query("level") {
-        Some(level) => telemetry::set_filter(Some(&format!("{},{level}", base?))),
-        None => base,
-    }
+fn index() -> String {
+    let row = |(method, page, what): &(&str, &str, &str)| {
+        let (path, page) = (page.split('?').next().unwrap_or(page), page.replace('&', "&amp;"));
+        let page = if *method == "GET" { format!("<a href=\"{path}\">{page}</a>") } else { page };
+        format!("<tr><td>{method}</td><td>{page}</td><td>{what}</td></tr>\n")
+    };
+    let rows: String = PAGES.iter().map(row).collect();
+    format!(
+        "<!DOCTYPE html>\n<html><head><title>ztunnel</title></head><body>\n<h1>ztunnel</h1>\n<table>\n{rows}</table>\n</body></html>\n"
+    )
 }
 
 fn quit(context: &Context, request: &Request) -> Response {

@@ -25,7 +25,7 @@ use mesh_runtime::{
     telemetry,
     workers::Workers,
 };
-use tokio::task::JoinSet;
+use tokio::{runtime::Handle, task::JoinSet};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -204,6 +204,7 @@ impl App {
             memory: mesh_hbone::Process::default(),
             workers: workers.handles().to_vec(),
         });
+        registry.runtimes(runtimes(&workers));
         let (flows, flows_watcher) = drain::channel();
         let (services, services_watcher) = drain::channel();
         let (pods, quit) = (PodTable::default(), CancellationToken::new());
@@ -260,6 +261,8 @@ impl App {
         // First out of readiness, so that nobody sends more.
         let leaving = self.ready.pending("shutting down");
         let drained = self.flows.drain(self.shared.config.drain_deadline + SLACK).await;
+        // Pods cut their flows themselves, and are done then.
+        let drained = if self.pods.were_cut() { Drained::Forced } else { drained };
         self.services.drain(SLACK).await;
         self.tasks.shutdown().await;
         let workers = self.workers;
@@ -269,6 +272,12 @@ impl App {
         drop(leaving);
         drained
     }
+}
+
+/// Data-plane threads by their number, and the control runtime.
+fn runtimes(workers: &Workers) -> Vec<(String, Handle)> {
+    let data = workers.runtimes().iter().enumerate().map(|(i, runtime)| (i.to_string(), runtime.clone()));
+    data.chain([("control".to_owned(), Handle::current())]).collect()
 }
 
 fn certificate_authority(config: &Config) -> Result<GrpcCa> {

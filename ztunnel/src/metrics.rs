@@ -13,11 +13,14 @@ use std::{
 
 use mesh_core::{reason::Reason, workload::Workload};
 use mesh_hbone::Abuse;
-use mesh_runtime::{metrics::Registry, telemetry};
+use mesh_runtime::{
+    metrics::{Registry, counter, family},
+    telemetry,
+};
 use prometheus::{
-    Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-    core::{Collector, Desc},
-    proto::{Counter, LabelPair, Metric, MetricFamily, MetricType},
+    GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    core::{Collector, Desc, Describer},
+    proto::{LabelPair, Metric, MetricFamily, MetricType},
 };
 
 use crate::{dns::metrics::DnsMetrics, flow::Direction};
@@ -72,7 +75,7 @@ impl Metrics {
         let revocations = registry.add(IntCounterVec::new(
             Opts::new(
                 "istio_crl_policy_rejections_total",
-                "Handshakes refused and tunnels cut because a revocation list names the peer",
+                "Handshakes refused and tunnels cut because a revocation list names the peer (unstable)",
             ),
             &["reporter"],
         ));
@@ -279,53 +282,45 @@ impl Collector for Traffic {
         series.retain(|(_, values)| values.iter().any(|value| *value > 0));
         series.sort_by(|(a, _), (b, _)| a.cmp(b));
         let pairs: Vec<Vec<LabelPair>> = series.iter().map(|(labels, _)| labels.pairs()).collect();
-        let family = |(i, (name, help)): (usize, &(&str, &str))| {
+        let family = |(i, described): (usize, &(&'static str, &'static str))| {
             let values = series.iter().map(|(_, values)| values[i]);
             let metrics: Vec<Metric> = pairs.iter().zip(values).filter(|(_, v)| i < 2 || *v > 0).map(metric).collect();
-            (!metrics.is_empty()).then(|| family(name, help, metrics))
+            (!metrics.is_empty()).then(|| family(*described, MetricType::COUNTER, metrics))
         };
         FAMILIES.iter().enumerate().filter_map(family).collect()
     }
 }
 
+#[expect(clippy::cast_precision_loss, reason = "Prometheus values are floats; exact up to 2^53")]
 fn metric((labels, value): (&Vec<LabelPair>, u64)) -> Metric {
-    let mut counter = Counter::default();
-    #[expect(clippy::cast_precision_loss, reason = "Prometheus values are floats; exact up to 2^53")]
-    counter.set_value(value as f64);
-    let mut metric = Metric::from_label(labels.clone());
-    metric.set_counter(counter);
+    let mut metric = counter(value as f64);
+    metric.set_label(labels.clone());
     metric
 }
 
-fn family(name: &str, help: &str, metrics: Vec<Metric>) -> MetricFamily {
-    let mut family = MetricFamily::default();
-    family.set_name(name.to_owned());
-    family.set_help(help.to_owned());
-    family.set_field_type(MetricType::COUNTER);
-    family.set_metric(metrics);
-    family
-}
+const DROPPED_LINES: (&str, &str) =
+    ("fairway_log_lines_dropped_total", "Log lines lost to a full queue since the start (unstable)");
 
 /// Log lines lost to a full queue, read from the logger at each scrape.
 #[derive(Debug)]
-struct DroppedLines(Gauge);
+struct DroppedLines(Desc);
 
 impl DroppedLines {
     fn new() -> Self {
-        let opts = Opts::new("fairway_log_lines_dropped", "Log lines lost to a full queue since the start (unstable)");
-        Self(Gauge::with_opts(opts).expect("constant names are valid"))
+        let (name, help) = DROPPED_LINES;
+        Self(Opts::new(name, help).describe().expect("constant names are valid"))
     }
 }
 
 impl Collector for DroppedLines {
     fn desc(&self) -> Vec<&Desc> {
-        self.0.desc()
+        vec![&self.0]
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
         #[expect(clippy::cast_precision_loss, reason = "Prometheus values are floats; exact up to 2^53")]
-        self.0.set(telemetry::dropped_lines() as f64);
-        self.0.collect()
+        let lost = counter(telemetry::dropped_lines() as f64);
+        vec![family(DROPPED_LINES, MetricType::COUNTER, vec![lost])]
     }
 }
 

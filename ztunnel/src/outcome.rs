@@ -55,7 +55,7 @@ impl Outcomes {
         self.0.failed(direction, error.reason());
         let error = error.chain();
         let direction = direction.as_str();
-        tracing::warn!(target: "access", { src.addr = %peer, dst.addr = %destination, direction, error }, "connection failed");
+        tracing::warn!(target: "access", parent: None, { src.addr = %peer, dst.addr = %destination, direction, error }, "connection failed");
     }
 
     /// Counts an accepted socket until the guard is dropped.
@@ -179,7 +179,7 @@ impl OpenFlow {
         if tracing::enabled!(target: "access", tracing::Level::DEBUG) {
             let flow = &self.entry.flow;
             let f = LogFields::of(flow);
-            tracing::debug!(target: "access", {
+            tracing::debug!(target: "access", parent: None, {
                 src.addr = %flow.peer, src.workload = f.src_workload, src.namespace = f.src_namespace,
                 src.identity = f.src_identity, src.cluster = f.src_cluster, dst.addr = %flow.destination,
                 dst.hbone_addr = f.hbone_addr, dst.service = f.service, dst.workload = f.dst_workload,
@@ -197,7 +197,7 @@ impl OpenFlow {
         let duration = format!("{}ms", self.since.elapsed().as_millis());
         macro_rules! line {
             ($level:ident) => {
-                tracing::$level!(target: "access", {
+                tracing::$level!(target: "access", parent: None, {
                     src.addr = %flow.peer, src.workload = f.src_workload, src.namespace = f.src_namespace,
                     src.identity = f.src_identity, src.cluster = f.src_cluster, dst.addr = %flow.destination,
                     dst.hbone_addr = f.hbone_addr, dst.service = f.service, dst.workload = f.dst_workload,

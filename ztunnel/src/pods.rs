@@ -18,6 +18,7 @@ use mesh_runtime::{
     workers::{Occupied, WorkerHandle},
 };
 use tokio::{sync::mpsc, task::JoinSet};
+use tracing::Span;
 
 use crate::{
     config::Config,
@@ -220,6 +221,8 @@ pub(crate) struct PodContext {
     pub(crate) dns: Desk,
     pub(crate) worker: WorkerHandle,
     pub(crate) drain: DrainWatcher,
+    /// What is logged about the pod's connections is logged within.
+    pub(crate) span: Span,
 }
 
 impl Part {
@@ -237,7 +240,9 @@ impl Part {
         let memory = Budget::new(POD_MEMORY / shared.workers.len(), shared.memory.clone());
         let pool = Pool::new(pool_config(&shared.config), memory.clone(), Rc::new(dialer));
         let dns = Desk::new(&shared.config, &info.namespace, netns.as_ref().filter(|_| home.is_some()), names);
+        let span = tracing::info_span!("proxy", wl = %format_args!("{}/{}", info.namespace, info.name));
         let pod = PodContext {
+            span,
             shared,
             info,
             netns,

@@ -186,6 +186,12 @@ impl TraceParent {
         let trace_id = (u128::from(rng.next_u64()) << 64) | u128::from(rng.next_u64()) | 1;
         Self { trace_id, parent_id: rng.next_u64() | 1, flags: 0 }
     }
+
+    /// What both ends of a connection log of it: the trace id as it is written in the header.
+    pub fn id(&self) -> impl fmt::Display + use<> {
+        let id = self.trace_id;
+        fmt::from_fn(move |f| write!(f, "{id:032x}"))
+    }
 }
 
 impl fmt::Display for TraceParent {

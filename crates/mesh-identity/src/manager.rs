@@ -4,16 +4,20 @@
 
 use mesh_runtime::telemetry::error_chain;
 use std::{
-    collections::{HashMap, hash_map::Entry::Vacant},
+    collections::HashMap,
     future::Future,
-    sync::{Arc, atomic::AtomicU64, atomic::Ordering},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::SystemTime,
 };
 
 use arc_swap::ArcSwap;
 use mesh_core::identity::Identity;
+use rpds::HashTrieMapSync;
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{Notify, mpsc, oneshot},
     task::{JoinError, JoinSet},
     time::Instant,
 };
@@ -28,8 +32,8 @@ use crate::{
     trust::Trust,
 };
 
-/// Commands waiting for the task; askers wait beyond it.
-const COMMANDS: usize = 1024;
+/// Askers in the task's queue; further ones wait for room.
+const WANTS: usize = 1024;
 
 /// Where the manager gets time from (certificates are judged by the wall clock), and what goes for all its certificates.
 #[derive(Clone)]
@@ -99,22 +103,46 @@ pub enum EntryState {
 /// A handle; clones share the manager.
 #[derive(Clone, Debug)]
 pub struct Manager {
-    commands: mpsc::Sender<Command>,
+    wants: mpsc::Sender<Want>,
     shared: Arc<Shared>,
     config: Config,
 }
 
 #[derive(Debug, Default)]
 struct Shared {
-    entries: ArcSwap<HashMap<Identity, Entry>>,
-    /// Commands that found the queue full and were not waited for.
-    dropped: AtomicU64,
+    /// Persistent: publishing costs the same however many identities a node has.
+    entries: ArcSwap<HashTrieMapSync<Identity, Entry>>,
+    hints: Mutex<HashMap<Identity, Hint>>,
+    hinted: Notify,
+    /// Numbers hints and commands in the order they were given.
+    order: AtomicU64,
 }
 
+/// The last thing said of an identity that nobody waits for. One per identity, hence bounded by the node's workloads.
+#[derive(Clone, Copy, Debug)]
+struct Hint {
+    warm: bool,
+    order: u64,
+}
+
+impl Shared {
+    fn next(&self) -> u64 {
+        self.order.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn hints(&self) -> MutexGuard<'_, HashMap<Identity, Hint>> {
+        // Whole entries are put in and taken out: a panic elsewhere leaves none torn.
+        self.hints.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An asker that waits.
 #[derive(Debug)]
-enum Command {
-    Want { identity: Identity, priority: Priority, reply: Option<Reply> },
-    Forget(Identity),
+struct Want {
+    identity: Identity,
+    priority: Priority,
+    reply: Reply,
+    order: u64,
 }
 
 type Reply = oneshot::Sender<Result<Arc<Svid>, IdentityError>>;
@@ -122,7 +150,7 @@ type Reply = oneshot::Sender<Result<Arc<Svid>, IdentityError>>;
 impl Manager {
     /// The handle, and the task that must run for it; the task ends when the last handle is gone.
     pub fn new(config: Config, ca: Arc<dyn CaClient>) -> (Self, impl Future<Output = ()> + Send + 'static) {
-        let (commands, queue) = mpsc::channel(COMMANDS);
+        let (wants, queue) = mpsc::channel(WANTS);
         let shared = Arc::new(Shared::default());
         let kept = config.store.iter().flat_map(|store| store.load((config.clock)(), &config.trust));
         let kept: HashMap<Identity, Svid> = kept.map(|svid| (svid.identity.clone(), svid)).collect();
@@ -136,12 +164,12 @@ impl Manager {
             started: Instant::now(),
             shared: shared.clone(),
             schedule: Schedule::default(),
-            entries: HashMap::new(),
+            entries: HashTrieMapSync::default(),
             waiters: HashMap::new(),
             attempts: JoinSet::new(),
             in_flight: HashMap::new(),
         };
-        (Self { commands, shared, config }, task.run(queue))
+        (Self { wants, shared, config }, task.run(queue))
     }
 
     /// The valid certificate of `identity`: at once when there is one, else after the attempt that this call waits for (started or
@@ -154,8 +182,8 @@ impl Manager {
             return Ok(svid);
         }
         let (reply, answer) = oneshot::channel();
-        let command = Command::Want { identity: identity.clone(), priority, reply: Some(reply) };
-        self.commands.send(command).await.map_err(|_| IdentityError::Stopped)?;
+        let want = Want { identity: identity.clone(), priority, reply, order: self.shared.next() };
+        self.wants.send(want).await.map_err(|_| IdentityError::Stopped)?;
         answer.await.map_err(|_| IdentityError::Stopped)?
     }
 
@@ -170,14 +198,14 @@ impl Manager {
         &self.config.trust
     }
 
-    /// Fetches ahead of need. A full queue loses the hint, which costs a later connection the wait.
+    /// Fetches ahead of need, however many are announced at once.
     pub fn warm(&self, identity: Identity) {
-        self.hint(Command::Want { identity, priority: Priority::Warmup, reply: None });
+        self.hint(identity, true);
     }
 
     /// Drops the identity's certificate and plans; waiters get [`IdentityError::Forgotten`].
     pub fn forget(&self, identity: &Identity) {
-        self.hint(Command::Forget(identity.clone()));
+        self.hint(identity.clone(), false);
     }
 
     /// Every identity known, sorted.
@@ -187,11 +215,10 @@ impl Manager {
         entries
     }
 
-    fn hint(&self, command: Command) {
-        if self.commands.try_send(command).is_err() {
-            self.shared.dropped.fetch_add(1, Ordering::Relaxed);
-            tracing::debug!("certificate manager is busy or stopped; hint lost");
-        }
+    fn hint(&self, identity: Identity, warm: bool) {
+        let order = self.shared.next();
+        self.shared.hints().insert(identity, Hint { warm, order });
+        self.shared.hinted.notify_one();
     }
 }
 
@@ -205,7 +232,7 @@ struct Task {
     started: Instant,
     shared: Arc<Shared>,
     schedule: Schedule,
-    entries: HashMap<Identity, Entry>,
+    entries: HashTrieMapSync<Identity, Entry>,
     /// Bounded by the connections that wait.
     waiters: HashMap<Identity, Vec<Reply>>,
     attempts: JoinSet<Result<Svid, FetchError>>,
@@ -214,28 +241,53 @@ struct Task {
 }
 
 impl Task {
-    async fn run(mut self, mut queue: mpsc::Receiver<Command>) {
+    async fn run(mut self, mut queue: mpsc::Receiver<Want>) {
+        let shared = self.shared.clone();
         loop {
             self.start_due();
             let due = self.schedule.next_due().map(|due| self.started + due);
             tokio::select! {
-                command = queue.recv() => match command {
-                    Some(command) => self.command(command),
-                    None => return,
+                // Askers first: a hint that came after one must not be acted upon before it.
+                biased;
+                want = queue.recv() => match want {
+                    Some(want) => self.asked(want),
+                    // What was given up must not be found again at the next start.
+                    None => return self.take_hints(),
                 },
+                () = shared.hinted.notified() => self.take_hints(),
                 Some(done) = self.attempts.join_next_with_id() => self.finished(done),
                 () = sleep_until(due) => {}
             }
         }
     }
 
-    fn command(&mut self, command: Command) {
-        match command {
-            Command::Want { identity, priority, reply } => self.want(identity, priority, reply),
-            Command::Forget(identity) => self.forget(&identity),
+    fn asked(&mut self, want: Want) {
+        let Want { identity, priority, reply, order } = want;
+        let earlier = {
+            let mut hints = self.shared.hints();
+            let earlier = hints.get(&identity).is_some_and(|hint| hint.order < order);
+            earlier.then(|| hints.remove(&identity)).flatten()
+        };
+        if earlier.is_some_and(|hint| !hint.warm) {
+            self.forget(&identity);
         }
+        self.want(identity, priority, Some(reply));
+        self.publish();
     }
 
+    fn take_hints(&mut self) {
+        let hints = std::mem::take(&mut *self.shared.hints());
+        for (identity, hint) in hints {
+            if hint.warm {
+                self.want(identity, Priority::Warmup, None);
+            } else {
+                self.forget(&identity);
+            }
+        }
+        self.publish();
+    }
+
+    /// The caller publishes.
     fn want(&mut self, identity: Identity, priority: Priority, reply: Option<Reply>) {
         let held = self.entries.get(&identity).and_then(|entry| entry.svid.clone());
         if let Some(svid) = held.filter(|svid| svid.is_valid_at((self.clock)())) {
@@ -251,9 +303,9 @@ impl Task {
         if let Some(reply) = reply {
             self.waiters.entry(identity.clone()).or_default().push(reply);
         }
-        if let Vacant(slot) = self.entries.entry(identity.clone()) {
-            slot.insert(Entry { identity, state: EntryState::Initializing, svid: None });
-            self.publish();
+        if !self.entries.contains_key(&identity) {
+            let entry = Entry { identity: identity.clone(), state: EntryState::Initializing, svid: None };
+            self.entries.insert_mut(identity, entry);
         }
     }
 
@@ -265,7 +317,8 @@ impl Task {
         self.schedule.adopt(identity, life, rand::random(), self.started.elapsed());
         tracing::debug!(%identity, ?life, "certificate from before the start");
         let entry = Entry { identity: identity.clone(), state: EntryState::Available, svid: Some(svid.clone()) };
-        self.entries.insert(identity.clone(), entry);
+        self.entries.insert_mut(identity.clone(), entry);
+        // Before the asker hears of it.
         self.publish();
         Some(svid)
     }
@@ -282,14 +335,13 @@ impl Task {
         });
     }
 
+    /// The caller publishes.
     fn forget(&mut self, identity: &Identity) {
         self.kept.remove(identity);
         self.store.iter().for_each(|store| store.remove(identity));
         self.schedule.forget(identity);
         self.answer(identity, &Err(IdentityError::Forgotten));
-        if self.entries.remove(identity).is_some() {
-            self.publish();
-        }
+        self.entries.remove_mut(identity);
     }
 
     fn start_due(&mut self) {
@@ -327,7 +379,8 @@ impl Task {
         self.store.iter().for_each(|store| store.save(&svid));
         let roots = svid.roots.clone();
         let entry = Entry { identity: identity.clone(), state: EntryState::Available, svid: Some(svid) };
-        let before = self.entries.insert(identity, entry).and_then(|entry| entry.svid);
+        let before = self.entries.get(&identity).and_then(|entry| entry.svid.clone());
+        self.entries.insert_mut(identity, entry);
         self.publish();
         if before.is_none_or(|before| before.roots != roots) {
             self.trust.changed();
@@ -345,7 +398,7 @@ impl Task {
         tracing::warn!(%identity, error = text, held = held.is_some(), "certificate request failed");
         self.answer(&identity, &Err(IdentityError::Fetch { identity: identity.clone(), source: error }));
         let state = if held.is_some() { EntryState::Available } else { EntryState::Unavailable(text) };
-        self.entries.insert(identity.clone(), Entry { identity, state, svid: held });
+        self.entries.insert_mut(identity.clone(), Entry { identity, state, svid: held });
         self.publish();
     }
 

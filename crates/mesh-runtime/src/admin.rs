@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, convert::Infallible, future::Future, io, pin::Pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use http::{Method, StatusCode, header};
+use http::{HeaderMap, Method, StatusCode, header};
 use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -11,17 +11,20 @@ use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
 
 use crate::{drain::DrainWatcher, metrics::Registry, readiness::Readiness};
 
+pub mod scrape;
+
 /// Open admin connections at once; further ones wait in the backlog.
 const MAX_CONNECTIONS: usize = 64;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
-const HEADER_BYTES: usize = 16 * 1024;
+const HEADER_BYTES: usize = 8 * 1024;
 
-/// What a handler sees: method, path, decoded query. Bodies are not read.
+/// What a handler sees: method, path, decoded query, headers. Bodies are not read.
 #[derive(Clone, Debug)]
 pub struct Request {
     pub method: Method,
     pub path: String,
     pub query: BTreeMap<String, String>,
+    pub headers: HeaderMap,
 }
 
 impl Request {
@@ -63,12 +66,12 @@ impl AdminServer {
         self
     }
 
-    /// `/metrics` and `/stats/prometheus`.
+    /// `/metrics` and `/stats/prometheus`: OpenMetrics text, compressed as the scraper asks.
     #[must_use]
     pub fn metrics(self, registry: &Registry) -> Self {
         let (a, b) = (registry.clone(), registry.clone());
-        self.route("/metrics", move |_| std::future::ready(text(StatusCode::OK, a.encode())))
-            .route("/stats/prometheus", move |_| std::future::ready(text(StatusCode::OK, b.encode())))
+        self.route("/metrics", move |request| scrape::metrics(a.clone(), request))
+            .route("/stats/prometheus", move |request| scrape::metrics(b.clone(), request))
     }
 
     /// `path` answers 200 `ready`, or 500 naming what is pending.
@@ -159,6 +162,7 @@ async fn dispatch(routes: &AdminServer, request: &http::Request<Incoming>) -> Re
         method: request.method().clone(),
         path: path.to_owned(),
         query: parse_query(request.uri().query().unwrap_or_default()),
+        headers: request.headers().clone(),
     };
     handler(request).await
 }
@@ -176,6 +180,16 @@ fn ready(request: &Request, readiness: &Readiness) -> Response {
 /// A plain-text answer.
 pub fn text(status: StatusCode, body: impl Into<Bytes>) -> Response {
     answer(status, "text/plain; charset=utf-8", body.into())
+}
+
+/// An HTML answer.
+pub fn html(status: StatusCode, body: impl Into<Bytes>) -> Response {
+    answer(status, "text/html; charset=utf-8", body.into())
+}
+
+/// A binary answer.
+pub fn binary(status: StatusCode, body: impl Into<Bytes>) -> Response {
+    answer(status, "application/octet-stream", body.into())
 }
 
 /// A JSON answer; the body is already encoded.
@@ -262,6 +276,45 @@ mod tests {
 
         assert_eq!(trigger.drain(Duration::from_secs(5)).await, drain::Drained::Complete);
         serving.await.unwrap().unwrap();
+    }
+
+    fn serve() -> (std::net::SocketAddr, drain::DrainTrigger) {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (trigger, watcher) = drain::channel();
+        tokio::spawn(AdminServer::new().readiness("/healthz/ready", &Readiness::default()).serve(listener, watcher));
+        (address, trigger)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_dawdles_over_its_headers_is_hung_up_on() {
+        let (address, _trigger) = serve();
+        assert_eq!(ask(address, "GET /healthz/ready HTTP/1.1\r\nhost: x").await, "");
+    }
+
+    #[tokio::test]
+    async fn headers_beyond_the_buffer_are_refused() {
+        let (address, _trigger) = serve();
+        let request = format!("GET /healthz/ready HTTP/1.1\r\nhost: x\r\nlong: {}", "x".repeat(HEADER_BYTES));
+        assert!(ask(address, &request).await.starts_with("HTTP/1.1 431"));
+    }
+
+    #[tokio::test]
+    async fn a_client_may_close_its_side_before_it_has_its_answer() {
+        let (address, _trigger) = serve();
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        stream.write_all(b"GET /healthz/ready HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert!(answer.starts_with("HTTP/1.1 200") && answer.ends_with("ready\n"), "{answer}");
+    }
+
+    #[tokio::test]
+    async fn readiness_is_asked_by_get_alone() {
+        let (address, _trigger) = serve();
+        let answer = ask(address, "POST /healthz/ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await;
+        assert!(answer.starts_with("HTTP/1.1 405"), "{answer}");
     }
 
     #[test]

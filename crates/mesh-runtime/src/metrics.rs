@@ -3,10 +3,14 @@
 use std::sync::Arc;
 
 use prometheus::{
-    Encoder, Gauge, Opts, TextEncoder,
-    core::{Collector, Desc},
-    proto::MetricFamily,
+    Opts,
+    core::{Collector, Desc, Describer},
+    proto::{Counter, Gauge, Metric, MetricFamily, MetricType},
 };
+use tokio::runtime::Handle;
+
+mod openmetrics;
+mod runtimes;
 
 /// One per process; cheap to clone. Crates register their own families and keep typed handles to them.
 #[derive(Clone, Debug)]
@@ -42,55 +46,83 @@ impl Registry {
         self.0.register(collector).expect("each metric family is registered once");
     }
 
-    /// Every family in Prometheus text format.
+    /// Shows these runtimes, by the names of their threads.
+    ///
+    /// # Panics
+    /// When called twice.
+    pub fn runtimes(&self, runtimes: Vec<(String, Handle)>) {
+        self.register(Box::new(runtimes::Runtimes::new(runtimes)));
+    }
+
+    /// Every family as OpenMetrics text; families without a value are left out.
     pub fn encode(&self) -> String {
-        let mut out = Vec::new();
-        match TextEncoder::new().encode(&self.0.gather(), &mut out) {
-            Ok(()) => String::from_utf8(out).unwrap_or_default(),
-            Err(error) => format!("# cannot encode metrics: {error}\n"),
-        }
+        openmetrics::encode(&self.0.gather())
     }
 }
+
+/// A family put together by hand, for figures that are read rather than kept.
+pub fn family((name, help): (&str, &str), kind: MetricType, metrics: Vec<Metric>) -> MetricFamily {
+    let mut family = MetricFamily::default();
+    family.set_name(name.to_owned());
+    family.set_help(help.to_owned());
+    family.set_field_type(kind);
+    family.set_metric(metrics);
+    family
+}
+
+/// A value of [`family`]; labels are set on it.
+pub fn counter(value: f64) -> Metric {
+    let mut counter = Counter::default();
+    counter.set_value(value);
+    let mut metric = Metric::default();
+    metric.set_counter(counter);
+    metric
+}
+
+/// As [`counter`].
+pub fn gauge(value: f64) -> Metric {
+    let mut gauge = Gauge::default();
+    gauge.set_value(value);
+    let mut metric = Metric::default();
+    metric.set_gauge(gauge);
+    metric
+}
+
+const OPEN_FDS: (&str, &str) = ("process_open_fds", "Open file descriptors");
+const MAX_FDS: (&str, &str) = ("process_max_fds", "Limit of open file descriptors");
+const RESIDENT: (&str, &str) = ("process_resident_memory_bytes", "Resident memory");
+const CPU: (&str, &str) = ("process_cpu_seconds_total", "User and system CPU time spent");
 
 /// Figures read from `/proc/self` at each scrape.
 #[derive(Debug)]
-struct ProcessCollector {
-    open_fds: Gauge,
-    max_fds: Gauge,
-    resident: Gauge,
-    cpu: Gauge,
-}
+struct ProcessCollector(Vec<Desc>);
 
 impl ProcessCollector {
     fn new() -> Self {
-        let gauge = |name, help| Gauge::with_opts(Opts::new(name, help)).expect("constant names are valid");
-        Self {
-            open_fds: gauge("process_open_fds", "Open file descriptors"),
-            max_fds: gauge("process_max_fds", "Limit of open file descriptors"),
-            resident: gauge("process_resident_memory_bytes", "Resident memory"),
-            cpu: gauge("process_cpu_seconds_total", "User and system CPU time spent"),
-        }
-    }
-
-    fn gauges(&self) -> [&Gauge; 4] {
-        [&self.open_fds, &self.max_fds, &self.resident, &self.cpu]
+        let describe = |(name, help)| Opts::new(name, help).describe().expect("constant names are valid");
+        Self([OPEN_FDS, MAX_FDS, RESIDENT, CPU].map(describe).into())
     }
 }
 
 impl Collector for ProcessCollector {
     fn desc(&self) -> Vec<&Desc> {
-        self.gauges().into_iter().flat_map(Collector::desc).collect()
+        self.0.iter().collect()
     }
 
     fn collect(&self) -> Vec<MetricFamily> {
         let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
-        if let Ok(entries) = std::fs::read_dir("/proc/self/fd") {
-            self.open_fds.set(f64::from(u32::try_from(entries.count()).unwrap_or(u32::MAX)));
-        }
-        self.max_fds.set(max_fds(&read("/proc/self/limits")).unwrap_or(0.0));
-        self.resident.set(resident_bytes(&read("/proc/self/status")).unwrap_or(0.0));
-        self.cpu.set(cpu_seconds(&read("/proc/self/stat")).unwrap_or(0.0));
-        self.gauges().into_iter().flat_map(Collector::collect).collect()
+        let open = std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+        let open = f64::from(u32::try_from(open).unwrap_or(u32::MAX));
+        let max = max_fds(&read("/proc/self/limits")).unwrap_or(0.0);
+        let resident = resident_bytes(&read("/proc/self/status")).unwrap_or(0.0);
+        let cpu = cpu_seconds(&read("/proc/self/stat")).unwrap_or(0.0);
+        let shown = |what, value| family(what, MetricType::GAUGE, vec![gauge(value)]);
+        vec![
+            shown(OPEN_FDS, open),
+            shown(MAX_FDS, max),
+            shown(RESIDENT, resident),
+            family(CPU, MetricType::COUNTER, vec![counter(cpu)]),
+        ]
     }
 }
 
@@ -124,6 +156,26 @@ mod tests {
         let text = registry.encode();
         assert!(text.contains("things_total 3"), "{text}");
         assert!(text.contains("process_open_fds"), "{text}");
+        assert!(text.contains("# TYPE process_cpu_seconds counter"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn shows_each_thread_of_each_runtime() {
+        let registry = Registry::new();
+        let other = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
+        registry.runtimes(vec![("0".to_owned(), Handle::current()), ("control".to_owned(), other.handle().clone())]);
+        let text = registry.encode();
+        for wanted in [
+            "tokio_num_workers 3",
+            "tokio_num_alive_tasks 0",
+            "tokio_global_queue_depth 0",
+            "tokio_worker_total_busy_duration_seconds_total{worker=\"0\"}",
+            "tokio_worker_park_count_total{worker=\"control-0\"}",
+            "tokio_worker_park_unpark_count_total{worker=\"control-1\"}",
+        ] {
+            assert!(text.contains(wanted), "{wanted} missing from {text}");
+        }
+        other.shutdown_background();
     }
 
     #[test]

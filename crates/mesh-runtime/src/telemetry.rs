@@ -15,6 +15,7 @@ use std::{
 use tracing::{Event, Level, Subscriber, field::Field, field::Visit};
 use tracing_subscriber::{
     EnvFilter, Registry,
+    field::RecordFields,
     fmt::{
         FmtContext, FormatEvent, FormatFields, FormattedFields, MakeWriter,
         format::Writer,
@@ -53,7 +54,8 @@ pub fn init(filter: &str, format: Format) -> Result<(), String> {
     let (layer, handle) = reload::Layer::new(parsed);
     let lines = tracing_subscriber::fmt::layer()
         .with_ansi(false)
-        .with_writer(Queue::start(io::stderr()))
+        .with_writer(Queue::start(io::stderr(), QUEUE_LINES))
+        .fmt_fields(SpanFields(format))
         .event_format(Lines(format));
     if tracing_subscriber::registry().with(layer).with(lines).try_init().is_ok() {
         drop(FILTER.set((filter.to_owned(), handle)));
@@ -61,19 +63,23 @@ pub fn init(filter: &str, format: Format) -> Result<(), String> {
     Ok(())
 }
 
-/// Replaces the filter at run time, or restores the initial one with `None`; returns the filter now in force.
+/// Replaces the filter at run time; returns the filter now in force.
 ///
 /// # Errors
 /// When the filter does not parse, or logging was never started.
-pub fn set_filter(filter: Option<&str>) -> Result<String, String> {
-    let (initial, handle) = FILTER.get().ok_or("logging is not running in this process")?;
-    if let Some(filter) = filter {
-        let parsed = EnvFilter::try_new(filter).map_err(|e| e.to_string())?;
-        handle.reload(parsed).map_err(|e| e.to_string())?;
-    } else {
-        handle.reload(EnvFilter::new(initial)).map_err(|e| e.to_string())?;
-    }
+pub fn set_filter(filter: &str) -> Result<String, String> {
+    let (_, handle) = FILTER.get().ok_or("logging is not running in this process")?;
+    let parsed = EnvFilter::try_new(filter).map_err(|e| e.to_string())?;
+    handle.reload(parsed).map_err(|e| e.to_string())?;
     current_filter()
+}
+
+/// The filter the process started with.
+///
+/// # Errors
+/// When logging was never started.
+pub fn initial_filter() -> Result<String, String> {
+    FILTER.get().map(|(initial, _)| initial.clone()).ok_or_else(|| "logging is not running in this process".to_owned())
 }
 
 /// The filter in force.
@@ -95,8 +101,8 @@ pub fn dropped_lines() -> u64 {
 struct Queue(SyncSender<Vec<u8>>);
 
 impl Queue {
-    fn start(mut out: impl io::Write + Send + 'static) -> Self {
-        let (lines, queue) = sync_channel::<Vec<u8>>(QUEUE_LINES);
+    fn start(mut out: impl io::Write + Send + 'static, length: usize) -> Self {
+        let (lines, queue) = sync_channel::<Vec<u8>>(length);
         let spawned = std::thread::Builder::new().name("log".to_owned()).spawn(move || write_lines(&queue, &mut out));
         if let Err(error) = spawned {
             eprintln!("cannot start the log thread: {error}");
@@ -187,12 +193,31 @@ where
                 }
                 for span in ctx.event_scope().into_iter().flat_map(|scope| scope.from_root()) {
                     let extensions = span.extensions();
-                    let text = extensions.get::<FormattedFields<N>>().map_or("", |f| f.fields.as_str());
-                    write!(out, ",{}:{}", json(span.name()), json(text))?;
+                    let fields = extensions.get::<FormattedFields<N>>().map_or("", |f| f.fields.as_str());
+                    write!(out, ",{}:{{{fields}}}", json(span.name()))?;
                 }
                 writeln!(out, "}}")
             }
         }
+    }
+}
+
+/// The fields of a span: `id=… peer=…`, or the inside of a JSON object.
+struct SpanFields(Format);
+
+impl<'writer> FormatFields<'writer> for SpanFields {
+    fn format_fields<R: RecordFields>(&self, mut out: Writer<'writer>, recorded: R) -> fmt::Result {
+        let mut fields = Fields::default();
+        recorded.record(&mut fields);
+        for (i, (name, value)) in fields.others.iter().enumerate() {
+            match (self.0, i) {
+                (Format::Plain, 0) => write!(out, "{name}={}", value.plain())?,
+                (Format::Plain, _) => write!(out, " {name}={}", value.plain())?,
+                (Format::Json, 0) => write!(out, "{}:{}", json(name), value.json())?,
+                (Format::Json, _) => write!(out, ",{}:{}", json(name), value.json())?,
+            }
+        }
+        Ok(())
     }
 }
 
@@ -286,7 +311,10 @@ pub fn json(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{Arc, Mutex};
+    use std::{
+        io::Write as _,
+        sync::{Arc, Mutex},
+    };
 
     use super::*;
 
@@ -310,10 +338,12 @@ mod tests {
         let layer = tracing_subscriber::fmt::layer()
             .with_ansi(false)
             .with_writer(move || writer.clone())
+            .fmt_fields(SpanFields(format))
             .event_format(Lines(format));
         tracing::subscriber::with_default(tracing_subscriber::registry().with(layer), || {
             let address = "10.0.0.1:5";
-            let _span = tracing::info_span!("inbound", id = 7).entered();
+            let _outer = tracing::info_span!("proxy", wl = "demo/web").entered();
+            let _span = tracing::info_span!("inbound", id = 7, peer = %address).entered();
             tracing::info!(target: "access", { src.addr = %address, who = "a \"b\"" }, "connection complete");
         });
         let bytes = sink.0.lock().unwrap().clone();
@@ -326,7 +356,12 @@ mod tests {
         let fields: Vec<&str> = line.trim_end().split('\t').collect();
         assert_eq!(
             fields[1..],
-            ["info", "access:inbound{id=7}", "connection complete", "src.addr=10.0.0.1:5 who=\"a \\\"b\\\"\""]
+            [
+                "info",
+                "access:proxy{wl=\"demo/web\"}:inbound{id=7 peer=10.0.0.1:5}",
+                "connection complete",
+                "src.addr=10.0.0.1:5 who=\"a \\\"b\\\"\""
+            ]
         );
     }
 
@@ -339,7 +374,52 @@ mod tests {
             ),
             "{line}"
         );
+        let spans = r#""proxy":{"wl":"demo/web"},"inbound":{"id":7,"peer":"10.0.0.1:5"}}"#;
+        assert!(line.trim_end().ends_with(spans), "{line}");
         assert_eq!(json("a\u{1}\n"), "\"a\\u0001\\n\"");
+    }
+
+    /// Blocks in its first write until told to go on.
+    struct Stuck {
+        entered: SyncSender<()>,
+        release: Receiver<()>,
+        out: Sink,
+    }
+
+    impl io::Write for Stuck {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            // Both fail once the test has seen enough.
+            self.entered.send(()).unwrap_or_default();
+            self.release.recv().unwrap_or_default();
+            self.out.write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_full_queue_drops_lines_and_counts_them_and_never_waits() {
+        let ((entered, in_write), (go_on, release)) = (sync_channel(8), sync_channel(8));
+        let out = Sink::default();
+        let queue = Queue::start(Stuck { entered, release, out: out.clone() }, 2);
+        let log = |line: &str| queue.make_writer().write_all(line.as_bytes()).unwrap();
+        log("written\n");
+        in_write.recv().unwrap();
+        let before = dropped_lines();
+        for line in ["kept\n", "kept too\n", "lost\n", "lost too\n"] {
+            log(line);
+        }
+        assert_eq!(dropped_lines() - before, 2);
+        go_on.send(()).unwrap();
+        in_write.recv().unwrap();
+        go_on.send(()).unwrap();
+        drop((queue, in_write, go_on));
+        while !out.0.lock().unwrap().ends_with(b"kept too\n") {
+            std::thread::yield_now();
+        }
+        assert_eq!(*out.0.lock().unwrap(), b"written\nkept\nkept too\n");
     }
 
     #[test]

@@ -15,6 +15,7 @@ use std::{
 };
 
 use tokio::{
+    runtime::Handle,
     sync::{mpsc, oneshot},
     task::LocalSet,
 };
@@ -34,6 +35,7 @@ thread_local! {
 pub struct Workers {
     handles: Vec<WorkerHandle>,
     threads: Vec<JoinHandle<()>>,
+    runtimes: Vec<Handle>,
     stop: CancellationToken,
 }
 
@@ -56,11 +58,13 @@ impl Workers {
     /// # Errors
     /// When a thread or its runtime cannot be made.
     pub fn spawn(count: usize, name: &str) -> io::Result<Self> {
-        let mut workers = Self { handles: Vec::new(), threads: Vec::new(), stop: CancellationToken::new() };
+        let mut workers =
+            Self { handles: Vec::new(), threads: Vec::new(), runtimes: Vec::new(), stop: CancellationToken::new() };
         for index in 0..count.max(1) {
             let (jobs, queue) = mpsc::channel(JOB_QUEUE);
             let stop = workers.stop.clone();
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+            workers.runtimes.push(runtime.handle().clone());
             let thread = std::thread::Builder::new().name(format!("{name}-{index}")).spawn(move || {
                 CURRENT.set(Some(index));
                 let local = LocalSet::new();
@@ -74,6 +78,11 @@ impl Workers {
 
     pub fn handles(&self) -> &[WorkerHandle] {
         &self.handles
+    }
+
+    /// The runtime of each worker, for its figures only.
+    pub fn runtimes(&self) -> &[Handle] {
+        &self.runtimes
     }
 
     /// Stops the workers, dropping what still runs on them, and joins their threads. Blocks.

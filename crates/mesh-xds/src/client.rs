@@ -13,9 +13,13 @@ use proto::{
         aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
     },
 };
-use tokio::sync::{mpsc, oneshot};
+use tokio::{
+    sync::{mpsc, oneshot},
+    time::Instant,
+};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming, metadata::MetadataMap, transport::Channel};
+use tracing::Instrument as _;
 
 use crate::{
     backoff::Backoff,
@@ -32,6 +36,9 @@ const FIRST_RESPONSE: Duration = Duration::from_secs(30);
 const ANSWER: Duration = Duration::from_secs(5);
 /// Wishes on their way to the client's task; beyond it they wait, within [`ANSWER`].
 const WISHES: usize = 256;
+/// A stream that lasted this long was in order: the next one is opened at once. A response alone proves nothing, as a control plane that
+/// answers and then ends every stream would be asked again a hundred times a second.
+const HEALTHY: Duration = Duration::from_secs(15);
 /// Requests in flight: one answer per response, and the two initial ones.
 const REQUEST_QUEUE: usize = 8;
 
@@ -182,14 +189,19 @@ impl Client {
         let stop = drain.signalled();
         tokio::pin!(stop);
         let mut backoff = Backoff::default();
-        loop {
+        for id in 1_u64.. {
+            let span = tracing::info_span!("xds", id);
+            let began = Instant::now();
             let ended = tokio::select! {
                 _ = &mut stop => return,
-                ended = self.session(&mut backoff) => ended,
+                ended = self.session().instrument(span.clone()) => ended,
             };
+            if began.elapsed() >= HEALTHY && !matches!(ended, Ended::Connect(_)) {
+                backoff.reset();
+            }
             (self.observer)(Event::Terminated { reason: ended.reason() });
             let delay = backoff.next_delay(&mut rand::rng());
-            match &ended {
+            span.in_scope(|| match &ended {
                 Ended::Complete => tracing::debug!("discovery stream ended, reconnecting"),
                 Ended::Local(error) => {
                     tracing::warn!(error = error_chain(error.as_ref()), ?delay, "cannot ask the control plane");
@@ -200,7 +212,7 @@ impl Client {
                 Ended::Status(status) => {
                     tracing::warn!(code = ?status.code(), message = status.message(), ?delay, "discovery stream failed");
                 }
-            }
+            });
             tokio::select! {
                 _ = &mut stop => return,
                 () = tokio::time::sleep(delay) => {}
@@ -208,7 +220,7 @@ impl Client {
         }
     }
 
-    async fn session(&mut self, backoff: &mut Backoff) -> Ended {
+    async fn session(&mut self) -> Ended {
         // Dialling has limits of its own.
         let channel = match self.transport.channel().await {
             Ok(channel) => channel,
@@ -222,10 +234,7 @@ impl Client {
         let mut next = Next::Response(Ok(Some(first)));
         loop {
             let answers = match next {
-                Next::Response(Ok(Some(response))) => {
-                    backoff.reset();
-                    self.on_response(response)
-                }
+                Next::Response(Ok(Some(response))) => self.on_response(response),
                 Next::Response(Ok(None)) => return Ended::Complete,
                 Next::Response(Err(status)) => return Ended::Status(status),
                 Next::Wish(wanted) => self.on_wish(wanted).into_iter().collect(),

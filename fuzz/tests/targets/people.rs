@@ -59,6 +59,28 @@ fn encoded(text: &str) -> String {
     text.bytes().map(|byte| format!("%{byte:02x}")).collect()
 }
 
+target!(
+    /// What scrapers accept: only what they named is chosen.
+    scrape,
+    |bytes: &[u8]| {
+        let Ok(value) = http::HeaderValue::from_bytes(bytes) else { return };
+        let headers = [(http::header::ACCEPT, value.clone()), (http::header::ACCEPT_ENCODING, value)].into_iter().collect();
+        let (_, coding) = mesh_runtime::admin::scrape::negotiate(&headers);
+        let named = |coding: &str| String::from_utf8_lossy(bytes).to_ascii_lowercase().contains(coding);
+        assert!(coding.is_none_or(named), "{coding:?}");
+    }
+);
+
+target!(
+    /// What `/logging` understood once, it understands again, and alike.
+    log_level,
+    |bytes: &[u8]| {
+        if let Ok(spec) = ztunnel::admin::logging::spec(&text(bytes)) {
+            assert_eq!(ztunnel::admin::logging::spec(&spec), Ok(spec));
+        }
+    }
+);
+
 target!(duration, |bytes: &[u8]| {
     if let Some(duration) = parse_duration(&text(bytes)) {
         let seconds = u32::try_from(duration.as_secs()).unwrap_or(u32::MAX);

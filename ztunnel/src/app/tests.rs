@@ -15,6 +15,9 @@ use tokio::{
 
 use super::*;
 
+mod families;
+mod routes;
+
 struct TestCa(SigningAuthority);
 
 impl CaClient for TestCa {
@@ -255,4 +258,17 @@ async fn a_proxy_that_is_switched_off_listens_for_no_traffic() {
     drop(pod);
     assert_eq!(ask(app.readiness, "GET /healthz/ready").await.0, 200);
     assert_eq!(app.stop().await, Drained::Complete);
+}
+
+#[tokio::test]
+async fn readiness_names_what_is_waited_for() {
+    let vars =
+        [("PROXY_MODE", "dedicated"), ("PROXY_WORKLOAD_INFO", "demo/test/test"), ("XDS_ADDRESS", "http://127.0.0.1:1")];
+    let vars: HashMap<String, String> = vars.map(|(k, v)| (k.to_owned(), v.to_owned())).into();
+    let mut config = Config::default_for_tests();
+    config.xds = Config::from_env(&vars).unwrap().xds;
+    let app = App::start_with_ca(config, Arc::new(DeadCa)).await.unwrap();
+    let pending = (500, "not ready, pending: state manager\n".to_owned());
+    assert_eq!(ask(app.readiness, "GET /healthz/ready").await, pending);
+    app.stop().await;
 }

@@ -17,7 +17,7 @@ use futures_util::future::join_all;
 use mesh_identity::ca::BoxFuture;
 use mesh_net::{NetNs, NetNsId, SeqStream};
 use mesh_runtime::{
-    drain::{DrainMode, DrainWatcher},
+    drain::{DrainMode, DrainWatcher, Drained},
     readiness::{Pending, Readiness},
 };
 use mesh_xds::backoff::Backoff;
@@ -306,6 +306,8 @@ pub struct PodTable(Arc<Mutex<Table>>);
 struct Table {
     up: BTreeMap<Arc<str>, Up>,
     waiting: BTreeMap<Arc<str>, Waiting>,
+    /// A graceful stop of all came to its deadline.
+    cut: bool,
 }
 
 #[derive(Debug)]
@@ -339,7 +341,13 @@ impl PodTable {
     /// Stops every pod, all at once, and returns when the last is gone or `deadline` has passed.
     pub async fn stop_all(&self, mode: DrainMode, deadline: Duration) {
         let table = std::mem::take(&mut *self.lock());
-        join_all(table.up.into_values().map(|up| up.handle.stop(mode, deadline))).await;
+        let stopped = join_all(table.up.into_values().map(|up| up.handle.stop(mode, deadline))).await;
+        self.lock().cut = stopped.contains(&Drained::Forced);
+    }
+
+    /// Whether [`Self::stop_all`] had to cut what was still open at its deadline.
+    pub fn were_cut(&self) -> bool {
+        self.lock().cut
     }
 
     /// For trying ways of a pod that is being served.

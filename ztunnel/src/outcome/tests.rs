@@ -3,10 +3,11 @@ use std::{
     sync::{Mutex, MutexGuard},
 };
 
-use mesh_core::{authorize::Decision, service::Service, workload::TunnelProtocol};
+use mesh_core::{authorize::Decision, headers::Baggage, service::Service, workload::TunnelProtocol};
 use tracing::{Event, Level, Metadata, Subscriber, field::Field, field::Visit, span};
 
 use super::*;
+use crate::flow::Beyond;
 
 /// Collects events of the access log as `level message k=v …`.
 #[derive(Clone, Default)]
@@ -122,6 +123,85 @@ fn a_finished_connection_is_one_line_with_every_field_in_order() {
             "dst.cluster=\"Kubernetes\" direction=\"outbound\" bytes_sent=84 bytes_recv=175 duration=_"
         )]
     );
+}
+
+#[test]
+fn an_inbound_tunnel_names_both_ends_and_swaps_the_byte_counts() {
+    let (lines, _) = report(|outcomes| finish(outcomes.opened(tunnel_flow(Direction::Inbound)), 175, 84, Ok(())));
+    assert_eq!(
+        lines,
+        [concat!(
+            "INFO connection complete: src.addr=10.0.0.1:4000 src.workload=\"client-1\" src.namespace=\"demo\" ",
+            "src.identity=\"spiffe://cluster.local/ns/demo/sa/client\" src.cluster=\"Kubernetes\" ",
+            "dst.addr=10.0.0.2:15008 dst.hbone_addr=10.0.0.2:80 dst.service=\"web.demo.svc.cluster.local\" ",
+            "dst.workload=\"web-1\" dst.namespace=\"demo\" dst.identity=\"spiffe://cluster.local/ns/demo/sa/web\" ",
+            "dst.cluster=\"Kubernetes\" direction=\"inbound\" bytes_sent=175 bytes_recv=84 duration=_"
+        )]
+    );
+}
+
+#[test]
+fn plain_text_has_no_identities_and_no_authority() {
+    for direction in [Direction::Inbound, Direction::Outbound] {
+        let (lines, _) = report(|outcomes| {
+            let flow = Flow {
+                source: Some(workload("client")),
+                destination_workload: Some(workload("web")),
+                ..Flow::new(direction, "10.0.0.1:4000".parse().unwrap(), "10.0.0.2:80".parse().unwrap())
+            };
+            finish(outcomes.opened(Entry::new(flow)), 4, 5, Ok(()));
+        });
+        let wanted = format!(
+            "INFO connection complete: src.addr=10.0.0.1:4000 src.workload=\"client-1\" src.namespace=\"demo\" \
+             src.cluster=\"Kubernetes\" dst.addr=10.0.0.2:80 dst.workload=\"web-1\" dst.namespace=\"demo\" \
+             dst.cluster=\"Kubernetes\" direction=\"{}\" bytes_sent=4 bytes_recv=5 duration=_",
+            direction.as_str()
+        );
+        assert_eq!(lines, [wanted]);
+    }
+}
+
+#[test]
+fn beyond_a_gateway_the_far_end_is_who_it_says_and_proves_to_be() {
+    let (lines, _) = report(|outcomes| {
+        let baggage = Baggage {
+            workload_name: Some("web-far".to_owned()),
+            namespace: Some("far".to_owned()),
+            cluster: Some("other".to_owned()),
+            ..Baggage::default()
+        };
+        let identity = Some(Identity::new("cluster.local", "far", "web"));
+        let flow = Flow {
+            authority: "web.demo.svc.cluster.local:80".parse().ok(),
+            mutual_tls: true,
+            source: Some(workload("client")),
+            destination_workload: Some(workload("gateway")),
+            beyond: Some(Box::new(Beyond { identity, baggage: Some(baggage) })),
+            ..Flow::new(Direction::Outbound, "10.0.0.1:4000".parse().unwrap(), "192.0.2.9:15008".parse().unwrap())
+        };
+        finish(outcomes.opened(Entry::new(flow)), 4, 5, Ok(()));
+    });
+    assert_eq!(
+        lines,
+        [concat!(
+            "INFO connection complete: src.addr=10.0.0.1:4000 src.workload=\"client-1\" src.namespace=\"demo\" ",
+            "src.identity=\"spiffe://cluster.local/ns/demo/sa/client\" src.cluster=\"Kubernetes\" ",
+            "dst.addr=192.0.2.9:15008 dst.hbone_addr=web.demo.svc.cluster.local:80 dst.workload=\"web-far\" ",
+            "dst.namespace=\"far\" dst.identity=\"spiffe://cluster.local/ns/far/sa/web\" dst.cluster=\"other\" ",
+            "direction=\"outbound\" bytes_sent=4 bytes_recv=5 duration=_"
+        )]
+    );
+}
+
+#[test]
+fn an_unknown_workload_is_denied_early() {
+    let (lines, _) = report(|outcomes| {
+        let error = ProxyError::UnknownWorkload("demo/web".into());
+        let (peer, destination) = ("10.0.0.1:1".parse().unwrap(), "10.0.0.2:80".parse().unwrap());
+        outcomes.early_deny(Direction::Inbound, peer, destination, &error);
+    });
+    let start = "WARN connection failed: src.addr=10.0.0.1:1 dst.addr=10.0.0.2:80 direction=\"inbound\" error=\"";
+    assert!(lines[0].starts_with(start) && lines[0].contains("demo/web"), "{}", lines[0]);
 }
 
 #[test]

@@ -12,7 +12,7 @@ use std::{
 
 use foldhash::HashMap;
 use http::{HeaderMap, StatusCode};
-use mesh_core::{identity::Identity, reason::Reason, workload::Workload};
+use mesh_core::{headers::TraceParent, identity::Identity, reason::Reason, workload::Workload};
 use mesh_hbone::{
     LocalBoxFuture, Secured, TunnelStream,
     server::{self, Handler, Malformed, Request, Responder},
@@ -27,6 +27,7 @@ use tokio::{
     net::TcpStream,
     time::{sleep, timeout},
 };
+use tracing::{Instrument as _, Span};
 
 use crate::{
     connections::{Entry, Live},
@@ -39,7 +40,7 @@ use crate::{
         forward::{Carried, FlowSocket},
         listeners::Accepted,
         proxy_protocol,
-        resolve::{self, BAGGAGE, Told},
+        resolve::{self, BAGGAGE, TRACEPARENT, Told},
         upstream::{CONNECT_TIMEOUT, HANDSHAKE_TIMEOUT, Upstream},
     },
 };
@@ -125,7 +126,8 @@ struct Tunnel {
 impl Handler for Tunnel {
     fn connect(self: Rc<Self>, request: Request, responder: Responder) -> LocalBoxFuture<'static, ()> {
         let load = self.pod.worker.occupy();
-        Serving::boxed(load, None, async move { self.open(&request, responder).await })
+        let span = self.span(&request.headers);
+        Serving::boxed(load, None, async move { self.open(&request, responder).await }.instrument(span))
     }
 
     fn malformed(&self, malformed: &Malformed) {
@@ -144,6 +146,15 @@ impl Handler for Tunnel {
 }
 
 impl Tunnel {
+    /// Numbered as on the client's side, where that one says how.
+    fn span(&self, headers: &HeaderMap) -> Span {
+        let trace = || {
+            let told = headers.get(TRACEPARENT).and_then(|value| value.to_str().ok()?.parse().ok());
+            told.unwrap_or_else(|| TraceParent::random(&mut rand::rng()))
+        };
+        tracing::debug_span!(parent: &self.pod.span, "inbound", id = %trace().id(), peer = %self.peer)
+    }
+
     /// Opens the way of one CONNECT; none when that failed, and was answered and reported.
     async fn open(&self, request: &Request, mut responder: Responder) -> Option<Carried> {
         let local = tokio::select! {

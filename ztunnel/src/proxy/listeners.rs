@@ -270,7 +270,33 @@ async fn finish_backlog(listener: tokio::net::TcpListener, placement: &Placement
 
 #[cfg(test)]
 mod tests {
+    use mesh_runtime::workers::Workers;
+
     use super::*;
+
+    #[tokio::test]
+    async fn clients_in_the_backlog_are_taken_before_the_listener_closes() {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        // Connected, as far as they know: the kernel has answered for us.
+        let mut clients = Vec::new();
+        for _ in 0..3 {
+            clients.push(TcpStream::connect(address).await.unwrap());
+        }
+        let workers = Workers::spawn(1, "test").unwrap();
+        let (sender, mut arrivals) = mpsc::channel(8);
+        let placement = Placement::new(workers.handles().to_vec(), vec![sender], workers.handles()[0].clone());
+        finish_backlog(listener, &placement, Kind::Outbound).await;
+        drop(placement);
+        let mut taken = Vec::new();
+        while let Some(accepted) = arrivals.recv().await {
+            assert_eq!(accepted.kind, Kind::Outbound);
+            taken.push(accepted.peer);
+        }
+        let wanted: Vec<SocketAddr> = clients.iter().map(|client| client.local_addr().unwrap()).collect();
+        assert_eq!(taken, wanted);
+        TcpStream::connect(address).await.expect_err("closed to newcomers");
+    }
 
     #[test]
     fn a_connection_leaves_home_only_when_home_is_clearly_busier() {

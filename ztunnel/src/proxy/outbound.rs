@@ -11,6 +11,7 @@ use mesh_core::{
 use mesh_hbone::{ConnectRequest, TunnelKey};
 use mesh_net::sockets::{canonical, configure_accepted, original_dst};
 use tokio::{net::TcpStream, time::sleep};
+use tracing::Instrument as _;
 
 use crate::{
     connections::Entry,
@@ -50,7 +51,20 @@ pub(crate) async fn carry(
     peer: SocketAddr,
     destination: SocketAddr,
 ) -> Option<Carried> {
-    let mut route = match resolve::outbound(pod, peer, destination).await {
+    let trace = TraceParent::random(&mut rand::rng());
+    // The same number as on the far side. Made only where somebody wants to read it.
+    let span = tracing::debug_span!(parent: &pod.span, "outbound", id = %trace.id());
+    carry_traced(pod, trace, client, peer, destination).instrument(span).await
+}
+
+async fn carry_traced(
+    pod: &PodContext,
+    trace: TraceParent,
+    client: FlowSocket,
+    peer: SocketAddr,
+    destination: SocketAddr,
+) -> Option<Carried> {
+    let mut route = match resolve::outbound(pod, trace, peer, destination).await {
         Ok(route) => route,
         Err(error) => {
             pod.shared.outcomes.early_deny(Direction::Outbound, peer, destination, &error);
@@ -241,7 +255,7 @@ fn request(route: &Route, authority: &Authority) -> ConnectRequest {
     let headers = [
         (BAGGAGE, baggage_header(&route.source)),
         (FORWARDED, HeaderValue::try_from(forwarded).ok()),
-        (TRACEPARENT, HeaderValue::try_from(TraceParent::random(&mut rand::rng()).to_string()).ok()),
+        (TRACEPARENT, HeaderValue::try_from(route.trace.to_string()).ok()),
     ];
     let headers = headers.into_iter().filter_map(|(name, value)| Some((HeaderName::from_static(name), value?)));
     ConnectRequest { authority: authority.clone(), headers: headers.collect() }

@@ -9,7 +9,7 @@ use std::{
 use http::{HeaderMap, HeaderValue};
 use mesh_core::{
     addr::NetworkAddress,
-    headers::{Authority, Baggage, encode_baggage, parse_baggage, parse_forwarded_host},
+    headers::{Authority, Baggage, TraceParent, encode_baggage, parse_baggage, parse_forwarded_host},
     index::Index,
     reason::Reason,
     select::{InnerTunnel, Lookup, NextHop, Request, Selection, Tunnel, select},
@@ -51,6 +51,8 @@ fn unknown(pod: &PodContext) -> ProxyError {
 /// An outbound connection with a next hop.
 #[derive(Clone)]
 pub(crate) struct Route {
+    /// Tells the far side which of our connections it has before it.
+    pub(crate) trace: TraceParent,
     pub(crate) source: Arc<Workload>,
     pub(crate) source_ip: IpAddr,
     pub(crate) peer: SocketAddr,
@@ -87,7 +89,12 @@ impl Hop {
 }
 
 /// Where `peer`, an application of the pod, gets to when it dials `destination`.
-pub(crate) async fn outbound(pod: &PodContext, peer: SocketAddr, destination: SocketAddr) -> Result<Route, ProxyError> {
+pub(crate) async fn outbound(
+    pod: &PodContext,
+    trace: TraceParent,
+    peer: SocketAddr,
+    destination: SocketAddr,
+) -> Result<Route, ProxyError> {
     // A captured connection to one of our own loopback ports would come straight back.
     if destination.ip().is_loopback() && pod.is_own_port(destination.port()) {
         return Err(ProxyError::Loop);
@@ -108,7 +115,7 @@ pub(crate) async fn outbound(pod: &PodContext, peer: SocketAddr, destination: So
     let selection = choose(pod, &source, source_ip, destination, &[]).await;
     let hop = dialable(selection.next_hop)?;
     let (workload, service) = (selection.destination_workload, selection.service);
-    Ok(Route { source, source_ip, peer, destination, hop, workload, service, beyond: None, tried: Vec::new() })
+    Ok(Route { trace, source, source_ip, peer, destination, hop, workload, service, beyond: None, tried: Vec::new() })
 }
 
 impl Route {

@@ -13,6 +13,7 @@ use tokio::{
     net::TcpStream,
     time::timeout,
 };
+use tracing::Instrument as _;
 
 use crate::{
     dns,
@@ -51,7 +52,8 @@ enum Target {
 /// One client: what it asks for, then the outbound path.
 pub(crate) async fn open(pod: &PodContext, mut client: TcpStream, peer: SocketAddr) -> Option<Carried> {
     drop(configure_accepted(&client, &pod.sockets));
-    let negotiated = timeout(NEGOTIATION_TIMEOUT, negotiate(pod, &mut client, peer)).await;
+    let span = tracing::debug_span!(parent: &pod.span, "socks5", %peer);
+    let negotiated = timeout(NEGOTIATION_TIMEOUT, negotiate(pod, &mut client, peer)).instrument(span).await;
     let negotiated = negotiated.unwrap_or(Err(ProxyError::HandshakeTimeout(NEGOTIATION_TIMEOUT)));
     match negotiated {
         Ok(destination) => carry(pod, FlowSocket::new(client), peer, destination).await,

@@ -15,6 +15,7 @@ struct FakeCa {
     clock: Arc<dyn Fn() -> SystemTime + Send + Sync>,
     asked: AtomicUsize,
     down: Mutex<bool>,
+    ttl: Mutex<Duration>,
 }
 
 impl CaClient for FakeCa {
@@ -26,7 +27,8 @@ impl CaClient for FakeCa {
             if *self.down.lock().unwrap() {
                 return Err(CaError::Refused("down".to_owned()));
             }
-            Ok(self.authority.sign(&csr_pem, &identity, TTL, (self.clock)()).unwrap())
+            let ttl = *self.ttl.lock().unwrap();
+            Ok(self.authority.sign(&csr_pem, &identity, ttl, (self.clock)()).unwrap())
         })
     }
 }
@@ -39,7 +41,13 @@ fn start_with(store: Option<Arc<KeyStore>>) -> (Manager, Arc<FakeCa>, tokio::tas
     let (origin, base) = (Instant::now(), SystemTime::UNIX_EPOCH + Duration::from_secs(1_800_000_000));
     let clock: Arc<dyn Fn() -> SystemTime + Send + Sync> = Arc::new(move || base + origin.elapsed());
     let authority = SigningAuthority::generate("cluster.local").unwrap();
-    let ca = Arc::new(FakeCa { authority, clock: clock.clone(), asked: AtomicUsize::new(0), down: Mutex::new(false) });
+    let ca = Arc::new(FakeCa {
+        authority,
+        clock: clock.clone(),
+        asked: AtomicUsize::new(0),
+        down: Mutex::new(false),
+        ttl: Mutex::new(TTL),
+    });
     let (manager, task) = Manager::new(Config { clock, store, ..Config::default() }, ca.clone());
     (manager, ca, tokio::spawn(task))
 }
@@ -147,4 +155,39 @@ async fn the_task_ends_with_its_last_handle() {
     manager.warm(identity());
     drop(manager);
     task.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_full_of_pods_announced_at_once_gets_every_certificate() {
+    const PODS: usize = 5000;
+    let (manager, ca, _task) = start();
+    *ca.ttl.lock().unwrap() = Duration::from_secs(24 * 3600);
+    let account = |i: usize| Identity::new("cluster.local", "demo", format!("account-{i}"));
+    for i in 0..PODS {
+        manager.warm(account(i));
+    }
+    let held = || manager.entries().iter().filter(|entry| entry.state == EntryState::Available).count();
+    let mut steps = 0;
+    while held() < PODS {
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        steps += 1;
+        assert!(steps < PODS, "{} of {PODS}", held());
+    }
+    assert_eq!(ca.asked.load(Ordering::SeqCst), PODS, "each once");
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_last_word_on_an_identity_counts() {
+    let (manager, ca, _task) = start();
+    let (kept, gone) = (identity(), Identity::new("cluster.local", "demo", "gone"));
+    manager.forget(&kept);
+    manager.warm(kept.clone());
+    manager.warm(gone.clone());
+    manager.forget(&gone);
+    tokio::time::sleep(ANSWER_TIME * 2).await;
+    assert_eq!(manager.entries().iter().map(|entry| &entry.identity).collect::<Vec<_>>(), [&kept]);
+    // Asked for after it was given up, in one breath: it is wanted.
+    manager.forget(&gone);
+    manager.certificate(&gone, Priority::RealTime).await.unwrap();
+    assert_eq!(ca.asked.load(Ordering::SeqCst), 2);
 }

@@ -1,3 +1,5 @@
+mod brief;
+
 use mesh_core::workload::Workload;
 
 use super::*;

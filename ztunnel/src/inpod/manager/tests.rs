@@ -4,7 +4,7 @@ use mesh_core::identity::Identity;
 use mesh_identity::{CaClient, CaError};
 use mesh_net::SeqListener;
 use mesh_runtime::{
-    drain::{self, DrainTrigger, Drained},
+    drain::{self, DrainTrigger},
     metrics::Registry,
     workers::Workers,
 };
@@ -17,6 +17,8 @@ use tokio::{sync::mpsc, task::JoinHandle};
 
 use super::*;
 use crate::{config::Config, outcome::Outcomes, pods::Shared, state::State};
+
+mod rows;
 
 struct NoCa;
 
