@@ -2,14 +2,14 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, bail};
 use lab::{
     components::{AGENT_ADMIN_PORT, CONTROL_ADMIN_PORT, ZTUNNEL_ADMIN_PORT},
     control::Lab,
 };
 use serde_json::{Map, Value};
 
-use crate::args::Dump;
+use crate::{args::Dump, pages::fetch};
 
 pub(crate) fn run(query: &Dump) -> anyhow::Result<ExitCode> {
     let lab = Lab::find(&query.name)?;
@@ -39,10 +39,4 @@ fn dump(lab: &Lab, program: &str) -> anyhow::Result<Value> {
         }
         _ => bail!("`{program}` is none of ztunnel/NODE, agent/NODE, fairwayd; `fairway lab status` lists them"),
     }
-}
-
-fn fetch(lab: &Lab, target: &str, port: u16, path: &str) -> anyhow::Result<Value> {
-    let (status, body) = lab.get(target, &format!("http://127.0.0.1:{port}{path}"))?;
-    ensure!(status == 200, "{target} says {status}: {}", body.trim());
-    serde_json::from_str(&body).with_context(|| format!("{target} does not answer in JSON"))
 }

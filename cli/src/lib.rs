@@ -13,6 +13,7 @@ mod dump;
 mod lab_commands;
 mod loopback;
 mod output;
+mod pages;
 mod top;
 mod why;
 

@@ -8,6 +8,7 @@
 use std::{
     cell::{Cell, RefCell},
     net::SocketAddr,
+    rc::Rc,
     sync::Arc,
     time::Duration,
 };
@@ -51,10 +52,7 @@ pub(crate) struct Desk {
 impl Desk {
     /// `netns`: where datagrams are received that may have been redirected.
     pub(crate) fn new(config: &Config, namespace: &str, netns: Option<&NetNs>, own: Arc<[SocketAddr]>) -> Self {
-        let search = match config.is_shared() {
-            true => names::kubernetes_search(namespace, &config.cluster_domain),
-            false => config.dns.search.clone(),
-        };
+        let search = search_of(config, namespace);
         let tracked = netns.filter(|_| !own.is_empty()).and_then(|ns| {
             let opened = Conntrack::in_ns(ns);
             opened.inspect_err(|error| tracing::warn!(%error, "relayed queries go to this proxy's nameservers")).ok()
@@ -64,21 +62,29 @@ impl Desk {
 }
 
 /// A place among the queries at work.
-struct Slot<'a>(&'a Cell<usize>);
+struct Slot(Rc<PodContext>);
 
-impl<'a> Slot<'a> {
-    fn take(desk: &'a Desk) -> Option<Self> {
-        let busy = desk.busy.get();
+impl Slot {
+    fn take(pod: &Rc<PodContext>) -> Option<Self> {
+        let busy = pod.dns.busy.get();
         (busy < AT_ONCE).then(|| {
-            desk.busy.set(busy + 1);
-            Self(&desk.busy)
+            pod.dns.busy.set(busy + 1);
+            Self(pod.clone())
         })
     }
 }
 
-impl Drop for Slot<'_> {
+impl Drop for Slot {
     fn drop(&mut self) {
-        self.0.set(self.0.get() - 1);
+        self.0.dns.busy.set(self.0.dns.busy.get() - 1);
+    }
+}
+
+/// What the resolvers of a namespace's applications append to names.
+pub(crate) fn search_of(config: &Config, namespace: &str) -> Vec<Arc<str>> {
+    match config.is_shared() {
+        true => names::kubernetes_search(namespace, &config.cluster_domain),
+        false => config.dns.search.clone(),
     }
 }
 

@@ -73,12 +73,8 @@ impl Lookups {
             tracing::warn!(%host, limit = FLIGHTS, "too many names are being looked up");
             return std::future::ready(Found::default()).boxed().shared();
         }
-        let (this, name) = (self.clone(), host.clone());
-        let task = self.0.runtime.spawn(async move {
-            let found = this.look_up(&name).await;
-            this.flights().remove(&name);
-            found
-        });
+        let landing = Landing(self.clone(), host.clone());
+        let task = self.0.runtime.spawn(async move { landing.0.look_up(&landing.1).await });
         let flight = async move { task.await.unwrap_or_default() }.boxed().shared();
         flights.insert(host.clone(), flight.clone());
         flight
@@ -110,6 +106,15 @@ impl Lookups {
 
     fn flights(&self) -> MutexGuard<'_, HashMap<Arc<str>, Flight>> {
         self.0.flights.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A flight is over however it ends.
+struct Landing(Lookups, Arc<str>);
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        self.0.flights().remove(&self.1);
     }
 }
 

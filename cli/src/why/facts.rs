@@ -10,6 +10,8 @@ use lab::{
 };
 use serde_json::Value;
 
+use crate::pages::fetch;
+
 /// Everything that was asked and answered.
 #[derive(Debug, Default)]
 pub(crate) struct Facts {
@@ -19,6 +21,8 @@ pub(crate) struct Facts {
     pub(crate) port: u16,
     /// By a host name that only DNS can turn into an address.
     pub(crate) by_name: bool,
+    /// The mesh does not know that name.
+    pub(crate) foreign_name: bool,
     /// What the source's ztunnel would do. Of a source outside the mesh, what one would do for it: only its endpoints count.
     pub(crate) outbound: Option<Value>,
     /// The pod that the connection would end in, when it gets that far.
@@ -174,6 +178,7 @@ impl Facts {
                 self.outbound =
                     others.into_iter().find_map(|node| ask(lab, &node.name, "outbound", parameters).ok()?);
             }
+            Err(error) if error.downcast_ref::<ForeignName>().is_some() => self.foreign_name = true,
             Err(error) => self.silent.push((format!("the ztunnel on {}", asker.node), format!("{error:#}"))),
         }
         Ok(())
@@ -233,6 +238,18 @@ impl Facts {
     }
 }
 
+/// The name asked about is not one of the mesh.
+#[derive(Debug)]
+struct ForeignName;
+
+impl std::fmt::Display for ForeignName {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("not a name of the mesh")
+    }
+}
+
+impl std::error::Error for ForeignName {}
+
 /// `None`: this ztunnel has no such page.
 fn ask(lab: &Lab, node: &str, end: &str, parameters: &[(&str, &str)]) -> anyhow::Result<Option<Value>> {
     let query: Vec<String> =
@@ -241,18 +258,14 @@ fn ask(lab: &Lab, node: &str, end: &str, parameters: &[(&str, &str)]) -> anyhow:
     let (status, body) =
         lab.get(&format!("ztunnel/{node}"), &format!("http://127.0.0.1:{ZTUNNEL_ADMIN_PORT}{path}"))?;
     // Ours says what it does not know; who does not know the page says nothing of the kind.
-    let is_ours = body.starts_with("unknown_workload") || body.starts_with("lookup");
-    if status == 404 && !is_ours {
-        return Ok(None);
+    // Ours begins with a reason of the list.
+    match body.split(':').next() {
+        Some("lookup") if status == 404 => return Err(ForeignName.into()),
+        Some(reason) if status == 404 && reason != "unknown_workload" => return Ok(None),
+        _ => {}
     }
     ensure!(status == 200, "{}", body.trim());
     serde_json::from_str(&body).map(Some).with_context(|| format!("not JSON: {body}"))
-}
-
-fn fetch(lab: &Lab, target: &str, port: u16, path: &str) -> anyhow::Result<Value> {
-    let (status, body) = lab.get(target, &format!("http://127.0.0.1:{port}{path}"))?;
-    ensure!(status == 200, "{}", body.trim());
-    serde_json::from_str(&body).with_context(|| format!("not JSON: {body}"))
 }
 
 /// A pod, or a node as `node/<name>`.

@@ -84,7 +84,7 @@ pub(crate) fn of(facts: &Facts) -> Vec<Finding> {
     }
     findings.extend(facts.inbound.as_ref().and_then(admitted));
     findings.extend(facts.inbound.as_ref().and_then(|answer| application(facts, answer)));
-    findings.extend(facts.problems.iter().filter_map(|problem| problem_of(facts, problem)));
+    findings.extend(problems(facts));
     findings
 }
 
@@ -119,11 +119,10 @@ fn capture(end: &End, side: &'static str) -> Option<Finding> {
 /// A host of the mesh has its address from the mesh's DNS only.
 fn names(facts: &Facts) -> Option<Finding> {
     let host = facts.destination.rsplit_once(':').map_or("", |(host, _)| host);
-    let unanswered = facts.silent.iter().any(|(_, said)| said.contains("is not a name of the mesh"));
-    if !facts.by_name || (facts.source.has_dns() && !unanswered) {
+    if !facts.by_name || (facts.source.has_dns() && !facts.foreign_name) {
         return None;
     }
-    if unanswered {
+    if facts.foreign_name {
         let says = format!("{host} is not a name of the mesh for this source: its own DNS decides where it goes");
         return Some(Finding::new("source", says).in_field(format!("a ServiceEntry for {host}"), "spec.hosts"));
     }
@@ -141,8 +140,7 @@ fn silent(facts: &Facts) -> impl Iterator<Item = Finding> {
     let captured_source = facts.is_captured().then(|| format!("the ztunnel on {}", facts.source.node));
     let captured_target =
         facts.target.as_ref().filter(|t| t.is_captured()).map(|t| format!("the ztunnel on {}", t.node));
-    let silent = facts.silent.iter().filter(|(_, said)| !said.contains("is not a name of the mesh"));
-    silent.map(move |(who, said)| {
+    facts.silent.iter().map(move |(who, said)| {
         let needed = [&captured_source, &captured_target].into_iter().flatten().any(|needed| needed == who);
         let says = format!("{who} does not answer: {said}");
         let finding = if needed { Finding::blocking("mesh", says) } else { Finding::new("mesh", says) };
@@ -206,7 +204,7 @@ fn no_endpoint(facts: &Facts, answer: &Value, finding: Finding, service: &str) -
     let list: Vec<String> = judged.iter().map(|(name, why)| format!("{name}: {why}")).collect();
     let says = format!("no endpoint of service {service} can be used: {}", list.join("; "));
     let pod = judged.first().map_or_else(|| service.to_owned(), |(name, _)| name.clone());
-    let unready = judged.iter().all(|(_, why)| why == "it is not ready");
+    let unready = endpoints.iter().all(|endpoint| endpoint["unhealthy"] == true);
     let field = if unready { "status.conditions[Ready]" } else { "spec" };
     Finding { says, ..finding }.in_field(format!("Pod {pod}"), field).remedy(if unready {
         "see the pod's readiness probe"
@@ -305,18 +303,26 @@ fn application(facts: &Facts, answer: &Value) -> Option<Finding> {
     Some(Finding::blocking("destination", says).reason(text("reason")).in_field(object, field).remedy(remedy))
 }
 
-/// A manifest the control plane could not accept: what it asked for is not in force.
-fn problem_of(facts: &Facts, problem: &Value) -> Option<Finding> {
-    let text = |field: &str| problem[field].as_str().unwrap_or_default();
-    let target = facts.target.as_ref()?;
-    if target.namespace.is_empty() {
-        return None;
+/// Manifests the control plane could not accept: what they asked for is not in force. One of them may be why; a long list only hides it.
+fn problems(facts: &Facts) -> Vec<Finding> {
+    const SHOWN: usize = 3;
+    match facts.problems.len() {
+        0..=SHOWN => facts.problems.iter().map(problem_of).collect(),
+        many => {
+            let says =
+                format!("{many} parts of manifests are not in force; `fairway dump fairwayd problems` lists them");
+            vec![Finding::new("mesh", says)]
+        }
     }
+}
+
+fn problem_of(problem: &Value) -> Finding {
+    let text = |field: &str| problem[field].as_str().unwrap_or_default();
     let mut finding = Finding::new("mesh", format!("a manifest was not accepted: {}", text("message")));
     finding.object = Some(format!("a document of {}", text("file")));
     finding.place = Some(format!("{}:{}", text("file"), problem["line"]));
     finding.field = Some(text("field").to_owned()).filter(|field| !field.is_empty());
-    Some(finding.remedy(text("remedy")))
+    finding.remedy(text("remedy"))
 }
 
 fn port_of(address: &str) -> String {
@@ -329,5 +335,92 @@ fn short_name(key: &str) -> String {
     match host.split_once(&format!(".{namespace}.svc.")) {
         Some((name, _)) => format!("{namespace}/{name}"),
         None => key.to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A captured source and what its ztunnel says.
+    fn facts(outbound: Value) -> Facts {
+        let report = json!({"state": "enrolled", "rules": true, "announced": true, "dns": true});
+        let end = |name: &str| End {
+            name: name.to_owned(),
+            node: "n1".to_owned(),
+            pod: "p".to_owned(),
+            report: Some(report.clone()),
+            ..End::default()
+        };
+        Facts {
+            source: end("t/a"),
+            target: Some(end("t/b")),
+            destination: "t/b:80".to_owned(),
+            port: 80,
+            outbound: Some(outbound),
+            ..Facts::default()
+        }
+    }
+
+    fn hbone(probe: Value) -> Value {
+        let hop = json!({"type": "hbone", "tunnel": {"address": "10.0.0.2:15008", "authority": "10.0.0.2:8080"}});
+        json!({"decision": {"verdict": "allow"}, "nextHop": hop, "probe": probe,
+            "certificate": {"identity": "spiffe://td/ns/t/sa/a", "state": "unavailable: the CA is away"}})
+    }
+
+    fn blocking(facts: &Facts) -> Vec<(String, String)> {
+        let blocking = of(facts).into_iter().filter(|finding| finding.blocks);
+        blocking.map(|finding| (finding.object.unwrap_or_default(), finding.field.unwrap_or_default())).collect()
+    }
+
+    #[test]
+    fn a_way_that_is_open_has_nothing_in_it() {
+        assert_eq!(blocking(&facts(hbone(json!({"open": true})))), []);
+    }
+
+    #[test]
+    fn each_kind_of_closed_way_names_who_closed_it() {
+        let closed = |reason| blocking(&facts(hbone(json!({"open": false, "reason": reason, "detail": "d"}))));
+        let certificate = ("certificate of spiffe://td/ns/t/sa/a".to_owned(), "notAfter".to_owned());
+        assert_eq!(closed("identity"), [certificate.clone()]);
+        let firewall = ("NetworkPolicy or firewall before Pod t/b".to_owned(), "port 15008".to_owned());
+        assert_eq!(closed("network_policy"), [certificate.clone(), firewall]);
+        // Another trust domain, another account: the peer is not who is expected.
+        assert_eq!(closed("tls"), [certificate, ("Pod t/b".to_owned(), "the identity it proves".to_owned())]);
+    }
+
+    #[test]
+    fn a_service_without_endpoint_is_its_ports_its_selectors_or_its_pods_fault() {
+        let rejected = |ports: &[u16], endpoints: Value| {
+            let decision = json!({"verdict": "deny", "reason": "no_endpoint", "explanation": "no healthy upstream"});
+            let answer = json!({"decision": decision, "service": "t/b.t.svc.cluster.local", "servicePorts": ports,
+                "endpoints": endpoints, "nextHop": {"type": "reject", "detail": "d"}});
+            blocking(&facts(answer)).remove(0)
+        };
+        let named = |object: &str, field: &str| (object.to_owned(), field.to_owned());
+        assert_eq!(rejected(&[81], json!([])), named("Service t/b", "spec.ports"));
+        assert_eq!(rejected(&[80], json!([])), named("Service t/b", "spec.selector"));
+        let sick = json!([{"namespace": "t", "name": "b", "ineligible": "it is not ready", "unhealthy": true}]);
+        assert_eq!(rejected(&[80], sick), named("Pod t/b", "status.conditions[Ready]"));
+    }
+
+    #[test]
+    fn a_silent_ztunnel_blocks_only_where_traffic_passes_it() {
+        let mut facts = facts(hbone(json!({"open": true})));
+        facts.silent =
+            vec![("the ztunnel on n1".to_owned(), "refused".to_owned()), ("fairwayd".to_owned(), "refused".to_owned())];
+        assert_eq!(blocking(&facts), [("the ztunnel on n1".to_owned(), String::new())]);
+    }
+
+    #[test]
+    fn many_faulty_manifests_are_counted_and_a_few_are_named() {
+        let problem = json!({"file": "p.yaml", "line": 3, "field": "spec", "message": "m", "remedy": "r"});
+        let mut facts = facts(hbone(json!({"open": true})));
+        facts.problems = vec![problem.clone(); 2];
+        assert_eq!(of(&facts).len(), 2);
+        facts.problems = vec![problem; 20];
+        assert!(of(&facts)[0].says.starts_with("20 parts"));
     }
 }

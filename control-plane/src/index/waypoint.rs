@@ -9,6 +9,7 @@ use mesh_core::{
     addr::NetworkAddress,
     origin::Origin,
     policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch},
+    select::HBONE_PORT,
     service::{Service, Visibility},
     workload::{ApplicationTunnel, GatewayAddress, GatewayDestination},
 };
@@ -21,8 +22,6 @@ use crate::{
     problem::Problem,
 };
 
-/// What every waypoint listens on.
-const HBONE_PORT: u16 = 15008;
 /// Names the Gateway a pod is an instance of.
 const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
 /// Kinds that can be bound.

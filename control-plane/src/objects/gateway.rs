@@ -2,13 +2,12 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use mesh_core::{addr::canonical_ip, workload::ApplicationTunnel};
+use mesh_core::{addr::canonical_ip, select::HBONE_PORT, workload::ApplicationTunnel};
 
 use super::{Kind, Labels, ObjectKey, decode::Meta};
 use crate::fields::{Cursor, Fields, excerpt};
 
 pub(crate) const USE_WAYPOINT: &str = "istio.io/use-waypoint";
-const HBONE_PORT: u16 = 15008;
 const CLASSES: [&str; 2] = ["istio-waypoint", "fairway-waypoint"];
 
 /// What an object's labels say about waypoints.

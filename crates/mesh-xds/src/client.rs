@@ -240,8 +240,10 @@ impl Client {
                 Next::Wish(wanted) => self.on_wish(wanted).into_iter().collect(),
             };
             for answer in answers {
-                if requests.send(answer).await.is_err() {
-                    return Ended::Complete;
+                match tokio::time::timeout(FIRST_RESPONSE, requests.send(answer)).await {
+                    Ok(Ok(())) => {}
+                    Ok(Err(_)) => return Ended::Complete,
+                    Err(_) => return Ended::Connect("the control plane reads nothing any more".into()),
                 }
             }
             next = tokio::select! {

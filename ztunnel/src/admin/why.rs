@@ -10,7 +10,7 @@ use mesh_core::{
     headers::Authority,
     identity::Identity,
     index::Index,
-    names::{Family, kubernetes_search},
+    names::Family,
     reason::Reason,
     select::{InnerTunnel, NextHop, Selection, Tunnel, select},
     service::Service,
@@ -137,7 +137,10 @@ fn endpoints(index: &Index, service: &Service, source: &Workload, port: u16) -> 
         let mut out = party(workload);
         match judged {
             Ok(port) => out["port"] = json!(port),
-            Err(why) => out["ineligible"] = json!(why.to_string()),
+            Err(why) => {
+                out["ineligible"] = json!(why.to_string());
+                out["unhealthy"] = json!(why == Ineligible::Unhealthy);
+            }
         }
         out
     };
@@ -185,7 +188,7 @@ fn explain_inbound(context: &Context, request: &Request) -> Result<(Value, Socke
 fn address_of(context: &Context, index: &Index, source: &Workload, host: &str) -> Result<IpAddr, Unanswerable> {
     let config = &context.shared.config;
     let name = host.trim_end_matches('.').to_ascii_lowercase();
-    let search = kubernetes_search(&source.namespace, &config.cluster_domain);
+    let search = dns::search_of(config, &source.namespace);
     let ask = |family| dns::resolve_for(config, index, &search, source, &name, family);
     let mut answers = [Family::Ipv4, Family::Ipv6].into_iter().filter_map(ask).peekable();
     if answers.peek().is_none() {

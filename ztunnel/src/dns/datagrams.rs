@@ -65,8 +65,17 @@ fn take(pod: &Rc<PodContext>, socket: &Rc<UdpSocket>, query: &[u8], peer: Socket
     if pod.dns.own.contains(&canonical(peer)) {
         return;
     }
+    let Some(slot) = Slot::take(pod) else {
+        // As far as the socket takes it: a flood is not waited for.
+        let refusal = refusal(query, ResponseCode::ServFail);
+        if !refusal.is_empty() {
+            drop(socket.try_send_to(&refusal, peer));
+        }
+        return;
+    };
     let (pod, socket, query) = (pod.clone(), socket.clone(), query.to_vec());
     queries.spawn_local(async move {
+        let _slot = slot;
         let Some(reply) = reply(&pod, &socket, &query, peer).await else { return };
         if let Err(error) = socket.send_to(&reply, peer).await {
             tracing::debug!(%error, %peer, "cannot answer a DNS query");
@@ -75,9 +84,6 @@ fn take(pod: &Rc<PodContext>, socket: &Rc<UdpSocket>, query: &[u8], peer: Socket
 }
 
 async fn reply(pod: &PodContext, socket: &UdpSocket, query: &[u8], peer: SocketAddr) -> Option<Vec<u8>> {
-    let Some(_slot) = Slot::take(&pod.dns) else {
-        return Some(refusal(query, ResponseCode::ServFail)).filter(|refusal| !refusal.is_empty());
-    };
     match decide(pod, query, Transport::Udp).await {
         Verdict::Ignore => None,
         Verdict::Reply(reply) => Some(reply),

@@ -4,7 +4,7 @@
 use std::{future::pending, io, net::SocketAddr, rc::Rc, time::Duration};
 
 use hickory_proto::op::ResponseCode;
-use mesh_net::sockets::{canonical, configure_accepted, connect, original_dst, tcp_socket};
+use mesh_net::sockets::{canonical, configure_accepted, original_dst};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
     net::{
@@ -23,7 +23,7 @@ use crate::{
         servers,
     },
     pods::PodContext,
-    proxy::listeners::Accepted,
+    proxy::{listeners::Accepted, upstream::open},
 };
 
 /// A client that asks nothing for so long is left, and so is one that does not read.
@@ -36,7 +36,7 @@ const PIPELINE: usize = 32;
 /// Serves one client until it is done, idle, or breaks the rules.
 pub(crate) async fn serve(pod: Rc<PodContext>, accepted: Accepted) {
     let peer = accepted.peer;
-    let Some(_slot) = Slot::take(&pod.dns) else { return };
+    let Some(_slot) = Slot::take(&pod) else { return };
     if let Err(error) = converse(&pod, accepted).await {
         tracing::debug!(target: "dns", %error, %peer, "DNS client left");
     }
@@ -98,8 +98,10 @@ impl Client<'_> {
             Verdict::Reply(reply) => send(&mut self.writer, &reply).await,
             Verdict::Relay(labels) => {
                 self.pod.shared.outcomes.dns().relayed(&labels);
+                // From here on, so that a dial counts towards the deadline.
+                let since = Instant::now();
                 let sent = self.ask(&query).await;
-                self.waiting.push(Waiting { query, since: Instant::now(), labels });
+                self.waiting.push(Waiting { query, since, labels });
                 match sent {
                     Ok(()) => Ok(()),
                     Err(error) => self.lost(&error).await,
@@ -164,13 +166,11 @@ impl Client<'_> {
 async fn dial(pod: &PodContext, servers: Vec<SocketAddr>) -> io::Result<TcpStream> {
     let mut failure = io::Error::new(io::ErrorKind::NotFound, "no nameserver is known");
     for server in servers {
-        let connected = match tcp_socket(pod.netns.as_ref(), None, server, &pod.sockets) {
-            Ok(socket) => connect(socket, server, CONNECT).await,
-            Err(error) => Err(error),
-        };
-        match connected {
-            Ok(stream) => return Ok(stream),
-            Err(error) => failure = error,
+        let own = pod.shared.config.local_address;
+        match timeout(CONNECT, open(pod.netns.as_ref(), own, &pod.sockets, server)).await {
+            Ok(Ok(stream)) => return Ok(stream),
+            Ok(Err(error)) => failure = error,
+            Err(_) => failure = io::ErrorKind::TimedOut.into(),
         }
     }
     Err(failure)

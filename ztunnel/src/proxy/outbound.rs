@@ -112,7 +112,7 @@ const HEAD_START: Duration = Duration::from_millis(300);
 
 /// Opens the way. As no byte of the application has been sent before this returns, a failure may be tried again: once on a fresh
 /// tunnel where the old one broke under the request, and once at another endpoint; both within the pod's budget. Where an endpoint says
-/// nothing, another is tried beside it, and the first that answers has the connection.
+/// nothing, another is tried beside it, and the first that answers has the connection; only when both fail is a third one asked.
 async fn establish(pod: &PodContext, route: &mut Route) -> Result<Upstream, ProxyError> {
     pod.retries.earn();
     if !route.has_alternatives(pod) {
@@ -160,7 +160,9 @@ async fn beside(
             },
         },
         Either::Right((Some((reached, Ok(upstream))), _)) => settle(route, reached, Ok(upstream)),
-        Either::Right((_, first)) => {
+        Either::Right((second, first)) => {
+            // Not to be drawn again should the first one fail, too.
+            route.tried.extend(second.and_then(|(reached, _)| reached.workload).map(|failed| failed.uid.clone()));
             let (reached, result) = first.await;
             settle(route, reached, result)
         }

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use mesh_core::names::Family;
+use mesh_core::{names::Family, reason::Reason};
 use mesh_net::sockets::configure_accepted;
 use rand::seq::IndexedRandom as _;
 use tokio::{
@@ -74,24 +74,24 @@ async fn negotiate(pod: &PodContext, client: &mut TcpStream, peer: SocketAddr) -
         }
     };
     match resolve(pod, &target, peer).await {
-        Some(address) => answer(client, Reply::Succeeded).await.map(|()| address),
-        None => {
+        Ok(address) => answer(client, Reply::Succeeded).await.map(|()| address),
+        Err(error) => {
             answer(client, Reply::HostUnreachable).await?;
-            Err(ProxyError::UnknownTarget(format!("{target:?}")))
+            Err(error)
         }
     }
 }
 
 /// A name is the mesh's as in DNS, or looked up; an address of the family the client speaks, where there is one.
-async fn resolve(pod: &PodContext, target: &Target, peer: SocketAddr) -> Option<SocketAddr> {
+async fn resolve(pod: &PodContext, target: &Target, peer: SocketAddr) -> Result<SocketAddr, ProxyError> {
     let (host, port) = match target {
-        Target::Address(address) => return Some(*address),
+        Target::Address(address) => return Ok(*address),
         Target::Host(host, port) => (host.trim_end_matches('.').to_ascii_lowercase(), *port),
     };
     if let Ok(ip) = host.parse::<IpAddr>() {
-        return Some(SocketAddr::new(ip.to_canonical(), port));
+        return Ok(SocketAddr::new(ip.to_canonical(), port));
     }
-    let source = local_workload(pod).await.ok()?;
+    let source = local_workload(pod).await?;
     let families = match Family::of(peer.ip()) {
         Family::Ipv4 => [Family::Ipv4, Family::Ipv6],
         Family::Ipv6 => [Family::Ipv6, Family::Ipv4],
@@ -101,16 +101,18 @@ async fn resolve(pod: &PodContext, target: &Target, peer: SocketAddr) -> Option<
         let answer = dns::resolve(pod, &source, &host, family);
         ours |= answer.is_some();
         if let Some(ip) = answer.and_then(|answer| answer.addresses.choose(&mut rand::rng()).copied()) {
-            return Some(SocketAddr::new(ip, port));
+            return Ok(SocketAddr::new(ip, port));
         }
     }
+    let failed = |why: &str| ProxyError::NoRoute { reason: Reason::Lookup, detail: format!("{host}: {why}") };
     if ours {
-        return None;
+        return Err(failed("it has no address this client can use"));
     }
     // Not counted: the names are of the client's choice, and a series each would have no end.
     let found = pod.shared.lookups.addresses(&host.as_str().into()).await;
     let of = |family| found.iter().find(|ip| Family::of(**ip) == family);
-    families.into_iter().find_map(of).map(|ip| SocketAddr::new(*ip, port))
+    let found = families.into_iter().find_map(of).map(|ip| SocketAddr::new(*ip, port));
+    found.ok_or_else(|| failed("no ip addresses were resolved"))
 }
 
 async fn read_request(client: &mut (impl AsyncRead + AsyncWrite + Unpin)) -> Result<Target, ProxyError> {
