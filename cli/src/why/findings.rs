@@ -145,9 +145,10 @@ fn decided(facts: &Facts, answer: &Value) -> Option<Finding> {
         ("no_route", service) => {
             let object = match service {
                 Some(service) => format!("Service {service}"),
-                None => format!("Pod {}", facts.destination),
+                None => format!("Pod {}", facts.destination.trim_end_matches(&format!(":{}", facts.port))),
             };
-            (object, "metadata.labels[istio.io/use-waypoint]", "deploy the waypoint it names, or remove the label")
+            let remedy = "deploy the waypoint that this label, or its namespace's, names, or remove the label";
+            (object, "metadata.labels[istio.io/use-waypoint]", remedy)
         }
         ("not_in_registry", _) => {
             ("ConfigMap istio-system/istio".to_owned(), "data.mesh.outboundTrafficPolicy.mode", text("remedy"))
@@ -269,6 +270,7 @@ fn application(facts: &Facts, answer: &Value) -> Option<Finding> {
     let destination = answer["destination"].as_str().unwrap_or_default();
     let service = facts.outbound.as_ref().and_then(|answer| answer["service"].as_str()).map(short_name);
     let (object, field) = match service {
+        _ if facts.waypoint().is_some() => (format!("Pod {}", target.name), port_of(destination)),
         Some(service) => (format!("Service {service}"), format!("spec.ports[{}].targetPort", facts.port)),
         None => (format!("Pod {}", target.name), format!("spec.containers[].ports[{}]", facts.port)),
     };

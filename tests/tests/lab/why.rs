@@ -8,7 +8,7 @@ use lab::{
 };
 use serde_json::Value;
 
-use super::harness::{apply, eventually, fairway, in_mesh, label};
+use super::harness::{apply, eventually, in_mesh, label, why};
 
 /// A question, and what the answer has to say.
 struct Case<'a> {
@@ -53,11 +53,6 @@ impl Case<'_> {
             && has("says", self.says)
             && (self.allowed || finding["blocks"] == true)
     }
-}
-
-fn why(lab: &Lab, source: &str, destination: &str) -> anyhow::Result<Value> {
-    let output = fairway(&["why", "--name", lab.name(), "-o", "json", source, destination]);
-    serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 /// Whether a request of the source is answered, by address: names are another matter.
