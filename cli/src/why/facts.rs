@@ -172,7 +172,7 @@ impl Facts {
     /// The receiving ztunnel's view: the pod that was chosen, the port the application listens on, and whom it sees calling.
     fn ask_target(&mut self, lab: &Lab, status: &Status, target: SocketAddr) {
         let Some(chosen) = self.chosen(target) else { return };
-        let met = self.waypoint().map_or(chosen.ip(), |waypoint| waypoint.ip());
+        let met = self.waypoint().unwrap_or(chosen).ip();
         let is_at = |p: &&PodStatus| p.addresses.iter().any(|a| a.parse() == Ok(met));
         let Some(pod) = status.pods.iter().find(is_at) else { return };
         let mut end = End::of_pod(pod);

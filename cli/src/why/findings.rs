@@ -78,7 +78,8 @@ pub(crate) fn of(facts: &Facts) -> Vec<Finding> {
         findings.extend(unserved(facts));
     }
     findings.extend(facts.outbound.as_ref().and_then(|answer| way(facts, answer)));
-    if let Some(target) = &facts.target {
+    // A waypoint may speak for itself instead of being captured.
+    if let Some(target) = facts.target.as_ref().filter(|_| facts.waypoint().is_none()) {
         findings.extend(capture(target, "destination"));
     }
     findings.extend(facts.inbound.as_ref().and_then(admitted));

@@ -51,7 +51,7 @@ impl Instead {
             return Ok(destination);
         }
         let others = (self.other.as_str(), port).to_socket_addrs()?;
-        others.into_iter().find(|a| a.is_ipv4() == destination.is_ipv4()).ok_or(io::ErrorKind::NotFound.into())
+        others.into_iter().find(|a| a.is_ipv4() == destination.is_ipv4()).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 }
 
