@@ -188,6 +188,29 @@ fn a_policy_on_the_waypoint_decides_who_gets_through_and_is_named() {
     });
 }
 
+#[test]
+fn a_waypoint_that_ends_tunnels_itself_need_not_be_in_the_mesh() {
+    in_waypoint_mesh(|lab| {
+        let own = waypoint("own", "node1")
+            .replace("  annotations: {ambient.istio.io/waypoint-inbound-binding: PROXY/15088}\n", "")
+            .replace("gateway-name: own}}", "gateway-name: own, istio.io/dataplane-mode: none}}")
+            .replace("[fairway, app, relay]", "[fairway, app, echo, --listen, \"[::]:15009\"]");
+        apply(lab, "own.yaml", &own)?;
+        let service = "apiVersion: v1\nkind: Service\nmetadata: {name: s, namespace: t, labels: {istio.io/use-waypoint: own}}\n\
+             spec: {selector: {app: web}, ports: [{port: 80, targetPort: 8080}]}\n";
+        apply(lab, "s.yaml", service)?;
+        // Nobody listens for tunnels: that is what is wrong, and all of it.
+        eventually("the waypoint to be asked for", || {
+            let answer = why(lab, "t/far", "t/s:80")?;
+            let findings = answer["findings"].as_array().context("findings")?;
+            ensure!(answer["outbound"]["nextHop"]["type"] == "waypoint", "{answer:#}");
+            ensure!(findings.len() == 1 && findings[0]["field"] == "port 15008", "{answer:#}");
+            ensure!(findings[0]["object"] == "Pod t/own", "{answer:#}");
+            Ok(())
+        })
+    });
+}
+
 /// The waypoints dial the address by which they were reached: neither hands its connections to the other.
 #[test]
 fn a_canary_takes_its_share_and_waypoints_do_not_pass_connections_around() {
