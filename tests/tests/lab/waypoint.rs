@@ -1,7 +1,7 @@
 //! Waypoints on the way: traffic to what is bound to one goes through its pod, or nowhere.
 //!
-//! The waypoint is a relay without any mesh knowledge behind a Gateway with an inbound binding: its node's ztunnel ends the tunnels and
-//! tells it who calls whom.
+//! The waypoint is a relay without any mesh knowledge behind a Gateway with an inbound binding: its node's ztunnel ends the tunnels
+//! and tells it who calls whom.
 
 use std::collections::BTreeSet;
 

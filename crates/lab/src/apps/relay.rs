@@ -1,7 +1,7 @@
 //! A waypoint for bytes: what its ztunnel hands over, it carries to where the client was going.
 //!
-//! ztunnel keeps HBONE and identities to itself and tells such a proxy, in a PROXY header (version 2) before the first byte, who calls
-//! and whom. The relay's own connection leaves its pod like any other, so the destination sees the waypoint's identity.
+//! ztunnel keeps HBONE and identities to itself and tells such a proxy, in a PROXY header (version 2) before the first byte, who
+//! calls and whom. The relay's own connection leaves its pod like any other, so the destination sees the waypoint's identity.
 
 use std::{
     io::{self, Read},
@@ -32,8 +32,8 @@ pub struct Told {
     pub identity: Option<String>,
 }
 
-/// A host whose connections go to another one, port for port: a waypoint knows the endpoints of its services, and not every ztunnel
-/// lets it dial the address by which it was reached.
+/// A host whose connections go to another one, port for port: a waypoint knows the endpoints of its services, and not every
+/// ztunnel lets it dial the address by which it was reached.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Instead {
     pub host: String,
