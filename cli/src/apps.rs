@@ -12,7 +12,7 @@ use std::{
 };
 
 use anyhow::Context as _;
-use lab::apps::{hold, http, load, names, steady, stream};
+use lab::apps::{hold, http, load, names, relay, steady, stream};
 
 use crate::args::{App, TransferMode};
 
@@ -53,6 +53,9 @@ pub(crate) fn run(app: App) -> anyhow::Result<ExitCode> {
                 found.with_context(|| format!("ask {server}"))?.iter().map(ToString::to_string).collect();
             crate::output::say!("{}", found.join(" "));
         }
+        App::Relay { listen, instead } => relay::serve(address(&listen)?, instead, |told| {
+            crate::output::say!("{}", serde_json::to_string(told).unwrap_or_default());
+        })?,
         App::Hold { listen } => hold::serve(address(&listen)?)?,
         App::Idlers { target, connections, seconds } => {
             hold::hold(&target, connections, Duration::try_from_secs_f64(seconds)?, |held| {

@@ -3,6 +3,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
+use lab::apps::relay::Instead;
 
 /// An ambient service mesh: identity and mutual TLS for pods by a namespace label, nothing restarted.
 #[derive(Debug, Parser)]
@@ -302,6 +303,14 @@ pub(crate) enum App {
         #[arg(long, default_value_t = 10)]
         timeout: u64,
     },
+    /// Be a waypoint for bytes: carry what a PROXY header announces to where it says, and print who is behind it.
+    Relay {
+        #[arg(long, default_value = "[::]:15088")]
+        listen: String,
+        /// Dial `OTHER` for connections to `HOST`, port for port.
+        #[arg(long, value_name = "HOST=OTHER", value_parser = instead)]
+        instead: Vec<Instead>,
+    },
     /// Greet every connection with one byte and keep it.
     Hold {
         #[arg(long, default_value = "[::]:9003")]
@@ -365,6 +374,15 @@ fn interval(text: &str) -> Result<Duration, String> {
     let interval: Duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
     let allowed = Duration::from_millis(100)..=Duration::from_secs(3600);
     if allowed.contains(&interval) { Ok(interval) } else { Err("expected 100ms to 1h".to_owned()) }
+}
+
+fn instead(text: &str) -> Result<Instead, String> {
+    match text.split_once('=') {
+        Some((host, other)) if !host.is_empty() && !other.is_empty() => {
+            Ok(Instead { host: host.to_owned(), other: other.to_owned() })
+        }
+        _ => Err("expected HOST=OTHER, for instance web=web-endpoints".to_owned()),
+    }
 }
 
 fn node_and_path(text: &str) -> Result<(String, PathBuf), String> {

@@ -8,6 +8,7 @@
 //! | `watch` | what an operator sees of it |
 //! | `why` | seeded faults, named by `fairway why` and met by a connection |
 //! | `names` | who answers a pod's DNS |
+//! | `waypoint` | traffic to what is bound to a waypoint |
 //! | `traces` | nothing is left behind |
 
 #[path = "lab/harness.rs"]
@@ -25,5 +26,7 @@ mod traces;
 mod traffic;
 #[path = "lab/watch.rs"]
 mod watch;
+#[path = "lab/waypoint.rs"]
+mod waypoint;
 #[path = "lab/why.rs"]
 mod why;

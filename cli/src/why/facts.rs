@@ -87,8 +87,14 @@ impl Facts {
         self.outbound.as_ref().map(|answer| &answer["nextHop"]).filter(|_| self.is_captured())
     }
 
-    pub(crate) fn is_tunnelled(&self) -> bool {
-        self.hop().is_some_and(|hop| hop["type"] == "hbone")
+    /// The address of a waypoint, where the connection goes to one.
+    pub(crate) fn waypoint(&self) -> Option<SocketAddr> {
+        let hop = self.hop().filter(|hop| hop["type"] == "waypoint")?;
+        hop["tunnel"]["address"].as_str()?.parse().ok()
+    }
+
+    fn is_tunnelled(&self) -> bool {
+        self.hop().is_some_and(|hop| hop["tunnel"].is_object())
     }
 
     /// How the connection travels, in a line.
@@ -102,6 +108,9 @@ impl Facts {
         let to = to.into_iter().find_map(Value::as_str).unwrap_or_default();
         let identity = self.outbound.as_ref().and_then(|answer| answer["certificate"]["identity"].as_str());
         match identity.filter(|_| hop["tunnel"].is_object() || hop["outer"].is_object()) {
+            Some(identity) if kind == "waypoint" => {
+                format!("{kind} {to} as {identity}; what follows is its own decision")
+            }
             Some(identity) => format!("{kind} {to} as {identity}"),
             None => format!("{kind} {to}"),
         }
@@ -187,7 +196,8 @@ impl Facts {
     /// The receiving ztunnel's view: the pod that was chosen, the port the application listens on, and whom it sees calling.
     fn ask_target(&mut self, lab: &Lab, status: &Status, target: SocketAddr) {
         let Some(chosen) = self.chosen(target) else { return };
-        let is_at = |p: &&PodStatus| p.addresses.iter().any(|a| a.parse() == Ok(chosen.ip()));
+        let met = self.waypoint().unwrap_or(chosen).ip();
+        let is_at = |p: &&PodStatus| p.addresses.iter().any(|a| a.parse() == Ok(met));
         let Some(pod) = status.pods.iter().find(is_at) else { return };
         let mut end = End::of_pod(pod);
         end.report = self.ask_agent(lab, &end, status);
@@ -196,12 +206,12 @@ impl Facts {
         if !captured {
             return;
         }
-        let source_ip = self.source.address(chosen.is_ipv6()).unwrap_or_default().to_owned();
+        let source_ip = self.source.address(met.is_ipv6()).unwrap_or_default().to_owned();
         let identity = self.outbound.as_ref().and_then(|answer| answer["certificate"]["identity"].as_str());
         // Only a tunnel proves an identity.
         let identity = identity.filter(|_| self.is_tunnelled()).unwrap_or_default().to_owned();
-        let chosen = chosen.to_string();
-        let parameters = [
+        let (chosen, met) = (chosen.to_string(), met.to_string());
+        let mut parameters = vec![
             ("namespace", end.namespace.as_str()),
             ("pod", &end.pod),
             ("source_ip", &source_ip),
@@ -209,6 +219,9 @@ impl Facts {
             ("destination", &chosen),
             ("probe", "true"),
         ];
+        if self.waypoint().is_some() {
+            parameters.push(("dialled", &met));
+        }
         match ask(lab, &end.node, "inbound", &parameters) {
             Ok(Some(answer)) => self.inbound = Some(answer),
             Ok(None) => {

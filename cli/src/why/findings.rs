@@ -79,7 +79,8 @@ pub(crate) fn of(facts: &Facts) -> Vec<Finding> {
         findings.extend(unserved(facts));
     }
     findings.extend(facts.outbound.as_ref().and_then(|answer| way(facts, answer)));
-    if let Some(target) = &facts.target {
+    // A waypoint may speak for itself instead of being captured.
+    if let Some(target) = facts.target.as_ref().filter(|_| facts.waypoint().is_none()) {
         findings.extend(capture(target, "destination"));
     }
     findings.extend(facts.inbound.as_ref().and_then(admitted));
@@ -166,9 +167,10 @@ fn decided(facts: &Facts, answer: &Value) -> Option<Finding> {
         ("no_route", service) => {
             let object = match service {
                 Some(service) => format!("Service {service}"),
-                None => format!("Pod {}", facts.destination),
+                None => format!("Pod {}", facts.destination.trim_end_matches(&format!(":{}", facts.port))),
             };
-            (object, "metadata.labels[istio.io/use-waypoint]", "deploy the waypoint it names, or remove the label")
+            let remedy = "deploy the waypoint that this label, or its namespace's, names, or remove the label";
+            (object, "metadata.labels[istio.io/use-waypoint]", remedy)
         }
         ("not_in_registry", _) => {
             ("ConfigMap istio-system/istio".to_owned(), "data.mesh.outboundTrafficPolicy.mode", text("remedy"))
@@ -295,6 +297,7 @@ fn application(facts: &Facts, answer: &Value) -> Option<Finding> {
     let destination = answer["destination"].as_str().unwrap_or_default();
     let service = facts.outbound.as_ref().and_then(|answer| answer["service"].as_str()).map(short_name);
     let (object, field) = match service {
+        _ if facts.waypoint().is_some() => (format!("Pod {}", target.name), port_of(destination)),
         Some(service) => (format!("Service {service}"), format!("spec.ports[{}].targetPort", facts.port)),
         None => (format!("Pod {}", target.name), format!("spec.containers[].ports[{}]", facts.port)),
     };

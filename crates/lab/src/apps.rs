@@ -4,5 +4,6 @@ pub mod hold;
 pub mod http;
 pub mod load;
 pub mod names;
+pub mod relay;
 pub mod steady;
 pub mod stream;

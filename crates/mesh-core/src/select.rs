@@ -160,8 +160,11 @@ struct Selector<'a, R> {
 
 impl<'a, R: rand::Rng> Selector<'a, R> {
     fn toward_service(&mut self, service: &Arc<Service>) -> Found {
-        if let Some(waypoint) = self.waypoint_of(service)
-            && !self.source_is(&waypoint)
+        // One of several waypoints is sent neither back to itself nor to one beside it.
+        let mut waypoints =
+            service.waypoint.iter().chain(service.weighted_waypoints.iter().map(|(waypoint, _)| waypoint));
+        if !waypoints.any(|waypoint| self.source_is(waypoint))
+            && let Some(waypoint) = self.waypoint_of(service)
         {
             return self.toward_waypoint(&waypoint, Some(service));
         }

@@ -37,8 +37,20 @@ impl Far {
     }
 
     async fn start_with(program: PathBuf, target: SocketAddr, pings: (&str, &str), settings: Settings) -> Self {
+        Self::start_for(program, "*", target, pings, settings).await
+    }
+
+    /// `places`: the addresses that a CONNECT may name.
+    async fn start_for(
+        program: PathBuf,
+        places: &str,
+        target: SocketAddr,
+        pings: (&str, &str),
+        settings: Settings,
+    ) -> Self {
         let identities = Identities::generate();
         let config = include_str!("envoy_server.yaml")
+            .replace("@PLACES@", places)
             .replace("@TARGET_PORT@", &target.port().to_string())
             .replace("@PING_INTERVAL@", pings.0)
             .replace("@PING_TIMEOUT@", pings.1);
@@ -62,6 +74,20 @@ fn bytes_of_every_size_come_back_unchanged() {
             roundtrip(far.app().await, seed, length).await;
         }
         assert_eq!(far.client.dialer.dials.get(), 1);
+    });
+}
+
+/// A waypoint: whose address a client dialled is in the CONNECT, and what it may then reach is the waypoint's to say.
+#[test]
+fn a_waypoint_routes_by_the_service_address_and_refuses_what_is_not_its_own() {
+    ENVOY.run(async |program| {
+        let (vip, other): (SocketAddr, SocketAddr) = (([240, 0, 0, 1], 80).into(), ([240, 0, 0, 1], 81).into());
+        let far = Far::start_for(program, "240.0.0.1:80", echo(), ("30s", "20s"), Settings::default()).await;
+        roundtrip(far.client.socket(vip).await, 1, 1 << 20).await;
+        let refused = far.client.app(other).await.err().expect("refused");
+        assert!(matches!(refused, Error::Status(StatusCode::NOT_FOUND)), "{refused:?}");
+        roundtrip(far.client.socket(vip).await, 2, 1 << 10).await;
+        assert_eq!(far.client.dialer.dials.get(), 1, "refusals do not cost the tunnel");
     });
 }
 

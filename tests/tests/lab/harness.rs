@@ -15,6 +15,7 @@ use lab::{
     control::{Lab, OwnedLab},
     protocol::Request,
 };
+use serde_json::Value;
 
 /// The multi-call binary of this very build.
 pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_fairway-under-test");
@@ -218,6 +219,12 @@ pub(crate) fn eventually<T>(what: &str, mut ask: impl FnMut() -> anyhow::Result<
             Err(_) => thread::sleep(Duration::from_millis(20)),
         }
     }
+}
+
+/// The answer of `fairway why`.
+pub(crate) fn why(lab: &Lab, source: &str, destination: &str) -> anyhow::Result<Value> {
+    let output = fairway(&["why", "--name", lab.name(), "-o", "json", source, destination]);
+    serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 pub(crate) fn fairway(arguments: &[&str]) -> Output {

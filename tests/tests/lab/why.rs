@@ -9,7 +9,7 @@ use lab::{
 };
 use serde_json::Value;
 
-use super::harness::{apply, eventually, fairway, in_mesh, in_mesh_of, label};
+use super::harness::{apply, eventually, in_mesh, in_mesh_of, label, why};
 
 /// A question, and what the answer has to say.
 struct Case<'a> {
@@ -54,11 +54,6 @@ impl Case<'_> {
             && has("says", self.says)
             && (self.allowed || finding["blocks"] == true)
     }
-}
-
-fn why(lab: &Lab, source: &str, destination: &str) -> anyhow::Result<Value> {
-    let output = fairway(&["why", "--name", lab.name(), "-o", "json", source, destination]);
-    serde_json::from_slice(&output.stdout).with_context(|| String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
 /// Whether a request of the source is answered, by address: names are another matter.

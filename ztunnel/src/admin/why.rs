@@ -23,7 +23,10 @@ use serde_json::{Value, json};
 use super::{Context, answer};
 use crate::{
     dns,
-    proxy::probe::{Blocked, Way},
+    proxy::{
+        probe::{Blocked, Way},
+        resolve::inbound_target,
+    },
 };
 
 /// What would this pod's connection to `destination` do? With `probe=true`, the way is tried as well.
@@ -165,6 +168,12 @@ fn explain_inbound(context: &Context, request: &Request) -> Result<(Value, Socke
     let source_identity: Option<Identity> = optional(request, "source_identity", "spiffe://<td>/ns/<ns>/sa/<sa>")?;
     let index = context.shared.state.snapshot();
     let workload = pod(context, &index, request)?;
+    // A waypoint is dialled for the addresses of others.
+    let destination = match optional::<IpAddr>(request, "dialled", "an IP address")? {
+        Some(dialled) => inbound_target(|_| false, &index, &workload, dialled, &Authority::Address(destination))
+            .map_err(|refused| (StatusCode::BAD_REQUEST, refused.to_string()))?,
+        None => destination,
+    };
     let connection = Connection { source_ip, source_identity: source_identity.as_ref(), destination };
     let policies = index.policies_for(&workload);
     let source = index.workload_by_address(&NetworkAddress::new(workload.network.clone(), source_ip));

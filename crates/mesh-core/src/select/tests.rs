@@ -242,6 +242,15 @@ fn a_waypoints_own_traffic_does_not_return_to_it() {
     assert!(matches!(select_from(&impostor, &index, "10.1.0.1:80").next_hop, NextHop::Waypoint(_)));
 }
 
+#[test]
+fn a_waypoints_own_traffic_does_not_go_to_its_canary() {
+    let gate = pod("gate", "10.0.0.2", serves("gate"));
+    let weighted =
+        |s: &mut Service| s.weighted_waypoints = vec![(waypoint_named("gate"), 0), (waypoint_named("new"), 1)];
+    let index = with_waypoint(waypoint_named("gate"), weighted);
+    assert!(matches!(select_from(&gate, &index, "10.1.0.1:80").next_hop, NextHop::Hbone(_)));
+}
+
 fn multi_network(remote: impl FnOnce(&mut Workload), sans: &[&str]) -> Index {
     let gateway = GatewayAddress {
         destination: GatewayDestination::Address(NetworkAddress::new("n2", "192.0.2.1".parse().unwrap())),
