@@ -6,7 +6,8 @@ use serde_json::Value;
 
 /// A page in JSON, asked for from inside.
 pub(crate) fn fetch(lab: &Lab, target: &str, port: u16, path: &str) -> anyhow::Result<Value> {
-    let (status, body) = lab.get(target, &format!("http://127.0.0.1:{port}{path}"))?;
+    let asked = lab.get(target, &format!("http://127.0.0.1:{port}{path}"));
+    let (status, body) = asked.with_context(|| format!("{target} does not answer"))?;
     ensure!(status == 200, "{target} says {status}: {}", body.trim());
     serde_json::from_str(&body).with_context(|| format!("{target} does not answer in JSON"))
 }

@@ -223,6 +223,20 @@ impl<'a> Fields<'a> {
         self.each().next().is_none()
     }
 
+    /// Rejects fields that are nearly, but not, one that was asked for; for documents of which only a part concerns us. Whether there
+    /// are any.
+    pub(crate) fn deny_misspelt(&self) -> bool {
+        let known = self.known.borrow();
+        let mut found = false;
+        for (name, field) in self.each().filter(|(name, _)| !known.contains(name)) {
+            if let Some(meant) = known.iter().find(|known| distance(name, known) <= 2) {
+                field.reject("unknown field", format!("did you mean `{meant}`?"));
+                found = true;
+            }
+        }
+        found
+    }
+
     /// Rejects fields that were never asked for: in a policy, a misspelt one would silently change what it means.
     pub(crate) fn deny_unknown(&self) {
         let known = self.known.borrow();

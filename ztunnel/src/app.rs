@@ -90,7 +90,9 @@ fn run() -> Result<()> {
     tracing::info!(version = env!("CARGO_PKG_VERSION"), config = %effective(&config), "starting");
     let mut builder = tokio::runtime::Builder::new_multi_thread();
     let runtime = builder.worker_threads(CONTROL_THREADS).thread_name("control").enable_all().build();
-    runtime.context("cannot start the control runtime")?.block_on(serve(config))
+    let served = runtime.context("cannot start the control runtime")?.block_on(serve(config));
+    telemetry::flush(SLACK);
+    served
 }
 
 fn effective(config: &Config) -> String {

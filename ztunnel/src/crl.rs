@@ -118,7 +118,12 @@ fn look(path: &Path) -> Seen {
 }
 
 fn read(path: &Path) -> Result<Crls, LoadError> {
-    let length = usize::try_from(std::fs::metadata(path)?.len()).unwrap_or(usize::MAX);
+    let found = std::fs::metadata(path)?;
+    if !found.is_file() {
+        // Others may never end, or never begin.
+        return Err(io::Error::other("expected a regular file").into());
+    }
+    let length = usize::try_from(found.len()).unwrap_or(usize::MAX);
     if length > MAX_FILE {
         return Err(CrlError::TooLong(length).into());
     }

@@ -35,8 +35,11 @@ pub(crate) mod streams;
 
 /// What a query may take, whoever answers it; then it is answered SERVFAIL. Clients ask again after as long.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// Queries and TCP clients of one pod at once, on one worker; more are refused.
-const AT_ONCE: usize = 512;
+/// Of one pod on one worker, at once; more are refused. Queries that are relayed have a bound of their own, and so have TCP clients: a
+/// nameserver that is dead, or clients that say nothing, must not keep names of the mesh from being answered.
+const QUERIES: usize = 4096;
+const RELAYS: usize = 512;
+const CLIENTS: usize = 512;
 
 /// What the queries of one pod on one worker share.
 pub(crate) struct Desk {
@@ -44,12 +47,23 @@ pub(crate) struct Desk {
     own: Arc<[SocketAddr]>,
     /// What the resolvers of the pod's applications append to names.
     search: Vec<Arc<str>>,
-    busy: Cell<usize>,
+    queries: Cell<usize>,
+    relays: Cell<usize>,
+    clients: Cell<usize>,
     /// Knows where redirected datagrams were sent; only where they are received, in a namespace of the pod's own.
     tracked: RefCell<Option<Conntrack>>,
 }
 
 impl Desk {
+    /// How many are taken, and how many there are.
+    fn places(&self, place: Place) -> (&Cell<usize>, usize) {
+        match place {
+            Place::Client => (&self.clients, CLIENTS),
+            Place::Query => (&self.queries, QUERIES),
+            Place::Relay => (&self.relays, RELAYS),
+        }
+    }
+
     /// `netns`: where datagrams are received that may have been redirected.
     pub(crate) fn new(config: &Config, namespace: &str, netns: Option<&NetNs>, own: Arc<[SocketAddr]>) -> Self {
         let search = search_of(config, namespace);
@@ -57,26 +71,36 @@ impl Desk {
             let opened = Conntrack::in_ns(ns);
             opened.inspect_err(|error| tracing::warn!(%error, "relayed queries go to this proxy's nameservers")).ok()
         });
-        Self { own, search, busy: Cell::new(0), tracked: RefCell::new(tracked) }
+        let (queries, relays, clients) = Default::default();
+        Self { own, search, queries, relays, clients, tracked: RefCell::new(tracked) }
     }
 }
 
-/// A place among the queries at work.
-struct Slot(Rc<PodContext>);
+/// What there is a bounded number of.
+#[derive(Clone, Copy)]
+enum Place {
+    Client,
+    Query,
+    Relay,
+}
+
+/// One of them, taken.
+struct Slot(Rc<PodContext>, Place);
 
 impl Slot {
-    fn take(pod: &Rc<PodContext>) -> Option<Self> {
-        let busy = pod.dns.busy.get();
-        (busy < AT_ONCE).then(|| {
-            pod.dns.busy.set(busy + 1);
-            Self(pod.clone())
+    fn take(pod: &Rc<PodContext>, place: Place) -> Option<Self> {
+        let (taken, bound) = pod.dns.places(place);
+        (taken.get() < bound).then(|| {
+            taken.set(taken.get() + 1);
+            Self(pod.clone(), place)
         })
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        self.0.dns.busy.set(self.0.dns.busy.get() - 1);
+        let (taken, _) = self.0.dns.places(self.1);
+        taken.set(taken.get() - 1);
     }
 }
 

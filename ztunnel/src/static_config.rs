@@ -99,7 +99,9 @@ impl StaticConfig {
         tokio::pin!(stop);
         let mut ticks = tokio::time::interval(LOOK);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut last = None;
+        // Seen last, and put into force or complained about last. A file that is written in place is met half-written: only what two looks
+        // agree on counts.
+        let (mut last, mut done) = (None, None);
         loop {
             tokio::select! {
                 _ = &mut stop => return,
@@ -108,15 +110,21 @@ impl StaticConfig {
             let source = self.source.clone();
             let Ok(read) = tokio::task::spawn_blocking(move || read(&source)).await else { return };
             let seen = read.map_err(|unusable| unusable.to_string());
-            if last.as_ref() != Some(&seen) {
+            if last.as_ref() == Some(&seen) && done.as_ref() != Some(&seen) {
                 self.look(&seen, &state);
-                last = Some(seen);
+                done = Some(seen.clone());
             }
+            last = Some(seen);
         }
     }
 
     fn look(&self, seen: &Result<String, String>, state: &State) {
-        let done = seen.clone().and_then(|text| self.replace(&text, state).map_err(|unusable| unusable.to_string()));
+        let done = seen.clone().and_then(|text| {
+            if text.trim().is_empty() && !self.resources().is_empty() {
+                return Err(format!("{}: it is empty: expected `policies: []` and the like to have none", self.source));
+            }
+            self.replace(&text, state).map_err(|unusable| unusable.to_string())
+        });
         if let Err(problem) = done {
             tracing::error!(problem, "static configuration not reloaded; the last good one stays in force");
         }
@@ -154,7 +162,12 @@ fn read(source: &Source) -> Result<String, Unusable> {
         Source::File(path) => path,
     };
     let cannot = |error: std::io::Error| unusable(source, format!("cannot be read: {error}"));
-    if std::fs::metadata(path).map_err(cannot)?.len() > MAX_SIZE {
+    let found = std::fs::metadata(path).map_err(cannot)?;
+    if !found.is_file() {
+        // Others may never end, or never begin.
+        return Err(unusable(source, "expected a regular file".to_owned()));
+    }
+    if found.len() > MAX_SIZE {
         return Err(unusable(source, format!("expected at most {} MiB", MAX_SIZE >> 20)));
     }
     std::fs::read_to_string(path).map_err(cannot)

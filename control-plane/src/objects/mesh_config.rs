@@ -44,7 +44,10 @@ fn read(mesh: &Cursor<'_>) -> Option<MeshConfig> {
         );
     }
     let policy = fields.get("outboundTrafficPolicy").and_then(|policy| policy.fields());
-    let mode = policy.and_then(|policy| policy.get("mode"));
+    let mode = policy.as_ref().and_then(|policy| policy.get("mode"));
+    if fields.deny_misspelt() || policy.as_ref().is_some_and(Fields::deny_misspelt) {
+        return None;
+    }
     let registry_only = match mode {
         Some(mode) => mode.one_of(&[("ALLOW_ANY", false), ("REGISTRY_ONLY", true)])?,
         None => false,

@@ -9,7 +9,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
         mpsc::{Receiver, SyncSender, sync_channel},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use tracing::{Event, Level, Subscriber, field::Field, field::Visit};
@@ -35,6 +35,9 @@ const QUEUE_LINES: usize = 10_000;
 const GATHER: Duration = Duration::from_millis(2);
 
 static DROPPED: AtomicU64 = AtomicU64::new(0);
+/// Lines that were taken, and those of them that were written.
+static QUEUED: AtomicU64 = AtomicU64::new(0);
+static WRITTEN: AtomicU64 = AtomicU64::new(0);
 static FILTER: OnceLock<(String, reload::Handle<EnvFilter, Registry>)> = OnceLock::new();
 
 /// Line format.
@@ -96,6 +99,14 @@ pub fn dropped_lines() -> u64 {
     DROPPED.load(Ordering::Relaxed)
 }
 
+/// Waits until what was logged so far is written, or `within` has passed: for the end of a program. Blocks.
+pub fn flush(within: Duration) {
+    let (queued, until) = (QUEUED.load(Ordering::Acquire), Instant::now() + within);
+    while WRITTEN.load(Ordering::Acquire) < queued && Instant::now() < until {
+        std::thread::sleep(GATHER);
+    }
+}
+
 /// `MakeWriter` over a bounded queue.
 #[derive(Clone, Debug)]
 struct Queue(SyncSender<Vec<u8>>);
@@ -114,12 +125,15 @@ impl Queue {
 fn write_lines(queue: &Receiver<Vec<u8>>, out: &mut impl io::Write) {
     while let Ok(mut batch) = queue.recv() {
         // One write for what has piled up, within reason.
+        let mut lines = 1;
         while batch.len() < 64 * 1024 {
             let Ok(line) = queue.try_recv() else { break };
             batch.extend_from_slice(&line);
+            lines += 1;
         }
         // Nowhere to report a failing log to.
         drop(out.write_all(&batch).and_then(|()| out.flush()));
+        WRITTEN.fetch_add(lines, Ordering::Release);
         std::thread::sleep(GATHER);
     }
 }
@@ -136,9 +150,10 @@ struct Line<'a>(&'a SyncSender<Vec<u8>>);
 
 impl io::Write for Line<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.0.try_send(bytes.to_vec()).is_err() {
-            DROPPED.fetch_add(1, Ordering::Relaxed);
-        }
+        match self.0.try_send(bytes.to_vec()) {
+            Ok(()) => QUEUED.fetch_add(1, Ordering::Release),
+            Err(_) => DROPPED.fetch_add(1, Ordering::Relaxed),
+        };
         Ok(bytes.len())
     }
 

@@ -10,11 +10,21 @@ use super::within;
 pub(super) fn keepalive_from(r: &Reader<'_>) -> Option<KeepAlive> {
     let seconds = Duration::from_secs(180);
     let keepalive = KeepAlive {
-        idle: r.duration("KEEPALIVE_TIME", seconds),
-        interval: r.duration("KEEPALIVE_INTERVAL", seconds),
+        idle: kernel_seconds(r, "KEEPALIVE_TIME", seconds),
+        interval: kernel_seconds(r, "KEEPALIVE_INTERVAL", seconds),
         retries: within(r, "KEEPALIVE_RETRIES", 9, 1, 127),
     };
     r.bool("KEEPALIVE_ENABLED", true).then_some(keepalive)
+}
+
+/// What the kernel takes for keep-alive (tcp(7)); it would refuse each connection otherwise.
+fn kernel_seconds(r: &Reader<'_>, name: &str, default: Duration) -> Duration {
+    let value = r.duration(name, default);
+    if value.subsec_nanos() == 0 && (1..=32_767).contains(&value.as_secs()) {
+        return value;
+    }
+    r.problem(name, &format!("{value:?}"), "whole seconds from 1s to 32767s");
+    default
 }
 
 /// What keep-alive would take to notice a dead peer, applied to unacknowledged data too.

@@ -6,8 +6,8 @@
 //! frame = length (4 bytes, big endian)  checksum (32 bytes)  payload
 //! ```
 //!
-//! A frame is a whole response, so what is read is always a state that was in force. From the first frame that is damaged on, the file
-//! is ignored: the control plane is told which versions were read and sends the difference.
+//! A log that is damaged anywhere is ignored whole: what comes before the damage was in force once, but may be laxer than what was in
+//! force last, and nobody could tell.
 
 use std::{
     collections::BTreeMap,
@@ -55,11 +55,7 @@ impl Store {
     pub(super) fn load(&self) -> Vec<DeltaDiscoveryResponse> {
         let path = self.path.display();
         match self.read() {
-            Ok(Read { responses, damaged: false }) => responses,
-            Ok(Read { responses, damaged: true }) => {
-                tracing::warn!(%path, used = responses.len(), "saved state is damaged; used up to the damage");
-                responses
-            }
+            Ok(responses) => responses,
             Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
             Err(error) => {
                 tracing::warn!(%path, %error, "saved state ignored");
@@ -68,7 +64,7 @@ impl Store {
         }
     }
 
-    fn read(&self) -> io::Result<Read> {
+    fn read(&self) -> io::Result<Vec<DeltaDiscoveryResponse>> {
         if fs::metadata(&self.path)?.len() > MAX_FILE {
             return Err(io::Error::other("it is larger than 2 GiB"));
         }
@@ -91,12 +87,7 @@ impl Store {
     }
 }
 
-struct Read {
-    responses: Vec<DeltaDiscoveryResponse>,
-    damaged: bool,
-}
-
-fn decode(mut bytes: &[u8], header: &str) -> io::Result<Read> {
+fn decode(mut bytes: &[u8], header: &str) -> io::Result<Vec<DeltaDiscoveryResponse>> {
     match next_frame(&mut bytes) {
         Some(found) if found == header.as_bytes() => {}
         Some(_) => return Err(io::Error::other("it is of another control plane, cluster, node or version")),
@@ -105,12 +96,9 @@ fn decode(mut bytes: &[u8], header: &str) -> io::Result<Read> {
     let mut responses = Vec::new();
     while !bytes.is_empty() {
         let response = next_frame(&mut bytes).and_then(|payload| DeltaDiscoveryResponse::decode(payload).ok());
-        match response {
-            Some(response) => responses.push(response),
-            None => return Ok(Read { responses, damaged: true }),
-        }
+        responses.push(response.ok_or_else(|| io::Error::other("it is damaged"))?);
     }
-    Ok(Read { responses, damaged: false })
+    Ok(responses)
 }
 
 fn next_frame<'a>(bytes: &mut &'a [u8]) -> Option<&'a [u8]> {
@@ -196,24 +184,29 @@ pub(super) fn journal(store: Store) -> (Box<dyn Journal>, Writer) {
 }
 
 impl Writer {
-    /// Writes until the drain, then what is left. When the disk fails, the log is removed: half of it would mislead the next start.
+    /// Writes until the drain, then what is left. A log that cannot be rewritten stays as it is; one that cannot be added to is removed:
+    /// half of what happened would mislead the next start.
     pub(super) async fn run(self, drain: DrainWatcher) {
-        if let Err(error) = self.write_all(drain).await {
-            *self.pending.lock() = None;
-            let path = self.store.path.display();
-            tracing::error!(%path, %error, "cannot save state; the next start will need the control plane");
-            if let Err(error) = fs::remove_file(&self.store.path)
-                && error.kind() != io::ErrorKind::NotFound
-            {
-                tracing::error!(%path, %error, "cannot remove the saved state");
+        let path = self.store.path.display();
+        let begun = match self.rewrite().await {
+            Ok(begun) => begun,
+            Err(error) => {
+                *self.pending.lock() = None;
+                tracing::error!(%path, %error, "cannot save state; a start without the control plane will know what is saved already");
+                return remove(&self.store.path.with_extension("new"));
             }
+        };
+        if let Err(error) = self.write_all(begun, drain).await {
+            *self.pending.lock() = None;
+            tracing::error!(%path, %error, "cannot save state; the next start will need the control plane");
+            remove(&self.store.path);
         }
     }
 
-    async fn write_all(&self, drain: DrainWatcher) -> io::Result<()> {
+    async fn write_all(&self, begun: (File, u64), drain: DrainWatcher) -> io::Result<()> {
         let stop = drain.signalled();
         tokio::pin!(stop);
-        let (mut file, mut base) = self.rewrite().await?;
+        let (mut file, mut base) = begun;
         let mut size = base;
         loop {
             let stopping = tokio::select! {
@@ -254,6 +247,14 @@ impl Writer {
     }
 }
 
+fn remove(path: &Path) {
+    if let Err(error) = fs::remove_file(path)
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        tracing::error!(path = %path.display(), %error, "cannot remove the saved state");
+    }
+}
+
 /// Nothing when `file` is not the log any more: in an upgrade two processes overlap, and the one that started last replaced it.
 fn append(mut file: File, bytes: &[u8], path: &Path) -> io::Result<Option<File>> {
     let (ours, now) = (file.metadata()?, fs::metadata(path)?);
@@ -271,7 +272,7 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> io::Result<T> + Send
 
 /// For the fuzzer: must never panic, whatever a disk returns.
 pub fn decode_any(bytes: &[u8]) -> usize {
-    decode(bytes, MAGIC).map_or(0, |read| current(read.responses).len())
+    decode(bytes, MAGIC).map_or(0, |responses| current(responses).len())
 }
 
 #[cfg(test)]
@@ -316,17 +317,17 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn damage_costs_what_comes_after_it_and_never_more() {
+    async fn a_damaged_log_is_no_log_since_its_beginning_may_be_laxer_than_its_end() {
         let directory = tempfile::tempdir().unwrap();
         let store = Store::new(directory.path(), "a", "c", "n");
         written(&store, vec![response(&["a"], &[]), response(&["b"], &[])]).await;
         let whole = fs::read(&store.path).unwrap();
         fs::write(&store.path, &whole[..whole.len() - 1]).unwrap();
-        assert_eq!(names(store.load()), ["a"]);
+        assert!(store.load().is_empty());
         let mut flipped = whole.clone();
         *flipped.last_mut().unwrap() ^= 1;
         fs::write(&store.path, flipped).unwrap();
-        assert_eq!(names(store.load()), ["a"]);
+        assert!(store.load().is_empty());
         fs::write(&store.path, b"nonsense").unwrap();
         assert!(store.load().is_empty());
     }

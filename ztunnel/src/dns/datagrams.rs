@@ -12,7 +12,7 @@ use tokio::{
 
 use crate::{
     dns::{
-        Slot,
+        Place, Slot,
         decide::{Verdict, decide},
         message::{MAX_MESSAGE, refusal},
         metrics::Transport,
@@ -65,7 +65,7 @@ fn take(pod: &Rc<PodContext>, socket: &Rc<UdpSocket>, query: &[u8], peer: Socket
     if pod.dns.own.contains(&canonical(peer)) {
         return;
     }
-    let Some(slot) = Slot::take(pod) else {
+    let Some(slot) = Slot::take(pod, Place::Query) else {
         // As far as the socket takes it: a flood is not waited for.
         let refusal = refusal(query, ResponseCode::ServFail);
         if !refusal.is_empty() {
@@ -83,11 +83,14 @@ fn take(pod: &Rc<PodContext>, socket: &Rc<UdpSocket>, query: &[u8], peer: Socket
     });
 }
 
-async fn reply(pod: &PodContext, socket: &UdpSocket, query: &[u8], peer: SocketAddr) -> Option<Vec<u8>> {
+async fn reply(pod: &Rc<PodContext>, socket: &UdpSocket, query: &[u8], peer: SocketAddr) -> Option<Vec<u8>> {
     match decide(pod, query, Transport::Udp).await {
         Verdict::Ignore => None,
         Verdict::Reply(reply) => Some(reply),
         Verdict::Relay(labels) => {
+            let Some(_relay) = Slot::take(pod, Place::Relay) else {
+                return Some(refusal(query, ResponseCode::ServFail));
+            };
             let servers = servers(pod, meant(pod, socket, peer));
             let answer = relay(pod, servers, query, &labels).await;
             Some(answer.unwrap_or_else(|error| {

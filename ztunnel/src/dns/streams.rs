@@ -16,7 +16,7 @@ use tokio::{
 
 use crate::{
     dns::{
-        DEADLINE, Slot,
+        DEADLINE, Place, Slot,
         decide::{Verdict, decide},
         message::{id, refusal},
         metrics::{Labels, Transport},
@@ -36,7 +36,7 @@ const PIPELINE: usize = 32;
 /// Serves one client until it is done, idle, or breaks the rules.
 pub(crate) async fn serve(pod: Rc<PodContext>, accepted: Accepted) {
     let peer = accepted.peer;
-    let Some(_slot) = Slot::take(&pod) else { return };
+    let Some(_slot) = Slot::take(&pod, Place::Client) else { return };
     if let Err(error) = converse(&pod, accepted).await {
         tracing::debug!(target: "dns", %error, %peer, "DNS client left");
     }

@@ -117,6 +117,7 @@ fn a_bad_reload_keeps_the_last_good_one_and_a_good_one_replaces_it_whole() {
     let policies = || state.snapshot().policies().map(|p| p.key().to_string()).collect::<Vec<_>>();
     config.look(&Ok("policies: 1".to_owned()), &state);
     config.look(&Err("gone".to_owned()), &state);
+    config.look(&Ok("\n".to_owned()), &state);
     assert_eq!(policies(), ["n/a"]);
     config.look(&Ok(policy("b")), &state);
     assert_eq!(policies(), ["n/b"]);

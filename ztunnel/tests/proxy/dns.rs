@@ -203,7 +203,6 @@ async fn what_is_no_query_is_told_so_and_nothing_makes_the_server_fall() {
         bytes[at] = value;
         bytes
     };
-    assert_eq!(code(&ask(udp, &with(2, 0x80)).await), ResponseCode::FormErr);
     assert_eq!(code(&ask(udp, &with(2, 0x28)).await), ResponseCode::NotImp);
     assert_eq!(code(&ask(udp, &good[..20]).await), ResponseCode::FormErr);
     let socket = UdpSocket::bind("127.0.0.1:0").await.expect("bind");
