@@ -304,6 +304,7 @@ mod tests {
         allow.origin.file = Some("p.yaml".into());
         allow.origin.line = Some(3);
         let decision = ask(&set([allow.clone(), policy("second", Action::Allow, Vec::new())]), CLIENT);
+        assert_eq!((decision.verdict, decision.reason), (Verdict::Deny, Some(Reason::Denied)));
         assert_eq!(decision.explanation, "allow policies exist, but none allowed");
         assert_eq!(decision.origin.unwrap().to_string(), "AuthorizationPolicy demo/first (p.yaml:3)");
         let never = vec![vec![Match { destination_ports: vec![81], ..Match::default() }]];

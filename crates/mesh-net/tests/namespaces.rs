@@ -77,8 +77,12 @@ fn dial(ns: &NetNs, address: &str) -> std::io::Result<TcpStream> {
 
 fn a_socket_keeps_the_namespace_it_was_made_in() {
     let (ns, home) = (NetNs::create().expect("namespace"), NetNs::current().expect("home"));
-    let listener = listen(&ns, "127.0.0.1:0");
-    let address = listener.local_addr().expect("address").to_string();
+    let any = "127.0.0.1:0".parse().expect("address");
+    let (listener, _) = listen_tcp(Some(&ns), any, 16, &SocketOptions::default()).expect("listen");
+    let dest = listener.local_addr().expect("address");
+    let address = dest.to_string();
+    let socket = tcp_socket(Some(&ns), None, dest, &SocketOptions::default()).expect("socket");
+    socket.connect_timeout(&dest.into(), LIMIT).expect("connected from outside, as from inside");
     assert_eq!(NetNs::current().expect("home").id().expect("id"), home.id().expect("id"));
     dial(&home, &address).expect_err("not in this namespace");
     dial(&ns, &address).expect("lo is up in a new namespace");

@@ -63,7 +63,7 @@ mod tests {
     fn ipv6_and_mixed_families_are_told_apart() {
         let (v4, v6) = ("10.0.0.1:1".parse().unwrap(), "[2001:db8::1]:1".parse().unwrap());
         let header = encode(v6, v6, None);
-        assert_eq!((header[13], header.len()), (TCP6, 16 + 36));
-        assert_eq!(encode(v4, v6, None)[13..], [UNSPECIFIED, 0, 0]);
+        assert_eq!((header[13], header.len()), (0x21, 16 + 36));
+        assert_eq!(encode(v4, v6, None)[13..], [0x01, 0, 0]);
     }
 }

@@ -191,9 +191,14 @@ mod tests {
 
     #[tokio::test]
     async fn refuses_what_is_not_a_plain_connect() {
-        for bytes in
-            [&b"GET / HTTP/1.1"[..], &[4, 1, 0], &[5, 1, 2], &[5, 1, 0, 5, 2, 0, 1], &[5, 1, 0, 5, 1, 0, 9, 0], &[5]]
-        {
+        for bytes in [
+            &b"GET / HTTP/1.1"[..],
+            &[4, 1, 0],
+            &[5, 1, 2],
+            &[5, 1, 0, 5, 2, 0, 1, 10, 0, 0, 1, 0, 80],
+            &[5, 1, 0, 5, 1, 0, 9, 0],
+            &[5],
+        ] {
             assert!(request(bytes).await.is_err(), "{bytes:?}");
         }
     }

@@ -20,7 +20,7 @@ use crate::{
     ping_pong,
 };
 
-async fn tls_as(mesh: &Mesh, account: &str, server: &Pod) -> Secured {
+pub(crate) async fn tls_as(mesh: &Mesh, account: &str, server: &Pod) -> Secured {
     let (tcp, config) = door(mesh, account, server).await;
     tls::connect(tcp, &config, peer_name()).await.expect("handshake")
 }

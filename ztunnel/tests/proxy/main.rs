@@ -6,6 +6,7 @@ mod hostile;
 mod mesh;
 mod networks;
 mod policy;
+mod routes;
 mod strengths;
 mod trust;
 

@@ -181,6 +181,18 @@ impl Mesh {
         started.expect("listeners")
     }
 
+    /// The proxy's own workload, of which only the HBONE port is served.
+    pub(crate) async fn proxy_itself(&self, name: &str) -> Pod {
+        let ip = some_loopback_address();
+        let workload = Arc::new(workload(name, ip));
+        let ports = Ports { inbound: HBONE_PORT, ..Ports::default() };
+        let config = Config { ports, local_address: Some(ip), ..Config::default_for_tests() };
+        let served = Served::new(self, config);
+        let handle = pods::start_self_listener(&served.shared, info(&workload)).await.expect("listener");
+        self.upsert([Resource::Workload(workload.clone())]);
+        served.pod(ip, workload, handle)
+    }
+
     async fn start_with(
         &self,
         config: Config,
@@ -188,25 +200,9 @@ impl Mesh {
         ip: IpAddr,
         workload: &Arc<Workload>,
     ) -> Result<Pod, StartError> {
-        let workers = Workers::spawn(2, "proxy").expect("workers");
-        let registry = Registry::new();
-        let shared = Shared {
-            config: Arc::new(config),
-            state: self.state.clone(),
-            identities: self.identities.clone(),
-            outcomes: Outcomes::new(&registry),
-            lookups: Lookups::new(false),
-            memory: mesh_hbone::Process::default(),
-            workers: workers.handles().to_vec(),
-        };
-        let info = WorkloadInfo {
-            uid: workload.uid.clone(),
-            name: workload.name.clone(),
-            namespace: workload.namespace.clone(),
-            service_account: workload.service_account.clone(),
-        };
-        let handle = pods::start(&Arc::new(shared), info, netns).await?;
-        Ok(Pod { ip, workload: workload.clone(), handle, registry, _workers: workers })
+        let served = Served::new(self, config);
+        let handle = pods::start(&served.shared, info(workload), netns).await?;
+        Ok(served.pod(ip, workload.clone(), handle))
     }
 
     pub(crate) fn upsert(&self, resources: impl IntoIterator<Item = Resource>) {
@@ -223,6 +219,43 @@ impl Mesh {
     /// A namespace policy about callers of these accounts.
     pub(crate) fn policy(&self, name: &str, action: Action, accounts: &[&str]) {
         self.upsert([Resource::Policy(Arc::new(policy(name, action, accounts)))]);
+    }
+}
+
+/// What a proxy of one pod runs on.
+struct Served {
+    shared: Arc<Shared>,
+    registry: Registry,
+    workers: Workers,
+}
+
+impl Served {
+    fn new(mesh: &Mesh, config: Config) -> Self {
+        let workers = Workers::spawn(2, "proxy").expect("workers");
+        let registry = Registry::new();
+        let shared = Shared {
+            config: Arc::new(config),
+            state: mesh.state.clone(),
+            identities: mesh.identities.clone(),
+            outcomes: Outcomes::new(&registry),
+            lookups: Lookups::new(false),
+            memory: mesh_hbone::Process::default(),
+            workers: workers.handles().to_vec(),
+        };
+        Self { shared: Arc::new(shared), registry, workers }
+    }
+
+    fn pod(self, ip: IpAddr, workload: Arc<Workload>, handle: PodHandle) -> Pod {
+        Pod { ip, workload, handle, registry: self.registry, _workers: self.workers }
+    }
+}
+
+fn info(workload: &Workload) -> WorkloadInfo {
+    WorkloadInfo {
+        uid: workload.uid.clone(),
+        name: workload.name.clone(),
+        namespace: workload.namespace.clone(),
+        service_account: workload.service_account.clone(),
     }
 }
 
@@ -285,9 +318,10 @@ impl Pod {
 
     /// A connection of an application of this pod.
     pub(crate) async fn dial(&self, destination: SocketAddr) -> TcpStream {
-        let SocketAddr::V4(v4) = destination else { panic!("IPv4 only") };
-        let mut request = vec![1];
-        request.extend(v4.ip().octets());
+        let request = match destination.ip() {
+            IpAddr::V4(ip) => [&[1][..], &ip.octets()].concat(),
+            IpAddr::V6(ip) => [&[4][..], &ip.octets()].concat(),
+        };
         self.socks(&request, destination.port()).await
     }
 

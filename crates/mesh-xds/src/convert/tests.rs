@@ -1,7 +1,10 @@
 use mesh_core::{
     origin::Origin,
-    policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch},
-    service::{HealthPolicy, LoadBalancing, LoadBalancingMode, Scope as LbScope, Service},
+    policy::{Action, Clause, Match, Policy, Rule, Scope, ServiceAccountMatch, StringMatch},
+    service::{
+        AppProtocol, HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, Scope as LbScope, Service,
+        ServicePort, Visibility,
+    },
     workload::{
         ApplicationTunnel, Health, Locality, NetworkMode, OutboundPolicy, PortMapping, TunnelProtocol, Workload,
         WorkloadType,
@@ -43,7 +46,9 @@ prop_compose! {
         (hbone, host, unhealthy, native) in (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>()),
         waypoint in prop::option::of(gateway()),
         tunnel in prop::option::of((any::<bool>(), 1u16..)),
-        zone in text(),
+        (zone, subzone, network, cluster, node) in (text(), text(), text(), text(), text()),
+        (canonical, revision, owner, hostname) in (text(), text(), text(), text()),
+        kind in 0..4usize,
         policies in prop::collection::btree_set(text(), 0..3),
         services in prop::collection::btree_map(text().prop_map(|t| Arc::from(format!("ns/{t}"))),
             prop::collection::vec((any::<u16>(), any::<u16>()), 0..3), 0..3),
@@ -57,12 +62,14 @@ prop_compose! {
         w.tunnel_protocol = if hbone { TunnelProtocol::Hbone } else { TunnelProtocol::None };
         w.network_mode = if host { NetworkMode::HostNetwork } else { NetworkMode::Standard };
         w.health = if unhealthy { Health::Unhealthy } else { Health::Healthy };
-        w.workload_type = if native { WorkloadType::Job } else { WorkloadType::Deployment };
+        w.workload_type = [WorkloadType::CronJob, WorkloadType::Deployment, WorkloadType::Job, WorkloadType::Pod][kind];
+        (w.network, w.cluster_id, w.node, w.hostname) = (network, cluster, node, hostname);
+        (w.canonical_name, w.canonical_revision, w.workload_name) = (canonical, revision, owner);
         w.native_tunnel = native;
         w.waypoint = waypoint.clone();
         w.network_gateway = waypoint;
         w.application_tunnel = tunnel.map(|(proxy_protocol, port)| ApplicationTunnel { proxy_protocol, port: Some(port) });
-        w.locality = Locality { region: zone.clone(), zone, subzone: "".into() };
+        w.locality = Locality { region: format!("r-{zone}").into(), zone, subzone };
         w.authorization_policies = policies.into_iter().collect();
         w.services = services.into_iter().map(|(k, v)| (k, v.into_iter()
             .map(|(service_port, target_port)| PortMapping { service_port, target_port }).collect())).collect();
@@ -80,10 +87,19 @@ prop_compose! {
             text().prop_map(StringMatch::Suffix), Just(StringMatch::Presence)], 0..3),
         ips in prop::collection::vec(prefix(), 0..3),
         ports in prop::collection::vec(any::<u16>(), 0..3),
+        accounts in prop::collection::vec((text(), text()), 0..3),
+        field in 0..6usize,
     ) -> Match {
-        Match {
-            namespaces: strings.clone(), not_principals: strings, source_ips: ips.clone(), not_destination_ips: ips,
-            destination_ports: ports, ..Match::default()
+        let accounts: Vec<ServiceAccountMatch> = accounts.into_iter()
+            .map(|(namespace, service_account)| ServiceAccountMatch { namespace, service_account }).collect();
+        // Each of a kind by itself, so that none can take another's place.
+        match field {
+            0 => Match { namespaces: strings.clone(), source_ips: ips, ..Match::default() },
+            1 => Match { not_namespaces: strings.clone(), not_source_ips: ips, ..Match::default() },
+            2 => Match { principals: strings.clone(), destination_ips: ips, ..Match::default() },
+            3 => Match { not_principals: strings.clone(), not_destination_ips: ips, ..Match::default() },
+            4 => Match { destination_ports: ports, service_accounts: accounts, ..Match::default() },
+            _ => Match { not_destination_ports: ports, not_service_accounts: accounts, ..Match::default() },
         }
     }
 }
@@ -91,7 +107,7 @@ prop_compose! {
 prop_compose! {
     fn policy()(
         (name, namespace, file) in (text(), text(), text()),
-        deny in any::<bool>(), scope in 0..3usize, line in 1u32..9999,
+        (deny, dry_run) in any::<(bool, bool)>(), scope in 0..3usize, line in 1u32..9999,
         clauses in prop::collection::vec(prop::collection::vec(matching(), 0..3), 0..3),
     ) -> Policy {
         let origin = Origin { object: format!("AuthorizationPolicy {namespace}/{name}").into(), file: Some(file), line: Some(line), field: None };
@@ -100,19 +116,33 @@ prop_compose! {
             origin: Origin { field: Some("spec.rules[0]".into()), line: Some(line + 3), ..origin.clone() },
         };
         Policy {
-            name, namespace, rules: vec![rule], dry_run: false, origin,
+            name, namespace, rules: vec![rule], dry_run, origin,
             action: if deny { Action::Deny } else { Action::Allow },
             scope: [Scope::Global, Scope::Namespace, Scope::WorkloadSelector][scope],
         }
     }
 }
 
+const SCOPES: [LbScope; 6] =
+    [LbScope::Network, LbScope::Region, LbScope::Zone, LbScope::Subzone, LbScope::Node, LbScope::Cluster];
+const PROTOCOLS: [AppProtocol; 6] = [
+    AppProtocol::Grpc,
+    AppProtocol::Http11,
+    AppProtocol::Http2,
+    AppProtocol::Tcp,
+    AppProtocol::Tls,
+    AppProtocol::Unknown,
+];
+
 prop_compose! {
     fn service()(
         (namespace, name, hostname) in (text(), text(), text()),
         vips in prop::collection::vec((text(), ip()), 0..3),
         waypoint in prop::option::of(gateway()),
-        strict in any::<bool>(),
+        balanced in prop::option::of((0..4usize, any::<bool>(), prop::sample::subsequence(SCOPES.to_vec(), 0..6))),
+        ports in prop::collection::vec((any::<u16>(), any::<u16>(), 0..6usize), 0..3),
+        names in prop::collection::vec(text(), 0..3),
+        (families, canonical, ingress, private) in (0..4usize, any::<bool>(), any::<bool>(), any::<bool>()),
         range in "10\\.[0-9]\\.0\\.0/16",
     ) -> Service {
         let mut s = Service::new(namespace, name, hostname);
@@ -120,11 +150,20 @@ prop_compose! {
         s.cidr_vips = vec![("".into(), range.parse().unwrap())];
         s.weighted_waypoints = waypoint.iter().map(|g| (g.clone(), 7)).collect();
         s.waypoint = waypoint;
-        s.load_balancing = strict.then(|| LoadBalancing {
-            routing_preference: vec![LbScope::Network, LbScope::Node],
-            mode: LoadBalancingMode::Strict,
-            health_policy: HealthPolicy::AllowAll,
+        s.load_balancing = balanced.map(|(mode, any_health, routing_preference)| LoadBalancing {
+            routing_preference,
+            mode: [LoadBalancingMode::Failover, LoadBalancingMode::Passthrough, LoadBalancingMode::Standard, LoadBalancingMode::Strict][mode],
+            health_policy: if any_health { HealthPolicy::AllowAll } else { HealthPolicy::OnlyHealthy },
         });
+        s.ports = ports.into_iter().map(|(service_port, target_port, protocol)| ServicePort {
+            mapping: PortMapping { service_port, target_port },
+            app_protocol: PROTOCOLS[protocol],
+        }).collect();
+        s.subject_alt_names = names;
+        s.ip_families = [IpFamilies::Automatic, IpFamilies::Dual, IpFamilies::Ipv4Only, IpFamilies::Ipv6Only][families];
+        s.canonical = canonical;
+        s.ingress_use_waypoint = ingress;
+        s.visibility = if private { Visibility::Namespace } else { Visibility::Public };
         s
     }
 }

@@ -71,7 +71,7 @@ fn an_answer_repeats_the_question_as_it_was_written_and_is_ours() {
     assert!(m.authoritative && m.recursion_available && m.recursion_desired && !m.truncation);
     assert_eq!(m.response_code, ResponseCode::NoError);
     let records: Vec<_> = answer.answers.iter().map(|r| (r.ttl, r.data.ip_addr())).collect();
-    assert_eq!(records, addresses.map(|ip| (TTL, Some(ip))));
+    assert_eq!(records, addresses.map(|ip| (30, Some(ip))));
     let edns = answer.edns.expect("EDNS");
     assert!(edns.max_payload() == 1232 && edns.flags().dnssec_ok);
 }

@@ -92,6 +92,13 @@ fn an_application_tunnel_takes_everything_on_its_port() {
 
 #[test]
 fn the_service_of_an_inbound_flow_is_the_named_one_or_the_first_with_its_port() {
+    let api = Service { hostname: "api.demo.svc".into(), name: "api".into(), ..service() };
+    let mut both = web();
+    both.services.insert(api.key(), Vec::new());
+    let known = index(&[&both], &[service(), api]);
+    let name = |named| inbound_service(&known, &both, named, 8080).map(|service| service.name.to_string());
+    assert_eq!((name(None).as_deref(), name(Some(WEB)).as_deref()), (Some("api"), Some("web")));
+
     let (web, index) = (web(), index(&[&web()], &[service()]));
     let found = |named, port| inbound_service(&index, &web, named, port).map(|service| service.hostname.to_string());
     assert_eq!(found(Some(WEB), 1), Some(WEB.to_owned()));
@@ -114,6 +121,8 @@ fn what_peers_tell_is_read_leniently() {
     assert_eq!((baggage.namespace.as_deref(), baggage.canonical_name.as_deref()), (Some("demo"), Some("web")));
     assert_eq!(told.host.as_deref(), Some("web.demo.svc"));
     assert!(told.remote);
+    let there = Config { network: "Elsewhere".into(), ..Config::default_for_tests() };
+    assert!(!super::told(&there, &headers).remote, "case does not count");
 }
 
 #[test]
