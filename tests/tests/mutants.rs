@@ -68,9 +68,9 @@ impl Mutant {
             return;
         }
         let words: Vec<&str> = line.split(' ').collect();
-        let (krate, names) = match &words[..] {
-            ["test", krate, "--lib", names @ ..] | ["test", krate, "--test" | "--bin", _, names @ ..] => (krate, names),
-            _ => panic!("{}: cannot read: {line}", self.name),
+        let (["test", krate, "--lib", names @ ..] | ["test", krate, "--test" | "--bin", _, names @ ..]) = &words[..]
+        else {
+            panic!("{}: cannot read: {line}", self.name)
         };
         self.tests.extend(names.iter().map(|name| ((*krate).to_owned(), (*name).to_owned())));
     }
