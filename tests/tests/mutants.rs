@@ -8,7 +8,7 @@ use std::{
 };
 
 /// What `docs/compatibility.md` calls the crates whose tests it names.
-const CRATES: [(&str, &str); 9] = [
+const CRATES: [(&str, &str); 10] = [
     ("core", "mesh-core"),
     ("xds", "mesh-xds"),
     ("id", "mesh-identity"),
@@ -16,6 +16,7 @@ const CRATES: [(&str, &str); 9] = [
     ("net", "mesh-net"),
     ("zt", "ztunnel"),
     ("proxy", "ztunnel"),
+    ("rt", "mesh-runtime"),
     ("cni", "cni-plugin"),
     ("cp", "control-plane"),
 ];

@@ -192,14 +192,14 @@ async fn a_flow_ends_when_either_tunnels_peer_is_revoked() {
 }
 
 #[tokio::test]
-async fn a_pod_of_another_network_is_not_reached_by_its_address() {
+async fn an_address_of_another_network_means_nothing_here_and_is_passed_through() {
     let networks = Networks::new(&["server"]).await;
     let address = networks.listener.local_addr().expect("address");
-    let there = Workload { network: "".into(), ..(*networks.server.workload).clone() };
-    assert_eq!(there.addresses, [address.ip()]);
-    // On the client's own network that address is nobody's: it is passed through, never tunnelled to a pod of another network.
-    let (near, accepted) = join!(networks.client.dial(address), networks.listener.accept());
-    drop((near, accepted));
+    // That this address is also a pod's, elsewhere, must not make it that pod: no tunnel, no identity.
+    let (mut near, accepted) = join!(networks.client.dial(address), networks.listener.accept());
+    ping_pong(&mut near, &mut accepted.expect("accept").0).await;
+    let open = networks.client.handle.connections().outbound;
+    assert_eq!((open.len(), open[0].protocol, open[0].actual_dst), (1, Protocol::Tcp, address));
     assert!(networks.mesh.state.snapshot().workload_by_address(&NetworkAddress::new("", address.ip())).is_none());
     assert_eq!(networks.passed.load(SeqCst), 0);
 }
