@@ -387,7 +387,7 @@ mod tests {
     fn each_kind_of_closed_way_names_who_closed_it() {
         let closed = |reason| blocking(&facts(hbone(json!({"open": false, "reason": reason, "detail": "d"}))));
         let certificate = ("certificate of spiffe://td/ns/t/sa/a".to_owned(), "notAfter".to_owned());
-        assert_eq!(closed("identity"), [certificate.clone()]);
+        assert_eq!(closed("identity"), std::slice::from_ref(&certificate));
         let firewall = ("NetworkPolicy or firewall before Pod t/b".to_owned(), "port 15008".to_owned());
         assert_eq!(closed("network_policy"), [certificate.clone(), firewall]);
         // Another trust domain, another account: the peer is not who is expected.
