@@ -18,7 +18,7 @@ use mesh_core::{
 use tokio::{
     io::copy_bidirectional,
     join,
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
     task::JoinSet,
 };
 use ztunnel::pods::Protocol;
@@ -56,7 +56,8 @@ impl Networks {
         let gateway = mesh.pod_with("gateway", |w| w.application_tunnel = Some(tunnel.clone())).await;
         let passed = Arc::new(AtomicUsize::new(0));
         let mut forwarding = JoinSet::new();
-        forwarding.spawn(forward(door, SocketAddr::new(server.ip, HBONE_PORT), passed.clone()));
+        let way = (SocketAddr::new(gateway.ip, 0), SocketAddr::new(server.ip, HBONE_PORT));
+        forwarding.spawn(forward(door, way, passed.clone()));
         let (listener, address) = server.listen().await;
         let Resource::Service(web) = service("web", VIP, address.port()) else { panic!("a service") };
         let subject_alt_names = vouched.iter().map(|account| identity(account).to_string().into()).collect();
@@ -77,13 +78,16 @@ impl Networks {
     }
 }
 
-async fn forward(door: TcpListener, to: SocketAddr, passed: Arc<AtomicUsize>) {
+/// From the gateway's own address: whoever looked the source up by it would find the gateway.
+async fn forward(door: TcpListener, (own, to): (SocketAddr, SocketAddr), passed: Arc<AtomicUsize>) {
     let mut connections = JoinSet::new();
     while let Ok((mut from, _)) = door.accept().await {
         passed.fetch_add(1, SeqCst);
         connections.spawn(async move {
             skip_proxy_header(&mut from).await;
-            let mut to = TcpStream::connect(to).await.expect("the server's HBONE port");
+            let socket = TcpSocket::new_v4().expect("socket");
+            socket.bind(own).expect("the gateway's address");
+            let mut to = socket.connect(to).await.expect("the server's HBONE port");
             drop(copy_bidirectional(&mut from, &mut to).await);
         });
     }
