@@ -24,7 +24,7 @@ use tokio::{
 use ztunnel::pods::Protocol;
 
 use crate::{
-    mesh::{HBONE_PORT, Mesh, Pod, expect_reset, identity, reset, samples, service},
+    mesh::{HBONE_PORT, Mesh, Pod, expect_reset, identity, reset, samples, service, workload},
     ping_pong,
     trust::revoke,
 };
@@ -68,6 +68,9 @@ impl Networks {
             ..(*server.workload).clone()
         };
         let web = Service { subject_alt_names, ..(*web).clone() };
+        // Networks share addresses: over there, the gateway's is somebody else's.
+        let namesake = Workload { network: "there".into(), ..workload("namesake", gateway.ip) };
+        mesh.upsert([Resource::Workload(Arc::new(namesake))]);
         mesh.upsert([Resource::Service(Arc::new(web)), Resource::Workload(Arc::new(remote))]);
         Self { mesh, client, server, _gateway: gateway, passed, forwarding, listener }
     }
