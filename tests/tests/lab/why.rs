@@ -25,6 +25,18 @@ struct Case<'a> {
     says: &'a str,
 }
 
+/// The usual question: of a pod to its neighbour, which ought to fail.
+const REFUSED: Case<'static> = Case {
+    fault: "",
+    source: "t/a2",
+    destination: "t/b:80",
+    allowed: false,
+    object: "",
+    place: "",
+    field: "",
+    says: "",
+};
+
 impl Case<'_> {
     /// Asks until the answer is right: a change takes a moment to reach both ends. Then tries what was asked about.
     fn check(&self, lab: &Lab) -> anyhow::Result<()> {
@@ -141,20 +153,16 @@ fn policies_are_named_with_file_line_and_field_and_the_mesh_does_what_was_said()
         for (fault, spec, field, place, says) in seeded {
             apply(lab, "p.yaml", &policy(spec))?;
             let object = "AuthorizationPolicy t/p";
-            Case { fault, source: "t/a2", destination: "t/b:80", allowed: false, object, place, field, says }
-                .check(lab)?;
+            Case { fault, object, place, field, says, ..REFUSED }.check(lab)?;
             delete(lab, "p.yaml")?;
         }
         apply(lab, "p.yaml", &policy("  action: ALLOW\n  rules:\n  - to: [{operation: {paths: [/public]}}]\n"))?;
         Case {
             fault: "a field that needs a waypoint",
-            source: "t/a2",
-            destination: "t/b:80",
-            allowed: false,
             object: "spec.rules[0].to[0].operation.paths needs a waypoint",
             place: "p.yaml",
-            field: "",
             says: "none allowed",
+            ..REFUSED
         }
         .check(lab)
     });
@@ -183,12 +191,11 @@ fn strict_peer_authentication_is_named_where_plain_text_meets_it() {
             let case = Case {
                 fault,
                 source,
-                destination: "t/b:80",
-                allowed: false,
                 object: "PeerAuthentication t/s",
                 place: "s.yaml:",
                 field: "tls",
                 says: "denied",
+                ..REFUSED
             };
             case.check(lab)?;
             let inside = Case { source: "t/a2", allowed: true, object: "", place: "", field: "", says: "", ..case };
@@ -238,18 +245,15 @@ fn what_keeps_a_pod_out_of_the_mesh_is_named() {
             ("it uses the host's network", "t/host", "Pod t/host", "spec.hostNetwork", "host's network"),
         ];
         for (fault, source, object, field, says) in cases {
-            let place = "";
-            Case { fault, source, destination: "t/b:80", allowed: true, object, place, field, says }.check(lab)?;
+            Case { fault, source, allowed: true, object, field, says, ..REFUSED }.check(lab)?;
         }
         let outside = Case {
             fault: "the destination is outside",
-            source: "t/a2",
             destination: "elsewhere/outsider:80",
-            allowed: false,
             object: "Pod elsewhere/outsider",
-            place: "",
             field: "port 80",
             says: "failed",
+            ..REFUSED
         };
         outside.check(lab)?;
         let answer = why(lab, "t/a2", "elsewhere/outsider:80")?;
@@ -270,16 +274,8 @@ fn what_is_wrong_with_a_service_is_named() {
     in_mesh(|lab| {
         let service =
             |spec: &str| format!("apiVersion: v1\nkind: Service\nmetadata: {{name: s, namespace: t}}\nspec: {spec}\n");
-        let case = |fault, destination, object, field, says| Case {
-            fault,
-            source: "t/a2",
-            destination,
-            allowed: false,
-            object,
-            place: "",
-            field,
-            says,
-        };
+        let case =
+            |fault, destination, object, field, says| Case { fault, destination, object, field, says, ..REFUSED };
         case("a port that the service has not", "t/b:81", "Service t/b", "spec.ports", "it has 80").check(lab)?;
         apply(lab, "s.yaml", &service("{selector: {app: nobody}, ports: [{port: 80, targetPort: 8080}]}"))?;
         case("a selector that picks nobody", "t/s:80", "Service t/s", "spec.selector", "picks no running pod")
@@ -300,16 +296,7 @@ fn what_is_wrong_with_a_service_is_named() {
 #[test]
 fn what_blocks_the_way_is_named() {
     in_mesh(|lab| {
-        let case = |fault, object, field, says| Case {
-            fault,
-            source: "t/a2",
-            destination: "t/b:80",
-            allowed: false,
-            object,
-            place: "",
-            field,
-            says,
-        };
+        let case = |fault, object, field, says| Case { fault, object, field, says, ..REFUSED };
         fault(lab, Fault::Block { pod: "t/b".to_owned(), port: 8080 })?;
         case("the application's port is dropped", "Service t/b", "targetPort", "nothing in pod t/b answers")
             .check(lab)?;
@@ -339,17 +326,7 @@ fn a_certificate_that_ran_out_is_named() {
     in_mesh_of(&options, |lab| {
         fault(lab, Fault::Freeze { program: "fairwayd".to_owned() })?;
         let (object, field) = ("certificate of spiffe://cluster.local/ns/t/sa/a", "notAfter");
-        Case {
-            fault: "an expired certificate",
-            source: "t/a2",
-            destination: "t/b:80",
-            allowed: false,
-            object,
-            place: "",
-            field,
-            says: "certificate",
-        }
-        .check(lab)?;
+        Case { fault: "an expired certificate", object, field, says: "certificate", ..REFUSED }.check(lab)?;
         fault(lab, Fault::Thaw { program: "fairwayd".to_owned() })
     });
 }
@@ -360,17 +337,7 @@ fn leaving_the_mesh_changes_the_answer() {
         ensure!(why(lab, "t/a2", "t/b:80")?["outbound"]["nextHop"]["type"] == "hbone", "enrolled");
         label(lab, None)?;
         let (object, field) = ("Namespace t", "metadata.labels[istio.io/dataplane-mode]");
-        Case {
-            fault: "the label is gone",
-            source: "t/a2",
-            destination: "t/b:80",
-            allowed: true,
-            object,
-            place: "",
-            field,
-            says: "not in the mesh",
-        }
-        .check(lab)
+        Case { fault: "the label is gone", allowed: true, object, field, says: "not in the mesh", ..REFUSED }.check(lab)
     });
 }
 
@@ -391,16 +358,7 @@ fn names_that_only_the_mesh_knows_need_the_meshs_dns() {
         apply(lab, "e.yaml", &entry(lab, "shop.example.com", "b")?)?;
         apply(lab, "deaf.yaml", &pod("deaf", "t", ", annotations: {ambient.istio.io/dns-capture: \"false\"}"))?;
         let destination = "shop.example.com:80";
-        let heard = Case {
-            fault: "nothing",
-            source: "t/a2",
-            destination,
-            allowed: true,
-            object: "",
-            place: "",
-            field: "",
-            says: "",
-        };
+        let heard = Case { fault: "nothing", destination, allowed: true, ..REFUSED };
         eventually("the host", || {
             ensure!(why(lab, heard.source, destination)?["allowed"] == true, "not yet");
             Ok(())
@@ -424,16 +382,13 @@ fn names_that_only_the_mesh_knows_need_the_meshs_dns() {
 fn whoever_answers_as_somebody_else_is_named() {
     in_mesh(|lab| {
         apply(lab, "e.yaml", &entry(lab, "shop.example.com", "impostor")?)?;
-        let says = "peer did not present the expected SAN";
         Case {
             fault: "another identity",
-            source: "t/a2",
             destination: "shop.example.com:80",
-            allowed: false,
             object: "Pod t/b",
-            place: "",
             field: "identity",
-            says,
+            says: "peer did not present the expected SAN",
+            ..REFUSED
         }
         .check(lab)
     });
@@ -447,13 +402,11 @@ fn what_the_mesh_config_forbids_is_named() {
         let (object, field) = ("ConfigMap istio-system/istio", "outboundTrafficPolicy");
         Case {
             fault: "a destination outside the registry",
-            source: "t/a2",
             destination: "172.18.0.12:80",
-            allowed: false,
             object,
-            place: "",
             field,
             says: "REGISTRY_ONLY",
+            ..REFUSED
         }
         .check(lab)?;
         ensure!(reaches(lab, "t/a2", "t/b:80")?, "the registry is not forbidden");
@@ -472,13 +425,11 @@ fn a_waypoint_that_is_not_there_is_named() {
         let (object, field) = ("Service t/s", "metadata.labels[istio.io/use-waypoint]");
         Case {
             fault: "a waypoint without pods",
-            source: "t/a2",
             destination: "t/s:80",
-            allowed: false,
             object,
-            place: "",
             field,
             says: "unknown waypoint",
+            ..REFUSED
         }
         .check(lab)
     });

@@ -9,6 +9,11 @@ use crate::{authority::SigningAuthority, ca::BoxFuture};
 const TTL: Duration = Duration::from_secs(10);
 const ANSWER_TIME: Duration = Duration::from_millis(50);
 
+/// Lets virtual time pass: every test here runs on a paused clock, which jumps to the next timer once no task can go on. Nobody waits.
+async fn pass(time: Duration) {
+    tokio::time::sleep(time).await;
+}
+
 /// A CA on a paused clock that can be made to refuse.
 struct FakeCa {
     authority: SigningAuthority,
@@ -23,7 +28,7 @@ impl CaClient for FakeCa {
         let identity = identity.clone();
         Box::pin(async move {
             self.asked.fetch_add(1, Ordering::SeqCst);
-            tokio::time::sleep(ANSWER_TIME).await;
+            pass(ANSWER_TIME).await;
             if *self.down.lock().unwrap() {
                 return Err(CaError::Refused("down".to_owned()));
             }
@@ -72,7 +77,7 @@ async fn ten_second_certificates_never_lapse() {
     let (manager, ca, _task) = start();
     let mut last = manager.certificate(&identity(), Priority::RealTime).await.unwrap().generation;
     for _ in 0..120 {
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        pass(Duration::from_secs(1)).await;
         let svid = manager.cached(&identity()).expect("a valid certificate at every moment");
         assert!(svid.generation >= last);
         last = svid.generation;
@@ -86,11 +91,11 @@ async fn a_valid_certificate_survives_failed_renewals() {
     let (manager, ca, _task) = start();
     let first = manager.certificate(&identity(), Priority::RealTime).await.unwrap();
     *ca.down.lock().unwrap() = true;
-    tokio::time::sleep(Duration::from_millis(9500)).await;
+    pass(Duration::from_millis(9500)).await;
     assert!(ca.asked.load(Ordering::SeqCst) > 1, "renewal was tried");
     assert!(Arc::ptr_eq(&manager.cached(&identity()).unwrap(), &first));
     assert_eq!(manager.entries()[0].state, EntryState::Available);
-    tokio::time::sleep(Duration::from_secs(10)).await;
+    pass(Duration::from_secs(10)).await;
     assert!(manager.cached(&identity()).is_none(), "an expired certificate is not handed out");
     *ca.down.lock().unwrap() = false;
     assert!(manager.certificate(&identity(), Priority::RealTime).await.unwrap().generation > first.generation);
@@ -104,7 +109,7 @@ async fn failure_reaches_every_waiter_and_a_later_connection_shortens_the_back_o
     let (a, b) = tokio::join!(manager.certificate(&a, Priority::RealTime), manager.certificate(&b, Priority::RealTime));
     assert!(a.is_err() && b.is_err());
     // Let the back-off grow, then ask: the answer comes long before the next planned attempt.
-    tokio::time::sleep(Duration::from_secs(300)).await;
+    pass(Duration::from_secs(300)).await;
     *ca.down.lock().unwrap() = false;
     let asked = Instant::now();
     manager.certificate(&identity(), Priority::RealTime).await.unwrap();
@@ -117,10 +122,10 @@ async fn forgetting_answers_waiters_and_stops_renewal() {
     let (waiter, identity) = (manager.clone(), identity());
     let wanted = identity.clone();
     let waiting = tokio::spawn(async move { waiter.certificate(&wanted, Priority::RealTime).await });
-    tokio::time::sleep(ANSWER_TIME / 2).await;
+    pass(ANSWER_TIME / 2).await;
     manager.forget(&identity);
     assert!(matches!(waiting.await.unwrap(), Err(IdentityError::Forgotten)));
-    tokio::time::sleep(Duration::from_secs(60)).await;
+    pass(Duration::from_secs(60)).await;
     assert_eq!(ca.asked.load(Ordering::SeqCst), 1);
     assert!(manager.entries().is_empty());
 }
@@ -144,7 +149,7 @@ async fn a_restart_while_the_ca_is_away_costs_no_certificate_and_renewal_goes_on
     let after = manager.certificate(&wanted, Priority::RealTime).await.unwrap();
     assert_eq!(after.chain, before.chain);
     *ca.down.lock().unwrap() = false;
-    tokio::time::sleep(TTL).await;
+    pass(TTL).await;
     let renewed = manager.cached(&wanted).expect("renewed in time");
     assert!(renewed.generation > after.generation && renewed.chain != after.chain);
 }
@@ -169,7 +174,7 @@ async fn a_node_full_of_pods_announced_at_once_gets_every_certificate() {
     let held = || manager.entries().iter().filter(|entry| entry.state == EntryState::Available).count();
     let mut steps = 0;
     while held() < PODS {
-        tokio::time::sleep(Duration::from_secs(10)).await;
+        pass(Duration::from_secs(10)).await;
         steps += 1;
         assert!(steps < PODS, "{} of {PODS}", held());
     }
@@ -184,7 +189,7 @@ async fn the_last_word_on_an_identity_counts() {
     manager.warm(kept.clone());
     manager.warm(gone.clone());
     manager.forget(&gone);
-    tokio::time::sleep(ANSWER_TIME * 2).await;
+    pass(ANSWER_TIME * 2).await;
     assert_eq!(manager.entries().iter().map(|entry| &entry.identity).collect::<Vec<_>>(), [&kept]);
     // Asked for after it was given up, in one breath: it is wanted.
     manager.forget(&gone);

@@ -83,6 +83,7 @@ async fn a_control_plane_that_ends_every_stream_at_once_is_asked_ever_more_rarel
             Client::new(Arc::new(transport), Node::default(), &types, Box::new(Ignore), Box::new(|_: Event<'_>| {}));
         let (trigger, watcher) = drain::channel();
         let running = tokio::spawn(client.run(watcher));
+        // Of the paused clock: it jumps from attempt to attempt.
         tokio::time::sleep(Duration::from_secs(600)).await;
         trigger.drain(Duration::from_secs(1)).await;
         running.await.unwrap();
