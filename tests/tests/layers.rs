@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 /// Crate to layer. Crates of one layer never name each other; `lab` and `cli` may use every program as a library.
-const LAYERS: [(&str, u8); 15] = [
+const LAYERS: [(&str, u8); 16] = [
     ("proto", 0),
     ("mesh-core", 0),
     ("mesh-net", 0),
@@ -19,6 +19,7 @@ const LAYERS: [(&str, u8); 15] = [
     ("system-tests", 40),
     ("benches", 40),
     ("fuzz", 40),
+    ("xtask", 40),
 ];
 
 fn workspace() -> Vec<cargo_metadata::Package> {
