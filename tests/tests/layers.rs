@@ -20,6 +20,7 @@ const LAYERS: [(&str, u8); 16] = [
     ("system-tests", 40),
     ("benches", 40),
     ("fuzz", 40),
+    ("xtask", 40),
 ];
 
 fn workspace() -> Vec<cargo_metadata::Package> {

@@ -1,0 +1,128 @@
+//! `deploy/rendered/`: the chart's manifests for each platform, for those who have no helm, `fairway install` among them.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::Write as _,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context as _, bail, ensure};
+use clap::Args;
+
+const CHART: &str = "deploy/charts/fairway";
+const PLATFORMS: &str = "deploy/charts/fairway/files/platforms.yaml";
+const RENDERED: &str = "deploy/rendered";
+/// What the chart may take for granted in these files; a cluster's own version is asked by `helm install` alone.
+const KUBERNETES: &str = "1.34.0";
+
+#[derive(Args, Debug)]
+pub(crate) struct Render {
+    /// Write nothing; fail with the differences if there are any.
+    #[arg(long)]
+    check: bool,
+    #[arg(long, env = "HELM", default_value = "helm", value_name = "PROGRAM")]
+    helm: PathBuf,
+}
+
+impl Render {
+    pub(crate) fn run(&self, root: &Path) -> anyhow::Result<()> {
+        let rendered = self.rendered(root)?;
+        let folder = root.join(RENDERED);
+        if self.check { check(&folder, &rendered) } else { write(&folder, &rendered) }
+    }
+
+    /// File name to content.
+    fn rendered(&self, root: &Path) -> anyhow::Result<BTreeMap<String, String>> {
+        let mut files = BTreeMap::from([("default.yaml".to_owned(), self.template(root, None)?)]);
+        for platform in platforms(root)? {
+            files.insert(format!("{platform}.yaml"), self.template(root, Some(&platform))?);
+        }
+        Ok(files)
+    }
+
+    fn template(&self, root: &Path, platform: Option<&str>) -> anyhow::Result<String> {
+        let mut helm = Command::new(&self.helm);
+        helm.args(["template", "fairway", CHART, "--namespace", "istio-system", "--kube-version", KUBERNETES]);
+        if let Some(platform) = platform {
+            helm.args(["--set", &format!("global.platform={platform}")]);
+        }
+        let output = helm.current_dir(root).output().with_context(|| {
+            format!("cannot run `{}`: install Helm 3, or say with --helm where it is", self.helm.display())
+        })?;
+        ensure!(output.status.success(), "helm template: {}", String::from_utf8_lossy(&output.stderr).trim());
+        let text = String::from_utf8(output.stdout).context("helm template wrote no UTF-8")?;
+        Ok(format!("# Written by `cargo xtask render`. Change {CHART} instead.\n{}", tidy(&text)))
+    }
+}
+
+/// Whatever version of helm wrote it: no blanks at the ends of lines, no empty lines at the end.
+fn tidy(text: &str) -> String {
+    let lines: Vec<&str> = text.trim_end().lines().map(str::trim_end).collect();
+    lines.join("\n") + "\n"
+}
+
+fn platforms(root: &Path) -> anyhow::Result<Vec<String>> {
+    let text = fs::read_to_string(root.join(PLATFORMS)).context(PLATFORMS)?;
+    let table: BTreeMap<String, serde_json::Value> = serde_saphyr::from_str(&text).context(PLATFORMS)?;
+    Ok(table.into_keys().collect())
+}
+
+fn write(folder: &Path, rendered: &BTreeMap<String, String>) -> anyhow::Result<()> {
+    fs::create_dir_all(folder)?;
+    for name in stale(folder, rendered)? {
+        fs::remove_file(folder.join(name))?;
+    }
+    for (name, text) in rendered {
+        fs::write(folder.join(name), text).with_context(|| format!("cannot write {name}"))?;
+    }
+    println!("{}: {} files", folder.display(), rendered.len());
+    Ok(())
+}
+
+fn check(folder: &Path, rendered: &BTreeMap<String, String>) -> anyhow::Result<()> {
+    let mut wrong = stale(folder, rendered)?;
+    for (name, text) in rendered {
+        let path = folder.join(name);
+        if fs::read_to_string(&path).is_ok_and(|there| there == *text) {
+            continue;
+        }
+        print_difference(&path, text)?;
+        wrong.push(name.clone());
+    }
+    if wrong.is_empty() {
+        return Ok(());
+    }
+    bail!("{RENDERED} is not what the chart says ({}): run `cargo xtask render` and commit", wrong.join(", "))
+}
+
+/// Files of platforms that are no more.
+fn stale(folder: &Path, rendered: &BTreeMap<String, String>) -> anyhow::Result<Vec<String>> {
+    let Ok(entries) = fs::read_dir(folder) else { return Ok(Vec::new()) };
+    let mut names = Vec::new();
+    for entry in entries {
+        names.push(entry?.file_name().to_string_lossy().into_owned());
+    }
+    names.retain(|name| !rendered.contains_key(name));
+    names.sort();
+    Ok(names)
+}
+
+fn print_difference(path: &Path, text: &str) -> anyhow::Result<()> {
+    let mut diff = Command::new("diff")
+        .args(["--unified", "--new-file"])
+        .arg(path)
+        .arg("-")
+        .stdin(Stdio::piped())
+        .spawn()
+        .context("cannot run `diff`")?;
+    if let Some(mut input) = diff.stdin.take() {
+        input.write_all(text.as_bytes())?;
+    }
+    diff.wait()?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;
