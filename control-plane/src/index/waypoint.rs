@@ -220,7 +220,8 @@ impl ClusterIndex {
 
     // --- implicit policies
 
-    /// Lets the waypoint, and nobody else, reach those who use it; see [`super::Settings::allow_from_waypoint`].
+    /// Lets the waypoint, and nobody else, reach those who use it; see [`super::Settings::allow_from_waypoint`]. Without a running pod it
+    /// lets nobody.
     pub(super) fn waypoint_policy(&self, key: &ObjectKey) -> Option<Policy> {
         self.waypoint(key).filter(|_| self.settings.allow_from_waypoint)?;
         let pods = self.objects_of(Kind::Pod, Some(&key.namespace)).filter_map(|o| match &o.spec {
@@ -239,13 +240,17 @@ impl ClusterIndex {
             line: Some(object.line),
             field: None,
         };
-        let matches = vec![Match { principals: principals.clone(), ..Match::default() }];
-        (!principals.is_empty()).then(|| Policy {
+        // A rule without principals would let everybody in.
+        let rule = (!principals.is_empty()).then(|| {
+            let matches = vec![Match { principals, ..Match::default() }];
+            Rule { clauses: vec![Clause { matches }], origin: origin.clone() }
+        });
+        Some(Policy {
             name: format!("istio_allow_waypoint_{}_{}", key.namespace, key.name).into(),
             namespace: key.namespace.clone(),
             scope: Scope::WorkloadSelector,
             action: Action::Allow,
-            rules: vec![Rule { clauses: vec![Clause { matches }], origin: origin.clone() }],
+            rules: rule.into_iter().collect(),
             dry_run: false,
             origin,
         })

@@ -174,11 +174,16 @@ fn who_uses_a_waypoint_can_be_closed_to_all_others() {
         .replace("labels: {app: wp}", "labels: {app: wp, gateway.networking.k8s.io/gateway-name: wp}");
     let text = waypoint("", "") + &any_service("demo", "web", USE);
     let mut world = World::of(&(text + &pod("web", "10.0.0.1", "") + &pod("else", "10.0.0.2", "")));
-    assert!(world.allows("web", 80, Some("client")), "without instances there is nobody to allow");
-    world.set("wp.yaml", &instance);
     let key = "demo/istio_allow_waypoint_demo_wp";
-    assert_eq!(world.workload("web").authorization_policies, [key.into()]);
-    assert!(world.allows("web", 80, Some("wp")) && !world.allows("web", 80, Some("client")));
+    let closed = |world: &World| {
+        world.workload("web").authorization_policies == [key.into()] && !world.allows("web", 80, Some("client"))
+    };
+    assert!(closed(&world) && !world.allows("web", 80, None), "without instances nobody is allowed");
+    world.set("wp.yaml", &instance.replace("status: {", "status: {phase: Failed, "));
+    assert!(closed(&world) && !world.allows("web", 80, Some("wp")), "an instance that ended is none");
+    world.set("wp.yaml", &instance);
+    assert!(closed(&world));
+    assert!(world.allows("web", 80, Some("wp")));
     assert!(world.allows("else", 80, Some("client")) && world.allows("wp", 80, Some("client")));
     let unasked = ClusterIndex::new(Settings { allow_from_waypoint: false, ..settings() });
     let mut unasked = World { index: unasked, ..world };
