@@ -60,6 +60,14 @@ pub(crate) struct WorkloadEntry {
     pub(crate) workload_name: Arc<str>,
 }
 
+impl WorkloadEntry {
+    /// What counts: the labels of its spec are its own as much as those of the object, whose binding is `outer`, and come before them.
+    pub(crate) fn binding<'a>(&'a self, outer: &'a Binding) -> &'a Binding {
+        let own = &self.endpoint.binding;
+        if own.waypoint.is_some() { own } else { outer }
+    }
+}
+
 /// The `spec` of a WorkloadEntry, and an endpoint of a ServiceEntry.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Endpoint {

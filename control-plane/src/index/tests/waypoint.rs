@@ -132,6 +132,53 @@ fn another_namespace_has_to_be_admitted() {
 }
 
 #[test]
+fn what_cannot_be_followed_is_told_where_it_is_written() {
+    let world = |labelled: &str| {
+        let mut world = World::new();
+        world.set("f.yaml", &(waypoint("istio.io/waypoint-for: all", "") + labelled));
+        world
+    };
+    let field = |labelled: &str| {
+        let world = world(labelled);
+        let found: Vec<_> =
+            world.index.problems().chain(&world.catalogue.problems()).map(|p| p.field.clone()).collect();
+        assert_eq!(found.len(), 1, "{found:?}");
+        found[0].clone()
+    };
+    let canary = any_service("demo", "web", &format!("{USE}, istio.io/use-waypoint-canary: nobody"));
+    let canary = canary.replace("labels:", "annotations: {istio.io/use-waypoint-canary-weight: \"9\"}, labels:");
+    assert_eq!(field(&canary), "metadata.labels.istio.io/use-waypoint-canary");
+    let endpoint = entry(
+        "namespace: demo, name: api",
+        "{hosts: [a.b], resolution: STATIC, endpoints: [{address: 192.0.2.1}, {address: 192.0.2.2, labels: {istio.io/use-waypoint: nobody}}]}",
+    );
+    assert_eq!(field(&endpoint), "spec.endpoints[1].labels.istio.io/use-waypoint");
+    let vm = workload_entry("{address: 192.0.2.9, labels: {istio.io/use-waypoint: nobody}}");
+    assert_eq!(field(&vm), "spec.labels.istio.io/use-waypoint");
+    let ingress = any_service("demo", "web", "istio.io/ingress-use-waypoint: \"yes\"");
+    assert_eq!(field(&ingress), "metadata.labels.istio.io/ingress-use-waypoint");
+    assert!(!web(&world(&ingress)).ingress_use_waypoint);
+}
+
+#[test]
+fn a_workload_entry_is_bound_by_the_labels_of_its_spec_before_those_of_the_object() {
+    let vm = |labels: &str| {
+        workload_entry(&format!("{{address: 192.0.2.9, labels: {{{labels}}}}}"))
+            .replace("labels: {app: vm}", "labels: {istio.io/use-waypoint: other}")
+    };
+    let mut world = World::of(&vm(USE));
+    let bound = |world: &World| {
+        let uid = "Kubernetes/networking.istio.io/WorkloadEntry/demo/vm";
+        world.index.model().workload(uid).unwrap().waypoint.clone()
+    };
+    assert_eq!((bound(&world), problems(&world).len()), (None, 1));
+    world.set("wp.yaml", &waypoint("istio.io/waypoint-for: all", ""));
+    assert_eq!((bound(&world), problems(&world)), (wp(), vec![]));
+    world.set("f.yaml", &vm(""));
+    assert_eq!((bound(&world), problems(&world).len()), (None, 1), "the object's counts where the spec has none");
+}
+
+#[test]
 fn a_canary_gets_its_share_and_its_mistakes_keep_the_first() {
     let with = |weight: &str, canary: &str| {
         let service = format!(
