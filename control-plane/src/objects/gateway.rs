@@ -147,8 +147,14 @@ impl Gateway {
 pub(super) fn gateway(meta: &Meta, fields: &Fields<'_>) -> Option<Gateway> {
     let spec = fields.required("spec")?.fields()?;
     let class = spec.required("gatewayClassName")?;
-    let application_tunnel = inbound_binding(meta, &class);
     let of_class = class.text().is_some_and(|class| CLASSES.contains(&class));
+    let application_tunnel = match (inbound_binding(meta), of_class) {
+        (Some(Err(told)), true) => {
+            class.reject(told, "expected NONE or PROXY, and a port if it is not the original one: PROXY/15088");
+            None
+        }
+        (binding, _) => binding.and_then(Result::ok),
+    };
     if !of_class && application_tunnel.is_none() {
         // Another controller's: what it says is between the two.
         return Some(Gateway::default());
@@ -183,8 +189,8 @@ fn waypoint_for(meta: &Meta, place: &Cursor<'_>) -> (bool, bool) {
     }
 }
 
-/// `<PROTOCOL>` or `<PROTOCOL>/<port>`.
-fn inbound_binding(meta: &Meta, place: &Cursor<'_>) -> Option<ApplicationTunnel> {
+/// `<PROTOCOL>` or `<PROTOCOL>/<port>`; or what is wrong with it.
+fn inbound_binding(meta: &Meta) -> Option<Result<ApplicationTunnel, String>> {
     let text = meta.annotations.get("ambient.istio.io/waypoint-inbound-binding")?;
     let (protocol, port) = text.split_once('/').map_or((&**text, None), |(protocol, port)| (protocol, Some(port)));
     let proxy_protocol = match protocol {
@@ -194,13 +200,10 @@ fn inbound_binding(meta: &Meta, place: &Cursor<'_>) -> Option<ApplicationTunnel>
     };
     let number = port.map(str::parse::<u16>).transpose();
     let (Some(proxy_protocol), Ok(port)) = (proxy_protocol, number) else {
-        place.reject(
-            format!("annotation ambient.istio.io/waypoint-inbound-binding `{}` cannot be read", excerpt(text)),
-            "expected NONE or PROXY, and a port if it is not the original one: PROXY/15088",
-        );
-        return None;
+        let shown = excerpt(text);
+        return Some(Err(format!("annotation ambient.istio.io/waypoint-inbound-binding `{shown}` cannot be read")));
     };
-    Some(ApplicationTunnel { proxy_protocol, port: port.filter(|port| *port != 0) })
+    Some(Ok(ApplicationTunnel { proxy_protocol, port: port.filter(|port| *port != 0) }))
 }
 
 fn listener(cursor: &Cursor<'_>) -> Option<Listener> {

@@ -259,7 +259,8 @@ fn a_wrong_gateway_is_told() {
         assert!(found.iter().any(|p| p.contains(expected)), "{expected}: {found:?}");
     }
     let strange = ", allowedRoutes: {namespaces: {from: Selector, selector: {matchExpressions: []}}}";
-    let other = gateway("namespace: demo, name: wp", strange).replace("istio-waypoint", "nginx");
+    let meta = "namespace: demo, name: wp, annotations: {ambient.istio.io/waypoint-inbound-binding: X/1}";
+    let other = gateway(meta, strange).replace("istio-waypoint", "nginx");
     assert_eq!(problems(&World::of(&(other + &any_service("demo", "web", USE)))).len(), 1, "it is no waypoint");
 }
 
