@@ -289,6 +289,9 @@ fn the_mesh_config_decides_what_pods_may_call() {
     assert_eq!(policy(&world), Some(OutboundPolicy::RegistryOnly));
     world.set("mesh.yaml", &with("REGISTRY_ONLY").replace("name: istio}", "name: other}"));
     assert_eq!(policy(&world), None, "only the one ConfigMap is the mesh's");
+    let twice = mesh("mesh: \"{outboundTrafficPolicyy: {}, outboundTrafficPolicy: {modee: ALLOW_ANY}}\"");
+    world.set("mesh.yaml", &twice);
+    assert_eq!(world.catalogue.problems().len(), 2, "every misspelt field is told");
 }
 
 #[test]
