@@ -24,6 +24,8 @@ pub(crate) use gateway::{AllowedFrom, Binding, Gateway, GatewayHost, USE_WAYPOIN
 pub(crate) use mesh_config::MeshConfig;
 pub(crate) use policy::Settings;
 
+use crate::problem::Place;
+
 pub(crate) type Labels = BTreeMap<Arc<str>, Arc<str>>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -96,8 +98,7 @@ impl fmt::Display for ObjectKey {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Object {
     pub(crate) key: ObjectKey,
-    pub(crate) file: Arc<str>,
-    pub(crate) line: u32,
+    pub(crate) place: Place,
     pub(crate) binding: Binding,
     pub(crate) spec: Spec,
 }

@@ -7,7 +7,6 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use mesh_core::{
     addr::NetworkAddress,
-    origin::Origin,
     policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch},
     select::HBONE_PORT,
     service::{Service, Visibility},
@@ -209,8 +208,7 @@ impl ClusterIndex {
             _ => {}
         }
         let problem = |(line, Unbound(message, remedy)): (u32, Unbound)| Problem {
-            file: object.file.clone(),
-            line,
+            place: object.place.at(line),
             field: format!("metadata.labels.{USE_WAYPOINT}"),
             message,
             remedy: remedy.to_owned(),
@@ -233,12 +231,7 @@ impl ClusterIndex {
         };
         let principals: Vec<StringMatch> = accounts.into_iter().map(principal).collect();
         let object = self.objects.get(key)?;
-        let origin = Origin {
-            object: format!("{key} (--default-allow-from-waypoint)").into(),
-            file: Some(object.file.clone()),
-            line: Some(object.line),
-            field: None,
-        };
+        let origin = object.place.origin(format!("{key} (--default-allow-from-waypoint)").into(), None);
         let matches = vec![Match { principals: principals.clone(), ..Match::default() }];
         (!principals.is_empty()).then(|| Policy {
             name: format!("istio_allow_waypoint_{}_{}", key.namespace, key.name).into(),
