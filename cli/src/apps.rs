@@ -18,7 +18,7 @@ use crate::args::{App, TransferMode};
 
 pub(crate) fn run(app: App) -> anyhow::Result<ExitCode> {
     match app {
-        App::Http { listen, name } => http::serve(address(&listen)?, &name)?,
+        App::Http { listen, name, drain } => http::serve(address(&listen)?, &name, Duration::from_secs(drain))?,
         App::Echo { listen } => steady::echo(address(&listen)?)?,
         App::Stream { listen } => stream::serve(address(&listen)?)?,
         App::Greet { listen } => stream::greet(address(&listen)?)?,

@@ -243,6 +243,9 @@ pub(crate) enum App {
         listen: String,
         #[arg(long, env = "HOSTNAME", default_value = "server")]
         name: String,
+        /// Seconds to go on for when told to terminate.
+        #[arg(long, default_value_t = 0)]
+        drain: u64,
     },
     /// Echo lines.
     Echo {
@@ -367,6 +370,19 @@ pub(crate) enum Debug {
         token: PathBuf,
         /// `spiffe://…`.
         identity: String,
+    },
+    /// Follow what pods send each other across an interface of this network namespace, and say at the end what of it was TLS.
+    Wire {
+        #[arg(long, default_value = "eth0")]
+        interface: String,
+        /// Ranges that pods' addresses are from.
+        #[arg(long, required = true, value_delimiter = ',')]
+        pods: Vec<ipnet::IpNet>,
+        /// Text to look for in what was sent in the clear.
+        #[arg(long)]
+        nonce: Option<String>,
+        #[arg(long, default_value_t = 3.0)]
+        seconds: f64,
     },
 }
 

@@ -1,19 +1,35 @@
 //! `fairway debug …`.
 
-use std::{process::ExitCode, sync::Arc, time::Duration};
+use std::{path::PathBuf, process::ExitCode, sync::Arc, time::Duration};
 
+use lab::wire::Recorder;
 use mesh_core::identity::Identity;
 use mesh_identity::{CaClient, ControlPlane, ControlTls, GrpcCa, GrpcCaConfig, RootSource, TokenSource, csr::Csr};
+use mesh_net::NetNs;
 
 use crate::args::Debug;
 
-pub(crate) fn run(debug: &Debug) -> anyhow::Result<ExitCode> {
-    let Debug::RequestCertificate { address, root, token, identity } = debug;
+pub(crate) fn run(debug: Debug) -> anyhow::Result<ExitCode> {
+    match debug {
+        Debug::RequestCertificate { address, root, token, identity } => {
+            request_certificate(address, root, token, &identity)
+        }
+        Debug::Wire { interface, pods, nonce, seconds } => {
+            let recorder = Recorder::start(&NetNs::current()?, &interface, pods)?;
+            crate::output::say!("listening");
+            std::thread::sleep(Duration::try_from_secs_f64(seconds)?);
+            crate::output::say!("{}", serde_json::to_string(&recorder.look(nonce.as_deref()))?);
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+fn request_certificate(address: String, root: PathBuf, token: PathBuf, identity: &str) -> anyhow::Result<ExitCode> {
     let identity: Identity = identity.parse()?;
     let server = ControlPlane {
-        address: address.clone(),
-        roots: RootSource::File(root.clone()),
-        token: TokenSource::File(token.clone()),
+        address,
+        roots: RootSource::File(root),
+        token: TokenSource::File(token),
         headers: Vec::new(),
         alternative_name: None,
         tls: ControlTls::default(),

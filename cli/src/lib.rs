@@ -73,7 +73,7 @@ fn command_line(arguments: Vec<OsString>) -> ExitCode {
     };
     let outcome = match args.command {
         args::Command::App(app) => apps::run(app),
-        args::Command::Debug(debug) => debug::run(&debug),
+        args::Command::Debug(debug) => debug::run(debug),
         args::Command::Demo(options) => demo::run(&options),
         args::Command::Dump(query) => dump::run(&query),
         args::Command::Lab(command) => lab_commands::run(command),

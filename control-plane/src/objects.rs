@@ -20,7 +20,7 @@ use mesh_core::{
 
 pub(crate) use decode::{Read, read};
 pub(crate) use egress::{Endpoint, EndpointAddress, EntryPort, Resolution, ServiceEntry, WorkloadEntry};
-pub(crate) use gateway::{AllowedFrom, Binding, Gateway, GatewayHost, USE_WAYPOINT, Wanted};
+pub(crate) use gateway::{AllowedFrom, Binding, Gateway, GatewayHost, Place, Wanted};
 pub(crate) use mesh_config::MeshConfig;
 pub(crate) use policy::Settings;
 

@@ -16,6 +16,7 @@ const LAYERS: [(&str, u8); 16] = [
     ("control-plane", 30),
     ("lab", 35),
     ("cli", 36),
+    ("kube-tests", 40),
     ("system-tests", 40),
     ("benches", 40),
     ("fuzz", 40),

@@ -108,10 +108,8 @@ impl ClusterIndex {
             services: self.services_of(&Member { key, labels, ports, pod_uid: None }),
             ..self.workload(&uid, key)
         };
-        let binding = self.objects.get(key).map(|o| o.binding.clone()).unwrap_or_default();
-        // The labels of its spec are its own as much as those of the object.
-        let binding = if binding.waypoint.is_some() { &binding } else { &entry.endpoint.binding };
-        self.bind_workload(key, binding, labels, placed(workload, &entry.endpoint))
+        let outer = self.objects.get(key).map(|o| o.binding.clone()).unwrap_or_default();
+        self.bind_workload(key, entry.binding(&outer), labels, placed(workload, &entry.endpoint))
     }
 
     /// The entries whose selector picks a pod or workload entry, as services of it.

@@ -129,7 +129,8 @@ impl ClusterIndex {
     }
 }
 
-/// Each takes the number its name hashes to, or the next free one; the oldest choose first, so that a newcomer moves nobody older.
+/// Each takes the number its name hashes to, or the next free one; the oldest choose first, so that a newcomer moves nobody older. Those
+/// without a creationTimestamp, as in files, choose before all others and by name: a new one may move what sorts behind it.
 fn allocate(mut wanting: Vec<(Arc<str>, ObjectKey, Arc<str>)>) -> Allocation {
     wanting.sort();
     let (mut taken, mut allocation) = (BTreeSet::new(), Allocation::new());

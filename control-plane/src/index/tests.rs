@@ -359,8 +359,11 @@ fn any_entry() -> impl Strategy<Value = String> {
                 ),
                 &format!("{{hosts: [{host}], ports: [{{number: 443, name: tls}}], {spec}}}")
             )),
-        proptest::sample::select(vec!["web", "else"])
-            .prop_map(|app| workload_entry(&format!("{{address: 192.0.2.9, labels: {{app: {app}}}}}"))),
+        (
+            proptest::sample::select(vec!["web", "else"]),
+            proptest::sample::select(vec!["", ", istio.io/use-waypoint: wp"])
+        )
+            .prop_map(|(app, label)| workload_entry(&format!("{{address: 192.0.2.9, labels: {{app: {app}{label}}}}}"))),
     ]
 }
 

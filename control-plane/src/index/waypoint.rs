@@ -16,9 +16,7 @@ use mesh_core::{
 
 use super::{ClusterIndex, matches};
 use crate::{
-    objects::{
-        AllowedFrom, Binding, Gateway, GatewayHost, Kind, Labels, Object, ObjectKey, Spec, USE_WAYPOINT, Wanted,
-    },
+    objects::{AllowedFrom, Binding, Gateway, GatewayHost, Kind, Labels, Object, ObjectKey, Place, Spec, Wanted},
     problem::Problem,
 };
 
@@ -169,8 +167,7 @@ impl ClusterIndex {
             units.extend(BINDABLE.iter().flat_map(|kind| self.keys(*kind, Some(&object.key.name))));
         }
         for object in BINDABLE.iter().flat_map(|kind| self.objects_of(*kind, None)) {
-            let endpoint_names = matches!(&object.spec, Spec::ServiceEntry(entry) if entry.endpoints.iter().any(|e| e.binding.names(gateway)));
-            if endpoint_names || object.binding.names(gateway) {
+            if bindings(object).iter().any(|(binding, _)| binding.names(gateway)) {
                 units.insert(object.key.clone());
                 self.members(object, units);
             }
@@ -180,38 +177,25 @@ impl ClusterIndex {
     /// Labels that bind nothing.
     pub(super) fn unbound(&self, unit: &ObjectKey) -> Vec<Problem> {
         let Some(object) = self.objects.get(unit) else { return Vec::new() };
-        let mut all: Vec<(u32, Unbound)> = Vec::new();
-        let wanted = |binding: &Binding| match &binding.waypoint {
-            Some(Wanted::Gateway(gateway)) => [Some(gateway.clone()), binding.canary.as_ref().map(|(g, _)| g.clone())],
-            _ => [None, None],
-        };
-        let mut check = |binding: &Binding, traffic: Option<Traffic>| {
-            for gateway in wanted(binding).into_iter().flatten() {
+        let mut all: Vec<(&Place, Unbound)> = Vec::new();
+        for (binding, traffic) in bindings(object) {
+            let Some(Wanted::Gateway(waypoint)) = &binding.waypoint else { continue };
+            let canary = binding.canary.as_ref().map(|(canary, _)| (canary, &binding.canary_at));
+            for (gateway, place) in std::iter::once((waypoint, &binding.waypoint_at)).chain(canary) {
                 let bound = match traffic {
-                    Some(traffic) => self.follow(&gateway, object, traffic).map(drop),
-                    // Which kinds of traffic a namespace has is not for its label to know.
-                    None => self.reach(&gateway, &object.key.name).and_then(|found| {
-                        let address = self.address(&gateway, found).map(drop);
-                        address.ok_or_else(|| missing(&gateway, "has no Service of its name and no address"))
+                    Some(traffic) => self.follow(gateway, object, traffic).map(drop),
+                    None => self.reach(gateway, &object.key.name).and_then(|found| {
+                        let address = self.address(gateway, found).map(drop);
+                        address.ok_or_else(|| missing(gateway, "has no Service of its name and no address"))
                     }),
                 };
-                all.extend(bound.err().map(|unbound| (binding.line, unbound)));
+                all.extend(bound.err().map(|unbound| (place, unbound)));
             }
-        };
-        match &object.spec {
-            Spec::Namespace(_) => check(&object.binding, None),
-            Spec::Service(_) => check(&object.binding, Some(Traffic::Service)),
-            Spec::ServiceEntry(entry) => {
-                check(&object.binding, Some(Traffic::Service));
-                entry.endpoints.iter().for_each(|e| check(&e.binding, Some(Traffic::Workload)));
-            }
-            Spec::Pod(_) | Spec::WorkloadEntry(_) => check(&object.binding, Some(Traffic::Workload)),
-            _ => {}
         }
-        let problem = |(line, Unbound(message, remedy)): (u32, Unbound)| Problem {
+        let problem = |(place, Unbound(message, remedy)): (&Place, Unbound)| Problem {
             file: object.file.clone(),
-            line,
-            field: format!("metadata.labels.{USE_WAYPOINT}"),
+            line: place.line,
+            field: place.field.clone(),
             message,
             remedy: remedy.to_owned(),
         };
@@ -220,7 +204,8 @@ impl ClusterIndex {
 
     // --- implicit policies
 
-    /// Lets the waypoint, and nobody else, reach those who use it; see [`super::Settings::allow_from_waypoint`].
+    /// Lets the waypoint, and nobody else, reach those who use it; see [`super::Settings::allow_from_waypoint`]. Without a running pod it
+    /// lets nobody.
     pub(super) fn waypoint_policy(&self, key: &ObjectKey) -> Option<Policy> {
         self.waypoint(key).filter(|_| self.settings.allow_from_waypoint)?;
         let pods = self.objects_of(Kind::Pod, Some(&key.namespace)).filter_map(|o| match &o.spec {
@@ -239,13 +224,17 @@ impl ClusterIndex {
             line: Some(object.line),
             field: None,
         };
-        let matches = vec![Match { principals: principals.clone(), ..Match::default() }];
-        (!principals.is_empty()).then(|| Policy {
+        // A rule without principals would let everybody in.
+        let rule = (!principals.is_empty()).then(|| {
+            let matches = vec![Match { principals, ..Match::default() }];
+            Rule { clauses: vec![Clause { matches }], origin: origin.clone() }
+        });
+        Some(Policy {
             name: format!("istio_allow_waypoint_{}_{}", key.namespace, key.name).into(),
             namespace: key.namespace.clone(),
             scope: Scope::WorkloadSelector,
             action: Action::Allow,
-            rules: vec![Rule { clauses: vec![Clause { matches }], origin: origin.clone() }],
+            rules: rule.into_iter().collect(),
             dry_run: false,
             origin,
         })
@@ -274,6 +263,22 @@ impl ClusterIndex {
             }
         }
         gateways.into_iter().filter_map(|gateway| self.waypoint_policy(gateway)).map(|policy| policy.key()).collect()
+    }
+}
+
+/// What an object's labels bind, and for which traffic; `None` where that is not for its label to know.
+fn bindings(object: &Object) -> Vec<(&Binding, Option<Traffic>)> {
+    let own = &object.binding;
+    match &object.spec {
+        Spec::Namespace(_) => vec![(own, None)],
+        Spec::Pod(_) => vec![(own, Some(Traffic::Workload))],
+        Spec::Service(_) => vec![(own, Some(Traffic::Service))],
+        Spec::ServiceEntry(entry) => {
+            let endpoints = entry.endpoints.iter().map(|endpoint| (&endpoint.binding, Some(Traffic::Workload)));
+            std::iter::once((own, Some(Traffic::Service))).chain(endpoints).collect()
+        }
+        Spec::WorkloadEntry(entry) => vec![(entry.binding(own), Some(Traffic::Workload))],
+        _ => Vec::new(),
     }
 }
 

@@ -60,6 +60,14 @@ pub(crate) struct WorkloadEntry {
     pub(crate) workload_name: Arc<str>,
 }
 
+impl WorkloadEntry {
+    /// What counts: the labels of its spec are its own as much as those of the object, whose binding is `outer`, and come before them.
+    pub(crate) fn binding<'a>(&'a self, outer: &'a Binding) -> &'a Binding {
+        let own = &self.endpoint.binding;
+        if own.waypoint.is_some() { own } else { outer }
+    }
+}
+
 /// The `spec` of a WorkloadEntry, and an endpoint of a ServiceEntry.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Endpoint {
@@ -188,13 +196,18 @@ fn entry_port(cursor: &Cursor<'_>) -> Option<EntryPort> {
     let fields = cursor.fields()?;
     let (number, name) = (fields.required("number"), fields.required("name"));
     let target = fields.get("targetPort");
-    let protocol = fields.get("protocol").and_then(|p| p.text());
+    let protocol = fields.get("protocol");
     fields.deny_unknown();
     let (number, name) = (usable_port(&number?)?, name?.shared()?);
     let target = target.and_then(|t| usable_port(&t));
-    let protocol = protocol.map(str::to_ascii_lowercase);
-    let app_protocol = app_protocol(protocol.as_deref(), &name);
-    (protocol.as_deref() != Some("udp")).then_some(EntryPort { name, number, target, app_protocol })
+    let written = protocol.as_ref().and_then(|p| p.text()).map(str::to_ascii_lowercase);
+    if let (Some(protocol), Some("udp")) = (protocol, written.as_deref()) {
+        protocol
+            .warn("the mesh does not carry UDP: this port is ignored", "remove it; clients reach it outside the mesh");
+        return None;
+    }
+    let app_protocol = app_protocol(written.as_deref(), &name);
+    Some(EntryPort { name, number, target, app_protocol })
 }
 
 fn usable_port(cursor: &Cursor<'_>) -> Option<u16> {

@@ -7,7 +7,9 @@ use mesh_core::{addr::canonical_ip, select::HBONE_PORT, workload::ApplicationTun
 use super::{Kind, Labels, ObjectKey, decode::Meta};
 use crate::fields::{Cursor, Fields, excerpt};
 
-pub(crate) const USE_WAYPOINT: &str = "istio.io/use-waypoint";
+const USE_WAYPOINT: &str = "istio.io/use-waypoint";
+const USE_CANARY: &str = "istio.io/use-waypoint-canary";
+const INGRESS: &str = "istio.io/ingress-use-waypoint";
 const CLASSES: [&str; 2] = ["istio-waypoint", "fairway-waypoint"];
 
 /// What an object's labels say about waypoints.
@@ -19,8 +21,16 @@ pub(crate) struct Binding {
     pub(crate) canary: Option<(ObjectKey, u32)>,
     /// Whether ingress gateways go through the waypoint as well; `None` leaves it to the namespace.
     pub(crate) ingress: Option<bool>,
-    /// Of the label.
+    /// Of the labels that name the two.
+    pub(crate) waypoint_at: Place,
+    pub(crate) canary_at: Place,
+}
+
+/// Where something is written, for what is found out about it later.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Place {
     pub(crate) line: u32,
+    pub(crate) field: String,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,31 +48,41 @@ impl Binding {
         let gateway =
             |name: &Arc<str>, home: &str| ObjectKey::new(Kind::Gateway, label(home).unwrap_or(namespace), name);
         let fields = labels.fields();
-        let line = fields.and_then(|f| f.each().find(|(name, _)| *name == USE_WAYPOINT).map(|(_, l)| l.line()));
+        let at = |name: &'static str| fields.as_ref().and_then(|f| f.get(name)).unwrap_or_else(|| labels.clone());
         let waypoint = label(USE_WAYPOINT).map(|name| match &**name {
             "none" => Wanted::Nothing,
             _ => Wanted::Gateway(gateway(name, "istio.io/use-waypoint-namespace")),
         });
-        let canary = label("istio.io/use-waypoint-canary").and_then(|name| {
+        let canary = label(USE_CANARY).and_then(|name| {
             let canary = gateway(name, "istio.io/use-waypoint-canary-namespace");
             if waypoint == Some(Wanted::Gateway(canary.clone())) {
-                labels
-                    .warn("the canary is the waypoint itself", "name another Gateway in istio.io/use-waypoint-canary");
+                at(USE_CANARY).warn("the canary is the waypoint itself", "name another Gateway here");
                 return None;
             }
             let written = annotations.get("istio.io/use-waypoint-canary-weight");
             let weight = written.map_or(Some(0), |w| w.parse().ok().filter(|w| *w <= 100));
             if weight.is_none() {
                 let written = written.map_or("", |written| written);
-                labels.warn(
+                at(USE_CANARY).warn(
                     format!("annotation istio.io/use-waypoint-canary-weight `{}` is no weight", excerpt(written)),
                     "expected a number, 0 to 100; until then the canary gets nothing",
                 );
             }
             Some((canary, weight?))
         });
-        let ingress = label("istio.io/ingress-use-waypoint").map(|value| **value == *"true");
-        Self { waypoint, canary, ingress, line: line.unwrap_or_default() }
+        let ingress = label(INGRESS).and_then(|value| {
+            let said = value.parse().ok();
+            if said.is_none() {
+                let told = format!("`{}` is neither true nor false, so the label does not count", excerpt(value));
+                at(INGRESS).warn(told, "expected true or false");
+            }
+            said
+        });
+        let place = |name| {
+            let at = at(name);
+            Place { line: at.line(), field: at.path().to_owned() }
+        };
+        Self { waypoint, canary, ingress, waypoint_at: place(USE_WAYPOINT), canary_at: place(USE_CANARY) }
     }
 
     pub(crate) fn names(&self, gateway: &ObjectKey) -> bool {
@@ -127,8 +147,14 @@ impl Gateway {
 pub(super) fn gateway(meta: &Meta, fields: &Fields<'_>) -> Option<Gateway> {
     let spec = fields.required("spec")?.fields()?;
     let class = spec.required("gatewayClassName")?;
-    let application_tunnel = inbound_binding(meta, &class);
     let of_class = class.text().is_some_and(|class| CLASSES.contains(&class));
+    let application_tunnel = match (inbound_binding(meta), of_class) {
+        (Some(Err(told)), true) => {
+            class.reject(told, "expected NONE or PROXY, and a port if it is not the original one: PROXY/15088");
+            None
+        }
+        (binding, _) => binding.and_then(Result::ok),
+    };
     if !of_class && application_tunnel.is_none() {
         // Another controller's: what it says is between the two.
         return Some(Gateway::default());
@@ -163,8 +189,8 @@ fn waypoint_for(meta: &Meta, place: &Cursor<'_>) -> (bool, bool) {
     }
 }
 
-/// `<PROTOCOL>` or `<PROTOCOL>/<port>`.
-fn inbound_binding(meta: &Meta, place: &Cursor<'_>) -> Option<ApplicationTunnel> {
+/// `<PROTOCOL>` or `<PROTOCOL>/<port>`; or what is wrong with it.
+fn inbound_binding(meta: &Meta) -> Option<Result<ApplicationTunnel, String>> {
     let text = meta.annotations.get("ambient.istio.io/waypoint-inbound-binding")?;
     let (protocol, port) = text.split_once('/').map_or((&**text, None), |(protocol, port)| (protocol, Some(port)));
     let proxy_protocol = match protocol {
@@ -174,13 +200,10 @@ fn inbound_binding(meta: &Meta, place: &Cursor<'_>) -> Option<ApplicationTunnel>
     };
     let number = port.map(str::parse::<u16>).transpose();
     let (Some(proxy_protocol), Ok(port)) = (proxy_protocol, number) else {
-        place.reject(
-            format!("annotation ambient.istio.io/waypoint-inbound-binding `{}` cannot be read", excerpt(text)),
-            "expected NONE or PROXY, and a port if it is not the original one: PROXY/15088",
-        );
-        return None;
+        let shown = excerpt(text);
+        return Some(Err(format!("annotation ambient.istio.io/waypoint-inbound-binding `{shown}` cannot be read")));
     };
-    Some(ApplicationTunnel { proxy_protocol, port: port.filter(|port| *port != 0) })
+    Some(Ok(ApplicationTunnel { proxy_protocol, port: port.filter(|port| *port != 0) }))
 }
 
 fn listener(cursor: &Cursor<'_>) -> Option<Listener> {

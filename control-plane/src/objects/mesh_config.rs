@@ -45,7 +45,8 @@ fn read(mesh: &Cursor<'_>) -> Option<MeshConfig> {
     }
     let policy = fields.get("outboundTrafficPolicy").and_then(|policy| policy.fields());
     let mode = policy.as_ref().and_then(|policy| policy.get("mode"));
-    if fields.deny_misspelt() || policy.as_ref().is_some_and(Fields::deny_misspelt) {
+    // Both are asked, so that both tell.
+    if fields.deny_misspelt() | policy.as_ref().is_some_and(Fields::deny_misspelt) {
         return None;
     }
     let registry_only = match mode {

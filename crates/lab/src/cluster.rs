@@ -30,7 +30,7 @@ use crate::{
     plugin,
     pods::{Pod, cni, write_whole},
     protocol::{Fault, NodeStatus, PodStatus, ProgramStatus, Status},
-    topology::{CONTROL, Member, Topology},
+    topology::{self, CONTROL, Member, Topology},
     wire::Recorder,
 };
 
@@ -86,7 +86,7 @@ impl Cluster {
         paths.create()?;
         link_programs(&paths)?;
         let topology = Topology::build(options.nodes)?;
-        let recorder = Recorder::start(topology.wire(), "node1")?;
+        let recorder = Recorder::start(topology.wire(), "node1", topology::all_pods())?;
         let mut cluster = Self {
             paths,
             options,

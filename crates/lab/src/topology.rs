@@ -89,12 +89,9 @@ fn pod_ranges(index: u8) -> [IpNet; 2] {
     [prefix(Ipv4Addr::new(10, 244, index, 0).into(), 24), prefix(pod_v6(index, 0).into(), 64)]
 }
 
-/// Whether an address belongs to any pod.
-pub fn is_pod(ip: IpAddr) -> bool {
-    match ip {
-        IpAddr::V4(ip) => ip.octets()[..2] == [10, 244],
-        IpAddr::V6(ip) => ip.segments()[0] == 0xfd44,
-    }
+/// Where the pods of every node live.
+pub(crate) fn all_pods() -> Vec<IpNet> {
+    vec![prefix(Ipv4Addr::new(10, 244, 0, 0).into(), 16), prefix(Ipv6Addr::new(0xfd44, 0, 0, 0, 0, 0, 0, 0).into(), 16)]
 }
 
 pub(crate) fn prefix(ip: IpAddr, length: u8) -> IpNet {

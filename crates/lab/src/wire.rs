@@ -4,7 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     io,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
@@ -13,12 +13,13 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use ipnet::IpNet;
 use mesh_net::{
     NetNs,
     capture::{FrameInfo, FrameSocket, TcpHeader, parse},
 };
 
-use crate::{protocol::Sight, topology::is_pod};
+use crate::protocol::Sight;
 
 /// Captured bytes kept since the last mark; beyond it frames are counted as lost.
 const KEEP: usize = 192 * 1024 * 1024;
@@ -36,13 +37,13 @@ pub struct Recorder {
 }
 
 impl Recorder {
-    /// Listens on a node's port of the wire.
+    /// Listens on an interface that carries what nodes send each other; frames count whose both ends are in `pods`.
     ///
     /// # Errors
     /// When the capture socket or its thread cannot be made.
-    pub fn start(wire: &NetNs, port: &str) -> io::Result<Self> {
+    pub fn start(wire: &NetNs, port: &str, pods: Vec<IpNet>) -> io::Result<Self> {
         let socket = FrameSocket::open(wire, port)?;
-        let recorder = Self { log: Arc::default(), stop: Arc::default() };
+        let recorder = Self { log: Arc::new(Mutex::new(Log { pods, ..Log::default() })), stop: Arc::default() };
         let (log, stop) = (recorder.log.clone(), recorder.stop.clone());
         thread::Builder::new().name("wire".to_owned()).spawn(move || listen(&socket, &log, &stop))?;
         Ok(recorder)
@@ -92,6 +93,8 @@ fn listen(socket: &FrameSocket, log: &Mutex<Log>, stop: &AtomicBool) {
 /// Everything known of the wire.
 #[derive(Debug, Default)]
 struct Log {
+    /// Where pods live.
+    pods: Vec<IpNet>,
     streams: HashMap<(SocketAddr, SocketAddr), Direction>,
     frames: Vec<(SystemTime, usize, Vec<u8>)>,
     kept: usize,
@@ -116,6 +119,7 @@ impl Log {
     fn take(&mut self, frame: &[u8], info: &FrameInfo) {
         let Some(packet) = parse(frame) else { return };
         let (Some(tcp), Some((from, to))) = (packet.tcp, packet.endpoints()) else { return };
+        let is_pod = |ip: IpAddr| self.pods.iter().any(|range| range.contains(&ip));
         if !is_pod(packet.source) || !is_pod(packet.destination) {
             return;
         }

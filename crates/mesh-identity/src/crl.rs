@@ -1,9 +1,10 @@
 //! Certificate revocation lists (RFC 5280 §5): read whole or not at all, and asked about every certificate of a verified chain.
 //!
 //! Semantics are upstream's: a certificate that no list speaks of is good, and a list past its `nextUpdate` still counts, since a stale
-//! "revoked" is better than none. Only a list that the chain's own issuer signed has a say.
+//! "revoked" is better than none. Only a list that the chain's own issuer signed has a say; one that bears the issuer's name and cannot be
+//! shown to be its own is logged, once.
 
-use std::time::SystemTime;
+use std::{sync::Once, time::SystemTime};
 
 use rustls::crypto::CryptoProvider;
 use rustls_pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor, UnixTime, pem::PemObject};
@@ -38,6 +39,8 @@ struct Crl {
     /// By which the issuer promised the next one.
     next_update: Option<SystemTime>,
     issuer: String,
+    /// It was said that it cannot be verified.
+    told: Once,
 }
 
 impl Crls {
@@ -95,8 +98,15 @@ impl Crls {
                 Some(options),
                 None,
             );
-            // Any other error says that the list is not this issuer's after all.
-            matches!(checked, Err(webpki::Error::CertRevoked))
+            match checked {
+                Ok(_) => false,
+                Err(webpki::Error::CertRevoked) => true,
+                // Signed by another key of that name, or in a way that we do not know, or by an issuer that may not sign lists.
+                Err(error) => {
+                    crl.has_no_say(&error);
+                    false
+                }
+            }
         })
     }
 }
@@ -126,7 +136,18 @@ impl Crl {
         let seconds = parsed.next_update().and_then(|at| u64::try_from(at.timestamp()).ok());
         let next_update =
             seconds.and_then(|seconds| SystemTime::UNIX_EPOCH.checked_add(std::time::Duration::from_secs(seconds)));
-        Ok(Self { list: list.into(), next_update, issuer: parsed.issuer().to_string() })
+        Ok(Self { list: list.into(), next_update, issuer: parsed.issuer().to_string(), told: Once::new() })
+    }
+
+    fn has_no_say(&self, error: &webpki::Error) {
+        self.told.call_once(|| {
+            tracing::warn!(
+                issuer = self.issuer,
+                %error,
+                "a revocation list is not verifiably signed by a CA of its issuer's name and revokes nothing of that CA; unless it is another \
+                 CA's of the same name, have it signed anew by a CA certificate with the key usage cRLSign"
+            );
+        });
     }
 }
 
@@ -169,6 +190,16 @@ mod tests {
         let both = list(&theirs, &[&good], SystemTime::now()) + &list(&ours, &[&bad], SystemTime::now());
         trust.set_crls(Crls::parse(both.as_bytes()).unwrap());
         assert_eq!((verdict(&good, &bad), verdict(&good, &good)), (Some(Distrust::Revoked), None));
+        let told: Vec<bool> = trust.crls().0.iter().map(|crl| crl.told.is_completed()).collect();
+        assert_eq!(told, [true, false], "of the one that has no say, that is logged");
+    }
+
+    #[test]
+    fn a_peer_without_certificates_is_not_believed() {
+        let ours = SigningAuthority::generate("cluster.local").unwrap();
+        let by = issue(&ours, &identity("a"), HOUR);
+        let verdict = distrust(by.anchors(), &[], PeerRole::Client, SystemTime::now());
+        assert_eq!(verdict, Some(Distrust::RootGone));
     }
 
     #[test]

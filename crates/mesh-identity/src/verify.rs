@@ -147,14 +147,14 @@ impl Anchors {
 pub enum Distrust {
     /// A revocation list names a certificate of its chain.
     Revoked,
-    /// Its chain leads to no root of ours, and did before.
+    /// Its chain leads to no root of ours, and did before; an empty one leads nowhere.
     RootGone,
 }
 
 /// Whether `anchors` and the lists in force still vouch for a peer whose chain (leaf first) was good `at` some moment. As of that
 /// moment: a certificate that has expired since says nothing against what was opened with it.
 pub fn distrust(anchors: &Anchors, chain: &[CertificateDer<'_>], role: PeerRole, at: SystemTime) -> Option<Distrust> {
-    let (leaf, intermediates) = chain.split_first()?;
+    let Some((leaf, intermediates)) = chain.split_first() else { return Some(Distrust::RootGone) };
     let at = UnixTime::since_unix_epoch(at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
     match anchors.verify_chain(leaf, intermediates, role, at) {
         Ok(()) => None,

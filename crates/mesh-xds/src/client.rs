@@ -89,8 +89,8 @@ pub struct Demand(mpsc::Sender<Wanted>);
 pub struct Unanswered;
 
 impl Demand {
-    /// Returns when the state holds what there is under `name`: `network/ip`, a uid, or `namespace/hostname`. At once when it was asked for
-    /// before. Cancel safe: others keep waiting.
+    /// Returns when the state holds what there is under `name`: `network/ip`, a uid, or `namespace/hostname`. At once when that was answered
+    /// before, also while the control plane is away. Cancel safe: others keep waiting.
     ///
     /// # Errors
     /// After 5 s, or at once when too many names wait.
@@ -116,6 +116,27 @@ struct Wishes {
     asked: OnDemand<oneshot::Sender<()>>,
 }
 
+impl Wishes {
+    /// Takes a wish and those queued behind it; the names that nobody asked for before.
+    fn take(&mut self, first: Wanted) -> Vec<String> {
+        let mut unknown = Vec::new();
+        let mut next = Some(first);
+        while let Some(Wanted { name, done }) = next {
+            // Whoever waits may have given up.
+            if !done.is_closed() {
+                match self.asked.want(name.clone(), done, oneshot::Sender::is_closed) {
+                    Wish::Known(done) => done.send(()).unwrap_or_default(),
+                    Wish::Subscribe => unknown.push(name.to_string()),
+                    // Refused ones learn it by losing their sender.
+                    Wish::Joined | Wish::Refused(_) => {}
+                }
+            }
+            next = self.queue.try_recv().ok();
+        }
+        unknown
+    }
+}
+
 /// Events an operator counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Event<'a> {
@@ -132,13 +153,15 @@ pub enum Event<'a> {
     },
 }
 
+type Observer = Box<dyn Fn(Event<'_>) + Send>;
+
 /// See [`Client::run`].
 pub struct Client {
     transport: Arc<dyn Transport>,
     node: Node,
     types: Vec<ClientType>,
     handler: Box<dyn Handler>,
-    observer: Box<dyn Fn(Event<'_>) + Send>,
+    observer: Observer,
     wishes: Option<Wishes>,
     journal: Option<Box<dyn Journal>>,
 }
@@ -215,31 +238,40 @@ impl Client {
             });
             tokio::select! {
                 _ = &mut stop => return,
-                () = tokio::time::sleep(delay) => {}
+                // The next stream asks for everything that was wished for.
+                _ = meanwhile(&mut self.wishes, tokio::time::sleep(delay)) => {}
             }
         }
     }
 
     async fn session(&mut self) -> Ended {
-        // Dialling has limits of its own.
-        let channel = match self.transport.channel().await {
+        // Dialling has limits of its own. What is wished for until then is in the first request.
+        let (channel, _) = meanwhile(&mut self.wishes, self.transport.channel()).await;
+        let channel = match channel {
             Ok(channel) => channel,
             Err(error) => return Ended::Connect(error),
         };
-        let (requests, mut responses, first) = match tokio::time::timeout(FIRST_RESPONSE, self.open(channel)).await {
+        let (requests, request) = match self.first_requests() {
+            Ok(asked) => asked,
+            Err(error) => return Ended::Local(error),
+        };
+        let opening = tokio::time::timeout(FIRST_RESPONSE, open(channel, request, &mut self.observer));
+        let (opened, late) = meanwhile(&mut self.wishes, opening).await;
+        let (mut responses, first) = match opened {
             Ok(Ok(stream)) => stream,
             Ok(Err(ended)) => return ended,
             Err(_) => return Ended::Connect("no response within 30 s of asking for the stream".into()),
         };
+        let mut answers: Vec<DeltaDiscoveryRequest> = self.subscription(late).into_iter().collect();
         let mut next = Next::Response(Ok(Some(first)));
         loop {
-            let answers = match next {
-                Next::Response(Ok(Some(response))) => self.on_response(response),
+            match next {
+                Next::Response(Ok(Some(response))) => answers.extend(self.on_response(response)),
                 Next::Response(Ok(None)) => return Ended::Complete,
                 Next::Response(Err(status)) => return Ended::Status(status),
-                Next::Wish(wanted) => self.on_wish(wanted).into_iter().collect(),
-            };
-            for answer in answers {
+                Next::Wish(wanted) => answers.extend(self.on_wish(wanted)),
+            }
+            for answer in answers.drain(..) {
                 match tokio::time::timeout(FIRST_RESPONSE, requests.send(answer)).await {
                     Ok(Ok(())) => {}
                     Ok(Err(_)) => return Ended::Complete,
@@ -255,26 +287,18 @@ impl Client {
 
     /// Turns a wish, and those queued behind it, into one request.
     fn on_wish(&mut self, first: Wanted) -> Option<DeltaDiscoveryRequest> {
-        let wishes = self.wishes.as_mut()?;
-        let mut subscribe = Vec::new();
-        let mut next = Some(first);
-        while let Some(Wanted { name, done }) = next {
-            match wishes.asked.want(name.clone(), done, oneshot::Sender::is_closed) {
-                // Whoever waits may have given up.
-                Wish::Known(done) => done.send(()).unwrap_or_default(),
-                Wish::Subscribe => subscribe.push(name.to_string()),
-                // Refused ones learn it by losing their sender.
-                Wish::Joined | Wish::Refused(_) => {}
-            }
-            next = wishes.queue.try_recv().ok();
-        }
-        let kind = self.types.iter().find(|kind| kind.is_on_demand())?;
-        (!subscribe.is_empty()).then(|| kind.change(subscribe, Vec::new()))
+        let unknown = self.wishes.as_mut()?.take(first);
+        self.subscription(unknown)
     }
 
-    /// Opens the stream and waits for its first response.
-    async fn open(&mut self, channel: Channel) -> Result<Opened, Ended> {
-        let metadata = self.transport.metadata().map_err(Ended::Local)?;
+    fn subscription(&self, names: Vec<String>) -> Option<DeltaDiscoveryRequest> {
+        let kind = self.types.iter().find(|kind| kind.is_on_demand())?;
+        (!names.is_empty()).then(|| kind.change(names, Vec::new()))
+    }
+
+    /// A stream of requests that begins with one for each type, and where further ones go.
+    fn first_requests(&self) -> Result<(mpsc::Sender<DeltaDiscoveryRequest>, Requests), BoxError> {
+        let metadata = self.transport.metadata()?;
         let (requests, queue) = mpsc::channel(REQUEST_QUEUE.max(self.types.len()));
         for kind in &self.types {
             // Room for every initial request by construction.
@@ -283,12 +307,7 @@ impl Client {
         }
         let mut request = tonic::Request::new(ReceiverStream::new(queue));
         *request.metadata_mut() = metadata;
-        let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
-        let response = client.delta_aggregated_resources(request).await.map_err(Ended::Status)?;
-        (self.observer)(Event::Connected);
-        let mut responses = response.into_inner();
-        let first = responses.message().await.map_err(Ended::Status)?.ok_or(Ended::Complete)?;
-        Ok((requests, responses, first))
+        Ok((requests, request))
     }
 
     /// Applies first, then records versions, then answers: an ACK means that the state is in force.
@@ -354,8 +373,32 @@ async fn next_wish(wishes: &mut Option<Wishes>) -> Option<Wanted> {
     }
 }
 
-/// Where answers go, where responses come from, and the first of them.
-type Opened = (mpsc::Sender<DeltaDiscoveryRequest>, Streaming<DeltaDiscoveryResponse>, DeltaDiscoveryResponse);
+/// Waits for `event` and takes wishes meanwhile, so that what is known is told whatever the stream does. Answers with the names to ask for.
+async fn meanwhile<T>(wishes: &mut Option<Wishes>, event: impl Future<Output = T>) -> (T, Vec<String>) {
+    let mut unknown = Vec::new();
+    tokio::pin!(event);
+    loop {
+        let wanted = tokio::select! {
+            happened = &mut event => return (happened, unknown),
+            Some(wanted) = next_wish(wishes) => wanted,
+        };
+        unknown.extend(wishes.as_mut().map(|wishes| wishes.take(wanted)).unwrap_or_default());
+    }
+}
+
+type Requests = tonic::Request<ReceiverStream<DeltaDiscoveryRequest>>;
+/// Where responses come from, and the first of them.
+type Opened = (Streaming<DeltaDiscoveryResponse>, DeltaDiscoveryResponse);
+
+/// Opens the stream and waits for its first response.
+async fn open(channel: Channel, request: Requests, observer: &mut Observer) -> Result<Opened, Ended> {
+    let mut client = AggregatedDiscoveryServiceClient::new(channel).max_decoding_message_size(MAX_MESSAGE);
+    let response = client.delta_aggregated_resources(request).await.map_err(Ended::Status)?;
+    observer(Event::Connected);
+    let mut responses = response.into_inner();
+    let first = responses.message().await.map_err(Ended::Status)?.ok_or(Ended::Complete)?;
+    Ok((responses, first))
+}
 
 /// The accepted and rejected parts of a response.
 struct Decoded<'a> {

@@ -127,6 +127,9 @@ pub struct ServerType {
     pub wildcard: bool,
     /// Names subscribed to one by one (uid, `namespace/hostname`, or the alias `network/ip`).
     pub names: BTreeSet<Arc<str>>,
+    /// Primary names of what was sent for `names`. The client holds these, so it hears of every change, also when they are not what led to
+    /// them any more. No more than there are resources.
+    pub followed: BTreeSet<Arc<str>>,
     /// Responses sent and not yet answered, oldest first.
     outstanding: VecDeque<String>,
     next_nonce: u64,
@@ -160,10 +163,8 @@ impl ServerType {
             }
             return Asked::Respond { held: request.initial_resource_versions, names: None };
         }
-        if !request.response_nonce.is_empty() {
-            let Some(at) = self.outstanding.iter().position(|n| *n == request.response_nonce) else {
-                return Asked::Nothing;
-            };
+        // Without a nonce there is none such.
+        if let Some(at) = self.outstanding.iter().position(|n| *n == request.response_nonce) {
             // An answer to a later response covers the ones before it.
             self.outstanding.drain(..=at);
             if let Some(error) = request.error_detail {
@@ -179,7 +180,8 @@ impl ServerType {
         Asked::Respond { held: BTreeMap::new(), names: Some(added) }
     }
 
-    /// Subscription set = subscribed + held − unsubscribed; wildcard when it holds `*`, or when a first request names nothing.
+    /// Subscription set = subscribed + held − unsubscribed; wildcard when it holds `*`, or when a first request names nothing. Answers the
+    /// names asked for now, known or not: somebody waits for each.
     fn subscribe(&mut self, request: &DeltaDiscoveryRequest, first: bool) -> Vec<Arc<str>> {
         let mut added = Vec::new();
         if first && request.resource_names_subscribe.is_empty() {
@@ -188,8 +190,10 @@ impl ServerType {
         for name in &request.resource_names_subscribe {
             if name == "*" {
                 self.wildcard = true;
-            } else if self.names.insert(name.as_str().into()) {
-                added.push(name.as_str().into());
+            } else {
+                let name: Arc<str> = name.as_str().into();
+                self.names.insert(name.clone());
+                added.push(name);
             }
         }
         for name in &request.resource_names_unsubscribe {
@@ -197,6 +201,7 @@ impl ServerType {
                 self.wildcard = false;
             } else {
                 self.names.remove(name.as_str());
+                self.followed.remove(name.as_str());
             }
         }
         added
@@ -244,6 +249,16 @@ mod tests {
         assert!(!server.wildcard && server.names.is_empty());
         let asked = server.on_request(request(&["/10.0.0.1"], &[], ""), false);
         assert_eq!(asked, Asked::Respond { held: BTreeMap::new(), names: Some(vec!["/10.0.0.1".into()]) });
+    }
+
+    #[test]
+    fn a_name_asked_for_again_is_answered_again_whatever_else_the_request_says() {
+        let mut server = ServerType::default();
+        server.on_request(request(&["*"], &["*"], ""), true);
+        for nonce in ["", "", "stale"] {
+            let asked = server.on_request(request(&["ns/host"], &[], nonce), false);
+            assert_eq!(asked, Asked::Respond { held: BTreeMap::new(), names: Some(vec!["ns/host".into()]) });
+        }
     }
 
     #[test]

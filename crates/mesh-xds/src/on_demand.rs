@@ -2,11 +2,11 @@
 //!
 //! A name is an address (`network/ip`), a uid or `namespace/hostname`. The server answers under the primary name and lists the one asked
 //! for among the aliases, or names it as removed when there is no such thing; either way the name stays subscribed, so that later
-//! changes come unasked. At most [`MAX_NAMES`] answered names are kept: beyond, the oldest is unsubscribed and what only it led to
-//! is forgotten, to be asked for again at need.
+//! changes come unasked. At most [`MAX_NAMES`] answered names are kept: beyond, one is unsubscribed and what only it led to is
+//! forgotten, to be asked for again at need. Names that lead to nothing give way first, since forgetting those changes no decision.
 
 use std::{
-    collections::{BTreeSet, HashMap, VecDeque},
+    collections::{BTreeSet, HashMap},
     sync::Arc,
 };
 
@@ -23,17 +23,35 @@ pub struct OnDemand<W> {
     names: HashMap<Arc<str>, Name<W>>,
     /// Primary name to the names asked for that led to it.
     led_by: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
-    /// Answered names, oldest first.
-    answered: VecDeque<Arc<str>>,
+    /// Answered names in the order in which they give way.
+    answered: BTreeSet<Rank>,
+    /// Answers so far.
+    answers: u64,
     max_names: usize,
 }
 
 #[derive(Debug)]
 struct Name<W> {
-    answered: bool,
+    /// Which answer the first one to it was; `None` while there is none.
+    answer: Option<u64>,
     waiters: Vec<W>,
     /// Primary names of the resources held by this name.
     leads_to: BTreeSet<Arc<str>>,
+}
+
+/// Scans of addresses that nobody has must not push out a pod's own record, which live connections are judged by: what leads to nothing
+/// comes first, then the oldest.
+#[derive(Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    leads: bool,
+    answer: u64,
+    name: Arc<str>,
+}
+
+impl<W> Name<W> {
+    fn rank(&self, name: &Arc<str>) -> Option<Rank> {
+        Some(Rank { leads: !self.leads_to.is_empty(), answer: self.answer?, name: name.clone() })
+    }
 }
 
 /// What to do about a wish.
@@ -67,13 +85,13 @@ impl<W> Default for OnDemand<W> {
 
 impl<W> OnDemand<W> {
     fn bounded(max_names: usize) -> Self {
-        Self { names: HashMap::new(), led_by: HashMap::new(), answered: VecDeque::new(), max_names }
+        Self { names: HashMap::new(), led_by: HashMap::new(), answered: BTreeSet::new(), answers: 0, max_names }
     }
 
     /// Somebody needs `name`. `is_gone` tells waiters that have given up, so that a server that never answers collects none.
     pub fn want(&mut self, name: Arc<str>, waiter: W, is_gone: impl Fn(&W) -> bool) -> Wish<W> {
         if let Some(known) = self.names.get_mut(&name) {
-            if known.answered {
+            if known.answer.is_some() {
                 return Wish::Known(waiter);
             }
             known.waiters.retain(|waiter| !is_gone(waiter));
@@ -83,7 +101,7 @@ impl<W> OnDemand<W> {
         if self.names.len() - self.answered.len() >= MAX_PENDING {
             return Wish::Refused(waiter);
         }
-        self.names.insert(name, Name { answered: false, waiters: vec![waiter], leads_to: BTreeSet::new() });
+        self.names.insert(name, Name { answer: None, waiters: vec![waiter], leads_to: BTreeSet::new() });
         Wish::Subscribe
     }
 
@@ -103,9 +121,7 @@ impl<W> OnDemand<W> {
         }
         for removed in &response.removed_resources {
             for name in self.led_by.remove(removed.as_str()).into_iter().flatten() {
-                if let Some(name) = self.names.get_mut(&name) {
-                    name.leads_to.remove(removed.as_str());
-                }
+                self.change(&name, |name| name.leads_to.retain(|primary| **primary != *removed.as_str()));
             }
             self.answer(removed, None, &mut settled);
         }
@@ -117,20 +133,30 @@ impl<W> OnDemand<W> {
 
     fn answer(&mut self, asked: &str, primary: Option<&Arc<str>>, settled: &mut Settled<W>) {
         let Some((key, _)) = self.names.get_key_value(asked) else { return };
-        let key = key.clone();
-        let Some(name) = self.names.get_mut(&key) else { return };
-        settled.woken.append(&mut name.waiters);
+        let (key, answer) = (key.clone(), self.answers);
         if let Some(primary) = primary {
-            name.leads_to.insert(primary.clone());
             self.led_by.entry(primary.clone()).or_default().insert(key.clone());
         }
-        if !std::mem::replace(&mut name.answered, true) {
-            self.answered.push_back(key);
+        self.change(&key, |name| {
+            settled.woken.append(&mut name.waiters);
+            name.leads_to.extend(primary.cloned());
+            name.answer.get_or_insert(answer);
+        });
+        self.answers += 1;
+    }
+
+    /// Changes a name and keeps its rank in step.
+    fn change(&mut self, key: &Arc<str>, change: impl FnOnce(&mut Name<W>)) {
+        let Some(name) = self.names.get_mut(key) else { return };
+        if let Some(rank) = name.rank(key) {
+            self.answered.remove(&rank);
         }
+        change(name);
+        self.answered.extend(name.rank(key));
     }
 
     fn give_way(&mut self, settled: &mut Settled<W>) {
-        let Some(oldest) = self.answered.pop_front() else { return };
+        let Some(Rank { name: oldest, .. }) = self.answered.pop_first() else { return };
         let Some(name) = self.names.remove(&oldest) else { return };
         for primary in name.leads_to {
             let Some(names) = self.led_by.get_mut(&primary) else { continue };
@@ -196,6 +222,27 @@ mod tests {
         assert_eq!(demand.want("0".into(), 9, |_| true), Wish::Joined);
         assert_eq!(demand.settle(&answer(&[("0", &[])], &[])).woken, [9]);
         assert_eq!(want(&mut demand, "one more", 7), Wish::Subscribe);
+    }
+
+    #[test]
+    fn names_that_lead_to_nothing_give_way_before_any_that_decides() {
+        let mut demand = OnDemand::bounded(2);
+        let mut ask = |name: &str, answer: DeltaDiscoveryResponse| {
+            want(&mut demand, name, 0);
+            let Settled { unsubscribe, forgotten, .. } = demand.settle(&answer);
+            (unsubscribe.iter().map(|n| n.to_string()).collect::<Vec<_>>(), forgotten.len())
+        };
+        assert_eq!(ask("own", answer(&[("own", &[])], &[])), (vec![], 0));
+        assert_eq!(ask("/1", answer(&[], &["/1"])), (vec![], 0));
+        assert_eq!(ask("/2", answer(&[], &["/2"])), (vec!["/1".to_owned()], 0));
+        assert_eq!(ask("peer", answer(&[("peer", &[])], &[])), (vec!["/2".to_owned()], 0));
+        assert_eq!(
+            ask("/3", answer(&[], &["/3"])),
+            (vec!["/3".to_owned()], 0),
+            "rather not followed than in its place"
+        );
+        // Once its resource is gone, a name leads to nothing as well.
+        assert_eq!(ask("/4", answer(&[("four", &["/4"])], &["peer"])), (vec!["peer".to_owned()], 0));
     }
 
     #[test]

@@ -472,11 +472,16 @@ impl Session {
             subscription.seen = inner.sequence;
         }
         let mut batch = Batch::default();
+        let protocol = &mut subscription.protocol;
         for name in names {
             match cache.resources.get(&name) {
-                Some(stored) if wants(&subscription.protocol, &name, stored) => batch.add(&name, stored),
+                Some(stored) if protocol.wildcard => batch.add(&name, stored),
+                Some(stored) if wants(protocol, &name, stored) => batch.add_changed(cache, protocol, &name, stored),
                 Some(_) => {}
-                None => batch.removed.push(name.to_string()),
+                None => {
+                    protocol.followed.remove(&name);
+                    batch.removed.push(name.to_string());
+                }
             }
         }
         Ok(Some(batch))
@@ -514,10 +519,10 @@ impl Session {
     }
 }
 
+/// Of a client that is not sent everything.
 fn wants(protocol: &ServerType, name: &Arc<str>, stored: &Stored) -> bool {
-    protocol.wildcard
-        || protocol.names.contains(name)
-        || stored.aliases.iter().chain(&*stored.member_of).any(|a| protocol.names.contains(a))
+    let mut names = std::iter::once(name).chain(&*stored.aliases).chain(&*stored.member_of);
+    names.any(|name| protocol.names.contains(name) || protocol.followed.contains(name))
 }
 
 #[derive(Default)]
@@ -525,7 +530,7 @@ struct Batch {
     resources: Vec<Outgoing>,
     removed: Vec<String>,
     unchanged: usize,
-    /// By [`Self::add_subscribed`]: names may lead to the same resource.
+    /// Of what is followed: names may lead to the same resource.
     added: BTreeSet<Arc<str>>,
 }
 
@@ -547,8 +552,7 @@ impl Batch {
         }
     }
 
-    /// An unknown name is answered as removed, so that the asker need not wait for it. A service brings its endpoints, as with Istio's
-    /// control plane, and both are followed under their own names from now on.
+    /// An unknown name is answered as removed, so that the asker need not wait for it.
     fn add_subscribed(
         &mut self,
         cache: &TypeCache,
@@ -560,15 +564,33 @@ impl Batch {
         if found.is_empty() {
             self.removed.push(name.to_owned());
         }
-        for name in found {
-            protocol.names.insert(name.clone());
-            let members = cache.members.get(&name).into_iter().flatten();
-            for name in std::iter::once(&name).chain(members) {
-                if let Some(stored) = cache.resources.get(name)
-                    && self.added.insert(name.clone())
-                {
-                    self.add_unless_held(name, stored, held);
-                }
+        found.iter().for_each(|name| self.add_followed(cache, protocol, name, held));
+    }
+
+    /// What is followed already comes alone.
+    fn add_changed(&mut self, cache: &TypeCache, protocol: &mut ServerType, name: &Arc<str>, stored: &Stored) {
+        if !protocol.followed.contains(name) {
+            self.add_followed(cache, protocol, name, &BTreeMap::new());
+        } else if self.added.insert(name.clone()) {
+            self.add(name, stored);
+        }
+    }
+
+    /// A service brings its endpoints, as with Istio's control plane.
+    fn add_followed(
+        &mut self,
+        cache: &TypeCache,
+        protocol: &mut ServerType,
+        name: &Arc<str>,
+        held: &BTreeMap<String, String>,
+    ) {
+        let members = cache.members.get(name).into_iter().flatten();
+        for name in std::iter::once(name).chain(members) {
+            if let Some(stored) = cache.resources.get(name)
+                && self.added.insert(name.clone())
+            {
+                protocol.followed.insert(name.clone());
+                self.add_unless_held(name, stored, held);
             }
         }
     }

@@ -359,6 +359,30 @@ async fn an_on_demand_client_learns_what_it_asks_for_and_follows_it() {
     assert_eq!(change.upserts[0].key(), ResourceKey::Address("Kubernetes//Pod/ns/e1".into()), "a new endpoint");
     assert_eq!(change.upserts.len(), 1);
 
+    // What came along can be asked for by its own name too.
+    demand.fetch("ns/web.ns.svc".into()).await.unwrap();
+    assert_eq!(next_change(&mut seen).await.upserts.len(), 3);
+    demand.fetch("Kubernetes//Pod/ns/e0".into()).await.unwrap();
+    assert_eq!(next_change(&mut seen).await.upserts.len(), 1);
+
+    // An endpoint that leaves the service is still held, and so still followed.
+    mesh.cache.publish([upsert(workload("e1", "n1"))]);
+    let change = next_change(&mut seen).await;
+    let [Resource::Workload(left)] = &change.upserts[..] else { panic!("{change:?}") };
+    assert!(&*left.name == "e1" && left.services.is_empty());
+
+    // A service that comes after its endpoints brings them along.
+    demand.fetch("/10.96.0.2".into()).await.unwrap();
+    assert!(next_change(&mut seen).await.upserts.is_empty(), "there is none yet");
+    let mut early = Workload::new("Kubernetes//Pod/ns/early", "ns", "early");
+    early.services.insert("ns/late.ns.svc".into(), Vec::new());
+    let early = resource_to_wire(&Resource::Workload(Arc::new(early)));
+    let mut late = mesh_core::service::Service::new("ns", "late", "late.ns.svc");
+    late.vips = vec![mesh_core::addr::NetworkAddress::new("", "10.96.0.2".parse().unwrap())];
+    mesh.cache.publish([upsert(early)]);
+    mesh.cache.publish([upsert(resource_to_wire(&Resource::Service(Arc::new(late))))]);
+    assert_eq!(next_change(&mut seen).await.upserts.len(), 2, "the service with its endpoint");
+
     // A new server is told what is held and asked for; only what it does not know alike comes.
     mesh.kill();
     let cache = filled(0);

@@ -29,7 +29,10 @@ fn static_endpoints_become_workloads_as_written() {
     let text = api(
         "addresses: [198.51.100.7], ports: [{number: 443, name: tls, protocol: TLS, targetPort: 8443}, {number: 53, name: dns, protocol: UDP}], resolution: STATIC, subjectAltNames: [spiffe://other/ns/x/sa/y], endpoints: [{address: 192.0.2.1, ports: {tls: 9443}, weight: 3, locality: r/z/s, serviceAccount: api, network: net}, {address: \"2001:db8::1\"}]",
     );
-    let world = World::of(&text);
+    let mut world = World::new();
+    world.set("f.yaml", &text);
+    let told: Vec<String> = world.catalogue.problems().iter().map(|p| p.field.clone()).collect();
+    assert_eq!(told, ["spec.ports[1].protocol"], "UDP is left out");
     let of = |address: &str| {
         let uid = format!("Kubernetes/networking.istio.io/ServiceEntry/demo/api/{address}");
         world.index.model().workload(&uid).unwrap().clone()
@@ -42,7 +45,7 @@ fn static_endpoints_become_workloads_as_written() {
     assert_eq!((second.capacity, second.addresses.len()), (1, 1));
     let service = world.index.model().service(API).unwrap();
     assert_eq!(service.subject_alt_names, ["spiffe://other/ns/x/sa/y".into()]);
-    assert_eq!((service.ports.len(), service.vips.len()), (1, 1), "UDP is left out, and so are automatic addresses");
+    assert_eq!((service.ports.len(), service.vips.len()), (1, 1), "automatic addresses are left out as well");
 }
 
 #[test]

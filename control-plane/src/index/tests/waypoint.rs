@@ -132,6 +132,53 @@ fn another_namespace_has_to_be_admitted() {
 }
 
 #[test]
+fn what_cannot_be_followed_is_told_where_it_is_written() {
+    let world = |labelled: &str| {
+        let mut world = World::new();
+        world.set("f.yaml", &(waypoint("istio.io/waypoint-for: all", "") + labelled));
+        world
+    };
+    let field = |labelled: &str| {
+        let world = world(labelled);
+        let found: Vec<_> =
+            world.index.problems().chain(&world.catalogue.problems()).map(|p| p.field.clone()).collect();
+        assert_eq!(found.len(), 1, "{found:?}");
+        found[0].clone()
+    };
+    let canary = any_service("demo", "web", &format!("{USE}, istio.io/use-waypoint-canary: nobody"));
+    let canary = canary.replace("labels:", "annotations: {istio.io/use-waypoint-canary-weight: \"9\"}, labels:");
+    assert_eq!(field(&canary), "metadata.labels.istio.io/use-waypoint-canary");
+    let endpoint = entry(
+        "namespace: demo, name: api",
+        "{hosts: [a.b], resolution: STATIC, endpoints: [{address: 192.0.2.1}, {address: 192.0.2.2, labels: {istio.io/use-waypoint: nobody}}]}",
+    );
+    assert_eq!(field(&endpoint), "spec.endpoints[1].labels.istio.io/use-waypoint");
+    let vm = workload_entry("{address: 192.0.2.9, labels: {istio.io/use-waypoint: nobody}}");
+    assert_eq!(field(&vm), "spec.labels.istio.io/use-waypoint");
+    let ingress = any_service("demo", "web", "istio.io/ingress-use-waypoint: \"yes\"");
+    assert_eq!(field(&ingress), "metadata.labels.istio.io/ingress-use-waypoint");
+    assert!(!web(&world(&ingress)).ingress_use_waypoint);
+}
+
+#[test]
+fn a_workload_entry_is_bound_by_the_labels_of_its_spec_before_those_of_the_object() {
+    let vm = |labels: &str| {
+        workload_entry(&format!("{{address: 192.0.2.9, labels: {{{labels}}}}}"))
+            .replace("labels: {app: vm}", "labels: {istio.io/use-waypoint: other}")
+    };
+    let mut world = World::of(&vm(USE));
+    let bound = |world: &World| {
+        let uid = "Kubernetes/networking.istio.io/WorkloadEntry/demo/vm";
+        world.index.model().workload(uid).unwrap().waypoint.clone()
+    };
+    assert_eq!((bound(&world), problems(&world).len()), (None, 1));
+    world.set("wp.yaml", &waypoint("istio.io/waypoint-for: all", ""));
+    assert_eq!((bound(&world), problems(&world)), (wp(), vec![]));
+    world.set("f.yaml", &vm(""));
+    assert_eq!((bound(&world), problems(&world).len()), (None, 1), "the object's counts where the spec has none");
+}
+
+#[test]
 fn a_canary_gets_its_share_and_its_mistakes_keep_the_first() {
     let with = |weight: &str, canary: &str| {
         let service = format!(
@@ -174,11 +221,16 @@ fn who_uses_a_waypoint_can_be_closed_to_all_others() {
         .replace("labels: {app: wp}", "labels: {app: wp, gateway.networking.k8s.io/gateway-name: wp}");
     let text = waypoint("", "") + &any_service("demo", "web", USE);
     let mut world = World::of(&(text + &pod("web", "10.0.0.1", "") + &pod("else", "10.0.0.2", "")));
-    assert!(world.allows("web", 80, Some("client")), "without instances there is nobody to allow");
-    world.set("wp.yaml", &instance);
     let key = "demo/istio_allow_waypoint_demo_wp";
-    assert_eq!(world.workload("web").authorization_policies, [key.into()]);
-    assert!(world.allows("web", 80, Some("wp")) && !world.allows("web", 80, Some("client")));
+    let closed = |world: &World| {
+        world.workload("web").authorization_policies == [key.into()] && !world.allows("web", 80, Some("client"))
+    };
+    assert!(closed(&world) && !world.allows("web", 80, None), "without instances nobody is allowed");
+    world.set("wp.yaml", &instance.replace("status: {", "status: {phase: Failed, "));
+    assert!(closed(&world) && !world.allows("web", 80, Some("wp")), "an instance that ended is none");
+    world.set("wp.yaml", &instance);
+    assert!(closed(&world));
+    assert!(world.allows("web", 80, Some("wp")));
     assert!(world.allows("else", 80, Some("client")) && world.allows("wp", 80, Some("client")));
     let unasked = ClusterIndex::new(Settings { allow_from_waypoint: false, ..settings() });
     let mut unasked = World { index: unasked, ..world };
@@ -207,7 +259,8 @@ fn a_wrong_gateway_is_told() {
         assert!(found.iter().any(|p| p.contains(expected)), "{expected}: {found:?}");
     }
     let strange = ", allowedRoutes: {namespaces: {from: Selector, selector: {matchExpressions: []}}}";
-    let other = gateway("namespace: demo, name: wp", strange).replace("istio-waypoint", "nginx");
+    let meta = "namespace: demo, name: wp, annotations: {ambient.istio.io/waypoint-inbound-binding: X/1}";
+    let other = gateway(meta, strange).replace("istio-waypoint", "nginx");
     assert_eq!(problems(&World::of(&(other + &any_service("demo", "web", USE)))).len(), 1, "it is no waypoint");
 }
 
@@ -236,6 +289,9 @@ fn the_mesh_config_decides_what_pods_may_call() {
     assert_eq!(policy(&world), Some(OutboundPolicy::RegistryOnly));
     world.set("mesh.yaml", &with("REGISTRY_ONLY").replace("name: istio}", "name: other}"));
     assert_eq!(policy(&world), None, "only the one ConfigMap is the mesh's");
+    let twice = mesh("mesh: \"{outboundTrafficPolicyy: {}, outboundTrafficPolicy: {modee: ALLOW_ANY}}\"");
+    world.set("mesh.yaml", &twice);
+    assert_eq!(world.catalogue.problems().len(), 2, "every misspelt field is told");
 }
 
 #[test]

@@ -3,29 +3,56 @@
 use std::{
     io::{self, BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream, ToSocketAddrs},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
     time::Duration,
 };
+
+use nix::sys::signal::{SigSet, Signal};
 
 /// Largest head or body either side accepts.
 const LIMIT: u64 = 64 * 1024;
 
 /// Answers every request with the server's name, the peer it saw and the request's path, until the process ends; `/bytes/N` with N
-/// bytes instead.
+/// bytes instead. Told to terminate, it goes on for `drain`, asking every client to take its next request elsewhere, and exits: a
+/// server that finishes its work before it goes.
 ///
 /// # Errors
 /// When the port cannot be bound.
-pub fn serve(listen: SocketAddr, name: &str) -> io::Result<()> {
+pub fn serve(listen: SocketAddr, name: &str, drain: Duration) -> io::Result<()> {
+    let leaving = leave_when_told(drain)?;
     let listener = TcpListener::bind(listen)?;
     for stream in listener.incoming() {
         let Ok(stream) = stream else { continue };
-        let name = name.to_owned();
+        let (name, leaving) = (name.to_owned(), leaving.clone());
         // One thread per connection: a test server for tens of connections; the load generator has its own.
-        std::thread::spawn(move || drop(answer(&stream, &name)));
+        thread::spawn(move || drop(answer(&stream, &name, &leaving)));
     }
     Ok(())
 }
 
-fn answer(stream: &TcpStream, name: &str) -> io::Result<()> {
+/// Set from the moment SIGTERM arrives; the process exits `drain` later. Without it, process 1 of a container would not notice the
+/// signal at all.
+fn leave_when_told(drain: Duration) -> io::Result<Arc<AtomicBool>> {
+    let mut told = SigSet::empty();
+    told.add(Signal::SIGTERM);
+    // Inherited by every thread, so that only the one below gets it.
+    told.thread_block()?;
+    let leaving = Arc::new(AtomicBool::new(false));
+    let flag = leaving.clone();
+    thread::spawn(move || {
+        let signal = told.wait();
+        flag.store(true, Ordering::Relaxed);
+        thread::sleep(if signal.is_ok() { drain } else { Duration::ZERO });
+        std::process::exit(0)
+    });
+    Ok(leaving)
+}
+
+fn answer(stream: &TcpStream, name: &str, leaving: &AtomicBool) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let peer = stream.peer_addr()?.ip().to_canonical();
     let mut reader = BufReader::new(stream);
@@ -33,8 +60,15 @@ fn answer(stream: &TcpStream, name: &str) -> io::Result<()> {
         let path = request.lines().next().and_then(|l| l.split(' ').nth(1)).unwrap_or("/").to_owned();
         let body = sized_body(&path).unwrap_or_else(|| format!("{name} saw {peer} ask for {path}\n"));
         let length = body.len();
-        let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\ncontent-type: text/plain\r\n\r\n{body}");
+        let closes = leaving.load(Ordering::Relaxed);
+        let connection = if closes { "connection: close\r\n" } else { "" };
+        let answer = format!(
+            "HTTP/1.1 200 OK\r\ncontent-length: {length}\r\ncontent-type: text/plain\r\n{connection}\r\n{body}"
+        );
         (&mut &*stream).write_all(answer.as_bytes())?;
+        if closes {
+            break;
+        }
     }
     Ok(())
 }
@@ -50,6 +84,8 @@ fn sized_body(path: &str) -> Option<String> {
 pub struct Answer {
     pub status: u16,
     pub body: String,
+    /// The server ends the connection after it.
+    pub closes: bool,
 }
 
 /// `GET http://host[:port]/path` on a connection of its own.
@@ -98,16 +134,18 @@ pub fn dial(authority: &str, default_port: u16, timeout: Duration) -> io::Result
 pub fn read_answer(reader: &mut impl BufRead) -> io::Result<Answer> {
     let head = read_head(reader)?.ok_or_else(|| io::Error::from(io::ErrorKind::UnexpectedEof))?;
     let status = head.split(' ').nth(1).and_then(|s| s.parse().ok()).ok_or_else(|| malformed("no status"))?;
-    let length = head.lines().find_map(|l| {
-        let (name, value) = l.split_once(':')?;
-        name.eq_ignore_ascii_case("content-length").then(|| value.trim().parse::<u64>().ok())?
-    });
+    let header = |wanted: &str| {
+        let fields = head.lines().filter_map(|l| l.split_once(':'));
+        fields.filter(|(name, _)| name.eq_ignore_ascii_case(wanted)).map(|(_, value)| value.trim()).next()
+    };
+    let length = header("content-length").and_then(|value| value.parse::<u64>().ok());
+    let closes = length.is_none() || header("connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
     let mut body = Vec::new();
     reader.take(length.unwrap_or(LIMIT).min(LIMIT)).read_to_end(&mut body)?;
     if length.is_some_and(|l| body.len() as u64 != l) {
         return Err(io::ErrorKind::UnexpectedEof.into());
     }
-    Ok(Answer { status, body: String::from_utf8_lossy(&body).into_owned() })
+    Ok(Answer { status, body: String::from_utf8_lossy(&body).into_owned(), closes })
 }
 
 /// A head up to its empty line; `None` at a clean end of stream.
@@ -140,10 +178,15 @@ mod tests {
     fn a_request_is_answered_with_peer_and_path() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let address = listener.local_addr().unwrap();
-        let server = std::thread::spawn(move || answer(&listener.accept().unwrap().0, "server"));
-        let answer = get(&format!("http://{address}/nonce-1"), Duration::from_secs(5)).unwrap();
-        assert_eq!(answer, Answer { status: 200, body: "server saw 127.0.0.1 ask for /nonce-1\n".to_owned() });
-        server.join().unwrap().unwrap();
+        for leaving in [false, true] {
+            let listener = listener.try_clone().unwrap();
+            let serve = move || answer(&listener.accept().unwrap().0, "server", &AtomicBool::new(leaving));
+            let server = thread::spawn(serve);
+            let answer = get(&format!("http://{address}/nonce-1"), Duration::from_secs(5)).unwrap();
+            let body = "server saw 127.0.0.1 ask for /nonce-1\n".to_owned();
+            assert_eq!(answer, Answer { status: 200, body, closes: leaving });
+            server.join().unwrap().unwrap();
+        }
     }
 
     #[test]

@@ -33,6 +33,9 @@ pub struct Load {
 pub struct Report {
     pub requests: u64,
     pub errors: u64,
+    /// Of the errors, those of opening a connection.
+    #[serde(default)]
+    pub connect_errors: u64,
     pub seconds: f64,
     pub p50_us: u64,
     pub p99_us: u64,
@@ -60,10 +63,11 @@ pub fn run(load: &Load) -> Report {
     let mut report = Report::default();
     let mut latencies = Vec::new();
     for worker in workers {
-        let Ok((mut seen, errors, first)) = worker.join() else { continue };
-        latencies.append(&mut seen);
-        report.errors += errors;
-        report.first_error = report.first_error.or(first);
+        let Ok(mut seen) = worker.join() else { continue };
+        latencies.append(&mut seen.latencies);
+        report.errors += seen.connect_errors + seen.request_errors;
+        report.connect_errors += seen.connect_errors;
+        report.first_error = report.first_error.or(seen.first_error);
     }
     report.seconds = started.elapsed().as_secs_f64();
     report.requests = latencies.len() as u64;
@@ -74,36 +78,49 @@ pub fn run(load: &Load) -> Report {
     report
 }
 
-fn worker(load: &Load, stop: &AtomicBool) -> (Vec<u32>, u64, Option<String>) {
-    let (mut latencies, mut errors, mut first) = (Vec::new(), 0, None);
+#[derive(Debug, Default)]
+struct Seen {
+    latencies: Vec<u32>,
+    connect_errors: u64,
+    request_errors: u64,
+    first_error: Option<String>,
+}
+
+fn worker(load: &Load, stop: &AtomicBool) -> Seen {
+    let mut seen = Seen::default();
     let mut kept: Option<TcpStream> = None;
     while !stop.load(Ordering::Relaxed) {
         let started = Instant::now();
-        match request(load, kept.take()) {
+        let stream = kept.take().map_or_else(|| dial(&load.target, 80, Duration::from_secs(5)), Ok);
+        let (errors, outcome) = match stream {
+            Ok(stream) => (&mut seen.request_errors, request(load, stream)),
+            Err(error) => (&mut seen.connect_errors, Err(error)),
+        };
+        match outcome {
             Ok(stream) => {
-                latencies.push(u32::try_from(started.elapsed().as_micros()).unwrap_or(u32::MAX));
-                kept = (!load.new_connections).then_some(stream);
+                seen.latencies.push(u32::try_from(started.elapsed().as_micros()).unwrap_or(u32::MAX));
+                kept = stream.filter(|_| !load.new_connections);
             }
             Err(error) => {
-                errors += 1;
-                first.get_or_insert_with(|| error.to_string());
+                *errors += 1;
+                seen.first_error.get_or_insert_with(|| error.to_string());
                 // A refused target would otherwise be hammered.
                 thread::sleep(Duration::from_millis(5));
             }
         }
     }
-    (latencies, errors, first)
+    seen
 }
 
-fn request(load: &Load, kept: Option<TcpStream>) -> io::Result<TcpStream> {
-    let stream = match kept {
-        Some(stream) => stream,
-        None => dial(&load.target, 80, Duration::from_secs(5))?,
-    };
+/// The connection, unless the server wants it closed.
+fn request(load: &Load, stream: TcpStream) -> io::Result<Option<TcpStream>> {
     stream.set_read_timeout(Some(Duration::from_secs(5)))?;
     // One write, one segment.
     let request = format!("GET {} HTTP/1.1\r\nhost: {}\r\n\r\n", load.path, load.target);
     (&stream).write_all(request.as_bytes())?;
     let answer = read_answer(&mut BufReader::new(&stream))?;
-    if answer.status == 200 { Ok(stream) } else { Err(io::Error::other(format!("status {}", answer.status))) }
+    match answer.status {
+        200 => Ok((!answer.closes).then_some(stream)),
+        status => Err(io::Error::other(format!("status {status}"))),
+    }
 }

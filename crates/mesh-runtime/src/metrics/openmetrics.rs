@@ -2,7 +2,7 @@
 //!
 //! Differences that matter: a counter's family is named without `_total` and its samples with it, bucket bounds are written as floats, and
 //! the text ends with `# EOF`, so that a scrape cut short is noticed. A counter that is known to the world by a name without `_total`
-//! keeps it, and has no type: neither format knows such counters.
+//! keeps it and is written without a type, as OpenMetrics lets no counter's sample be named so: its scrapers read it as of unknown type.
 
 use std::fmt::{self, Write};
 

@@ -109,6 +109,34 @@ async fn a_wish_without_an_answer_ends_at_its_deadline_and_is_renewed_with_the_s
     assert_eq!(waiting.await.unwrap(), Err(Unanswered));
     let asked = client.wishes.iter().flat_map(|wishes| wishes.asked.names());
     assert_eq!(client.types[0].initial(Node::default(), asked).initial_resource_versions["/10.0.0.1"], "");
+    let (done, gave_up) = oneshot::channel();
+    drop(gave_up);
+    assert_eq!(client.on_wish(Wanted { name: "/10.0.0.2".into(), done }), None, "nobody waits any more");
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_is_known_is_told_at_once_while_the_control_plane_is_away_however_much_is_not() {
+    let mut client = client();
+    let demand = client.on_demand();
+    let (done, answered) = oneshot::channel();
+    client.on_wish(Wanted { name: "/a".into(), done }).expect("a request");
+    client.on_response(response(ADDRESS_TYPE_URL, vec![workload("a")]));
+    answered.await.unwrap();
+    let (trigger, watcher) = mesh_runtime::drain::channel();
+    let running = tokio::spawn(client.run(watcher));
+    let unknown = (0..2 * WISHES).map(|n| {
+        let demand = demand.clone();
+        tokio::spawn(async move { demand.fetch(format!("/{n}").into()).await })
+    });
+    let unknown: Vec<_> = unknown.collect();
+    let began = Instant::now();
+    assert_eq!(demand.fetch("/a".into()).await, Ok(()));
+    assert!(began.elapsed() < ANSWER, "of the paused clock: no waiter gave up meanwhile");
+    for waiting in unknown {
+        assert_eq!(waiting.await.unwrap(), Err(Unanswered));
+    }
+    trigger.drain(Duration::from_secs(1)).await;
+    running.await.unwrap();
 }
 
 struct Keep(std::sync::mpsc::Sender<DeltaDiscoveryResponse>);

@@ -220,6 +220,22 @@ fn a_rejection_names_the_field() {
 }
 
 #[test]
+fn an_outbound_policy_that_is_not_one_rejects_the_workload() {
+    let with = |change: fn(&mut wire::Extension)| {
+        let mut limited = Workload::new("u", "ns", "name");
+        limited.outbound_policy = Some(OutboundPolicy::RegistryOnly);
+        let mut message = workload_to_wire(&limited);
+        change(&mut message.extensions[0]);
+        workload_from_wire(message)
+    };
+    assert_eq!(with(|_| ()).unwrap().outbound_policy, Some(OutboundPolicy::RegistryOnly));
+    let told = |change| with(change).unwrap_err().to_string();
+    assert!(told(|extension| extension.config = None).starts_with("extensions: fairway.outbound_traffic_policy"));
+    assert!(told(|extension| extension.config.as_mut().unwrap().type_url.clear()).contains("does not hold"));
+    assert!(told(|extension| extension.config.as_mut().unwrap().value = vec![0xff]).contains("cannot be decoded"));
+}
+
+#[test]
 fn sidecar_tls_counts_as_plain_tcp() {
     let message = wire::Workload { uid: "u".to_owned(), tunnel_protocol: 2, ..wire::Workload::default() };
     assert_eq!(workload_from_wire(message).unwrap().tunnel_protocol, TunnelProtocol::None);

@@ -21,9 +21,11 @@ const DEFAULT_SERVICE_ACCOUNT: &str = "default";
 const DEFAULT_CLUSTER: &str = "Kubernetes";
 /// The extension that carries an [`ours::OutboundTrafficPolicy`].
 const OUTBOUND_POLICY_EXTENSION: &str = "fairway.outbound_traffic_policy";
+const OUTBOUND_POLICY_TYPE_URL: &str = "type.googleapis.com/fairway.v1.OutboundTrafficPolicy";
 
 /// # Errors
-/// A missing uid, an address of a wrong length, a service key without `/`, an unknown enum value, a gateway without destination.
+/// A missing uid, an address of a wrong length, a service key without `/`, an unknown enum value, a gateway without destination, an
+/// extension of ours that is not what it says.
 pub fn workload_from_wire(w: wire::Workload) -> Result<Workload, Unacceptable> {
     if w.uid.is_empty() {
         return Err(Unacceptable::new("uid", "is empty"));
@@ -139,18 +141,22 @@ pub fn workload_to_wire(w: &Workload) -> wire::Workload {
 /// An extension of ours that cannot be read rejects the workload: it restricts what the workload may do.
 fn outbound_policy_from_extensions(extensions: &[wire::Extension]) -> Result<Option<OutboundPolicy>, Unacceptable> {
     let Some(extension) = extensions.iter().find(|e| e.name == OUTBOUND_POLICY_EXTENSION) else { return Ok(None) };
-    let body = extension.config.as_ref().map_or(&[][..], |config| &config.value);
-    let policy = ours::OutboundTrafficPolicy::decode(body)
+    let config = extension.config.as_ref().filter(|config| config.type_url == OUTBOUND_POLICY_TYPE_URL);
+    // Nothing at all would decode too, as a policy that allows everything.
+    let config = config.ok_or_else(|| {
+        Unacceptable::new(
+            "extensions",
+            format!("{OUTBOUND_POLICY_EXTENSION} does not hold a {OUTBOUND_POLICY_TYPE_URL}"),
+        )
+    })?;
+    let policy = ours::OutboundTrafficPolicy::decode(&*config.value)
         .map_err(|_| Unacceptable::new("extensions", "holds an outbound traffic policy that cannot be decoded"))?;
     Ok(Some(if policy.registry_only { OutboundPolicy::RegistryOnly } else { OutboundPolicy::AllowAny }))
 }
 
 fn outbound_policy_to_extension(policy: OutboundPolicy) -> wire::Extension {
     let policy = ours::OutboundTrafficPolicy { registry_only: policy == OutboundPolicy::RegistryOnly };
-    let config = prost_types::Any {
-        type_url: "type.googleapis.com/fairway.v1.OutboundTrafficPolicy".to_owned(),
-        value: policy.encode_to_vec(),
-    };
+    let config = prost_types::Any { type_url: OUTBOUND_POLICY_TYPE_URL.to_owned(), value: policy.encode_to_vec() };
     wire::Extension { name: OUTBOUND_POLICY_EXTENSION.to_owned(), config: Some(config) }
 }
 

@@ -1,0 +1,43 @@
+use std::time::Instant;
+
+use anyhow::ensure;
+
+use crate::{
+    cluster::{Cluster, INSIDE, OUTSIDE, SYSTEM, all_pods},
+    kubectl,
+    report::{Evidence, took},
+};
+
+const WORKLOADS: &str = include_str!("../../manifests/workloads.yaml");
+
+pub(super) fn run(cluster: &Cluster) -> Evidence {
+    kubectl::apply(WORKLOADS, &cluster.image)?;
+    for (namespace, what) in [
+        (INSIDE, "deployment/server"),
+        (INSIDE, "deployment/echo"),
+        (INSIDE, "deployment/visitor"),
+        (INSIDE, "daemonset/client"),
+        (INSIDE, "daemonset/host"),
+        (INSIDE, "statefulset/db"),
+        (OUTSIDE, "deployment/stranger"),
+        (OUTSIDE, "daemonset/inspector"),
+    ] {
+        kubectl::rolled_out(namespace, what)?;
+    }
+    let before = all_pods(INSIDE)?;
+    let load = cluster.start_load(&cluster.pod(INSIDE, "client")?.name, "server", 20, true)?;
+    let started = Instant::now();
+    cluster.fairway(&["install", "--hub", &cluster.hub, "--tag", &cluster.tag])?;
+    let installed = started.elapsed();
+    let counted = crate::cluster::counted(load)?;
+    for what in ["deployment/fairwayd", "daemonset/ztunnel", "daemonset/fairway-node"] {
+        kubectl::rolled_out(SYSTEM, what)?;
+    }
+    ensure!(all_pods(INSIDE)? == before, "pods changed");
+    ensure!(counted.errors == 0, "meanwhile: {}", crate::cluster::told(&counted));
+    Ok(vec![
+        format!("`fairway install` returned with everything ready after {}", took(installed)),
+        format!("meanwhile: {}", crate::cluster::told(&counted)),
+        format!("{} pods with the same containers as before", before.len()),
+    ])
+}
