@@ -265,13 +265,11 @@ impl std::error::Error for ForeignName {}
 
 /// `None`: this ztunnel has no such page.
 fn ask(lab: &Lab, node: &str, end: &str, parameters: &[(&str, &str)]) -> anyhow::Result<Option<Value>> {
-    let query: Vec<String> =
-        parameters.iter().map(|(k, v)| format!("{k}={}", v.replace('%', "%25").replace('&', "%26"))).collect();
+    let query: Vec<String> = parameters.iter().map(|(k, v)| format!("{k}={}", escaped(v))).collect();
     let path = format!("/debug/why/{end}?{}", query.join("&"));
     let (status, body) =
         lab.get(&format!("ztunnel/{node}"), &format!("http://127.0.0.1:{ZTUNNEL_ADMIN_PORT}{path}"))?;
-    // Ours says what it does not know; who does not know the page says nothing of the kind.
-    // Ours begins with a reason of the list.
+    // Ours begins with a reason of the list; who does not know the page says nothing of the kind.
     match body.split(':').next() {
         Some("lookup") if status == 404 => return Err(ForeignName.into()),
         Some(reason) if status == 404 && reason != "unknown_workload" => return Ok(None),
@@ -279,6 +277,16 @@ fn ask(lab: &Lab, node: &str, end: &str, parameters: &[(&str, &str)]) -> anyhow:
     }
     ensure!(status == 200, "{}", body.trim());
     serde_json::from_str(&body).map(Some).with_context(|| format!("not JSON: {body}"))
+}
+
+/// For a query (RFC 3986 §3.4): all but what never means anything else there.
+fn escaped(value: &str) -> String {
+    let one = |byte: u8| match byte {
+        b'-' | b'.' | b'/' | b':' | b'_' | b'~' => char::from(byte).to_string(),
+        _ if byte.is_ascii_alphanumeric() => char::from(byte).to_string(),
+        _ => format!("%{byte:02X}"),
+    };
+    value.bytes().map(one).collect()
 }
 
 /// A pod, or a node as `node/<name>`.
@@ -312,4 +320,15 @@ fn address_of(status: &Status, name: &str, from: &End) -> anyhow::Result<IpAddr>
         None => &find_pod(status, &full).with_context(|| format!("`{full}` is neither a service nor a pod"))?.addresses,
     };
     addresses.iter().find_map(|a| a.parse().ok()).with_context(|| format!("`{full}` has no address"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_with_signs_of_its_own_does_not_change_the_query() {
+        assert_eq!(escaped("a+b c&d#e%f=g"), "a%2Bb%20c%26d%23e%25f%3Dg");
+        assert_eq!(escaped("spiffe://td/ns/a/sa/b_c-d.e"), "spiffe://td/ns/a/sa/b_c-d.e");
+    }
 }
