@@ -3,19 +3,20 @@
 
 use std::{
     ffi::OsString,
-    net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener},
-    path::PathBuf,
+    io,
+    net::{Ipv4Addr, SocketAddr, TcpListener},
     process::ExitCode,
     sync::Arc,
     time::Duration,
 };
 
+use anyhow::Context;
 use http::StatusCode;
-use mesh_net::{NetNs, SeqListener};
+use mesh_net::SeqListener;
 use mesh_runtime::{
     admin::{self, AdminServer},
     drain,
-    env::{Problems, ProcessEnv, Reader, Vars},
+    env::ProcessEnv,
     metrics::Registry,
     readiness::Readiness,
     signal::Shutdown,
@@ -26,72 +27,30 @@ use tokio::{
     task::JoinSet,
 };
 
+pub mod api;
+pub mod config;
 pub mod driver;
 pub mod enroll;
-pub mod files;
+pub mod host;
 pub mod report;
+pub mod sandbox;
 pub mod server;
 pub mod source;
+pub mod status;
 pub mod zds;
 
+pub use config::Config;
+use config::World;
 use driver::{Driver, Settings};
 use enroll::Pace;
+use host::Host;
 use report::{Metrics, Reports};
-use source::{FolderSource, PodSource};
-
-use crate::rules::{Options, model};
+use sandbox::Sandboxes;
+use source::{FolderSource, KubernetesSource, PodSource};
+use status::{AnnotationStatus, FolderStatus, StatusWriter};
 
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 const QUEUED_CALLS: usize = 64;
-
-/// What the environment says.
-#[derive(Clone, Debug)]
-pub struct Config {
-    pub node: String,
-    pub zds_socket: PathBuf,
-    pub run_dir: PathBuf,
-    pub excluded_namespaces: Vec<String>,
-    pub options: Options,
-    pub manifests: PathBuf,
-    pub sandboxes: Option<PathBuf>,
-    pub admin: SocketAddr,
-    pub grace: Duration,
-    pub log_filter: String,
-    pub log_format: telemetry::Format,
-}
-
-impl Config {
-    /// Reads the environment; every problem is reported at once.
-    pub fn from_env(vars: &dyn Vars) -> Result<Self, Problems> {
-        let env = Reader::new(vars);
-        let path = |name: &str, default: &str| PathBuf::from(env.string(name, default));
-        let json = env.string("LOG_FORMAT", "plain") == "json";
-        let config = Self {
-            node: env.required("NODE_NAME", "the name of this node"),
-            zds_socket: path("ZTUNNEL_UDS_ADDRESS", "/var/run/ztunnel/ztunnel.sock"),
-            run_dir: path("CNI_AGENT_RUN_DIR", "/var/run/istio-cni"),
-            excluded_namespaces: list(&env.raw("EXCLUDE_NAMESPACES").unwrap_or_else(|| "kube-system".into())),
-            options: Options {
-                dns: env.bool("AMBIENT_DNS_CAPTURE", true),
-                ipv6: env.bool("AMBIENT_IPV6", true),
-                probe_v4: env.parse::<Ipv4Addr>("HOST_PROBE_SNAT_IP", model::PROBE_V4, "an IPv4 address"),
-                probe_v6: env.parse::<Ipv6Addr>("HOST_PROBE_SNAT_IPV6", model::PROBE_V6, "an IPv6 address"),
-                ..Options::default()
-            },
-            manifests: env.required("FAIRWAY_MANIFESTS", "the folder of manifests that describes the pods").into(),
-            sandboxes: env.optional("FAIRWAY_SANDBOXES").map(PathBuf::from),
-            admin: env.parse("FAIRWAY_ADMIN_ADDR", SocketAddr::from(([127, 0, 0, 1], 15014)), "IP:PORT"),
-            grace: env.duration("FAIRWAY_UNENROL_GRACE", Pace::default().grace),
-            log_filter: env.string("RUST_LOG", "info"),
-            log_format: if json { telemetry::Format::Json } else { telemetry::Format::Plain },
-        };
-        env.finish().map(|()| config)
-    }
-}
-
-fn list(text: &str) -> Vec<String> {
-    text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(str::to_owned).collect()
-}
 
 /// The agent as a program; it takes no arguments but is configured by its environment.
 pub fn agent_main(args: Vec<OsString>) -> ExitCode {
@@ -113,7 +72,7 @@ fn start(config: Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let mut shutdown = Shutdown::new()?;
-        let mut agent = Agent::start(config)?;
+        let mut agent = Agent::start(config).await?;
         let failed = tokio::select! {
             signal = shutdown.recv() => {
                 tracing::info!(signal, "stopping; enrolled pods stay enrolled");
@@ -138,8 +97,7 @@ pub struct Agent {
 
 impl Agent {
     /// Binds every socket, so that a caller can connect as soon as this returns, and starts the agent's tasks on the current runtime.
-    pub fn start(config: Config) -> anyhow::Result<Self> {
-        use anyhow::Context;
+    pub async fn start(config: Config) -> anyhow::Result<Self> {
         let plugin_socket = server::bind(&config.run_dir)
             .with_context(|| format!("CNI_AGENT_RUN_DIR: cannot listen in {}", config.run_dir.display()))?;
         if let Some(folder) = config.zds_socket.parent() {
@@ -147,9 +105,9 @@ impl Agent {
         }
         let ztunnels = SeqListener::bind(&config.zds_socket)
             .with_context(|| format!("ZTUNNEL_UDS_ADDRESS: cannot listen on {}", config.zds_socket.display()))?;
-        let admin_listener = TcpListener::bind(config.admin)
-            .with_context(|| format!("FAIRWAY_ADMIN_ADDR: cannot listen on {}", config.admin))?;
+        let admin_listener = listen("FAIRWAY_ADMIN_ADDR", config.admin)?;
         let admin = admin_listener.local_addr()?;
+        let health_listener = config.health.map(|address| listen("FAIRWAY_HEALTH_ADDR", address)).transpose()?;
 
         let (registry, readiness, zds) = (Registry::new(), Readiness::default(), zds::Zds::default());
         let (trigger, watcher) = drain::channel();
@@ -157,19 +115,20 @@ impl Agent {
         let (calls_tx, calls) = mpsc::channel(QUEUED_CALLS);
         let (reports_tx, reports) = watch::channel(Reports::default());
         let (synced_tx, synced) = oneshot::channel();
-        let source: Box<dyn PodSource> = Box::new(FolderSource::new(config.manifests.clone(), config.node.clone()));
+        let metrics = Metrics::new(&registry);
+        let Node { host, source, sandboxes, status } = Node::of(&config, &metrics).await?;
         let settings = Settings {
             pace: Pace { grace: config.grace, ..Pace::default() },
             node: config.node,
             run_dir: config.run_dir,
-            manifests: config.manifests,
-            sandboxes: config.sandboxes,
+            sandboxes,
+            status,
             excluded_namespaces: config.excluded_namespaces,
             options: config.options,
-            home: NetNs::current()?.id()?,
+            host,
         };
         let pending = readiness.pending("first pass over the pods of the node");
-        let driver = Driver::new(settings, zds.clone(), Metrics::new(&registry), reports_tx, pending, synced_tx);
+        let driver = Driver::new(settings, zds.clone(), metrics, reports_tx, pending, synced_tx);
 
         let mut tasks = JoinSet::new();
         tasks.spawn(source.run(views_tx, watcher.clone()));
@@ -182,11 +141,10 @@ impl Agent {
                 zds.serve(ztunnels, zds_drain).await;
             }
         });
-        tasks.spawn(async move {
-            if let Err(error) = admin_routes(&registry, &readiness, reports).serve(admin_listener, watcher).await {
-                tracing::error!(%error, "the admin port failed");
-            }
-        });
+        if let Some(listener) = health_listener {
+            tasks.spawn(serve("health", health_routes(&readiness), listener, watcher.clone()));
+        }
+        tasks.spawn(serve("admin", admin_routes(&registry, &readiness, reports), admin_listener, watcher));
         Ok(Self { drain: trigger, tasks, admin })
     }
 
@@ -204,34 +162,75 @@ impl Agent {
     }
 }
 
+/// What differs between a folder of manifests and Kubernetes.
+struct Node {
+    host: Host,
+    source: Box<dyn PodSource>,
+    sandboxes: Sandboxes,
+    status: Box<dyn StatusWriter>,
+}
+
+impl Node {
+    async fn of(config: &Config, metrics: &Metrics) -> anyhow::Result<Self> {
+        let node = config.node.clone();
+        Ok(match &config.world {
+            World::Folder { manifests, sandboxes } => Self {
+                host: Host::here()?,
+                source: Box::new(FolderSource::new(manifests.clone(), node.clone())),
+                sandboxes: Sandboxes::Records(sandboxes.clone()),
+                status: Box::new(FolderStatus { manifests: manifests.clone(), node }),
+            },
+            World::Kubernetes(kubernetes) => {
+                let client = kubernetes.api.client().await?;
+                let host = Host::mounted(kubernetes.host_root.clone(), kubernetes.host_proc.clone());
+                let host = host.with_context(|| {
+                    let proc = kubernetes.host_proc.display();
+                    format!("HOST_PROC: {proc}/1/ns/net: mount the node's /proc there, and grant CAP_SYS_PTRACE")
+                })?;
+                Self {
+                    host,
+                    source: Box::new(KubernetesSource::new(client.clone(), node, metrics.watch_failures.clone())),
+                    sandboxes: Sandboxes::Processes,
+                    status: Box::new(AnnotationStatus(client)),
+                }
+            }
+        })
+    }
+}
+
+/// A node without IPv6 has no such wildcard; that of IPv4 means the same there.
+fn listen(variable: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    let bound = TcpListener::bind(address).or_else(|error| {
+        let no_ipv6 = matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::Unsupported)
+            || error.raw_os_error() == Some(NO_SUCH_FAMILY);
+        match address {
+            SocketAddr::V6(v6) if no_ipv6 && v6.ip().is_unspecified() => {
+                TcpListener::bind((Ipv4Addr::UNSPECIFIED, v6.port()))
+            }
+            _ => Err(error),
+        }
+    });
+    bound.with_context(|| format!("{variable}: cannot listen on {address}"))
+}
+
+/// `EAFNOSUPPORT`, which the standard library has no name for.
+const NO_SUCH_FAMILY: i32 = 97;
+
+async fn serve(port: &'static str, routes: AdminServer, listener: TcpListener, drain: drain::DrainWatcher) {
+    if let Err(error) = routes.serve(listener, drain).await {
+        tracing::error!(port, %error, "a port failed");
+    }
+}
+
+fn health_routes(readiness: &Readiness) -> AdminServer {
+    let alive = |_| std::future::ready(admin::json(StatusCode::OK, b"{}".to_vec()));
+    AdminServer::new().readiness("/readyz", readiness).route("/healthz", alive)
+}
+
 fn admin_routes(registry: &Registry, readiness: &Readiness, reports: watch::Receiver<Reports>) -> AdminServer {
     AdminServer::new().metrics(registry).readiness("/readyz", readiness).route("/debug/pods", move |_| {
         let reports: Reports = Arc::clone(&reports.borrow());
         let body = serde_json::to_vec_pretty(&*reports).unwrap_or_default();
         std::future::ready(admin::json(StatusCode::OK, body))
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use std::collections::HashMap;
-
-    use super::*;
-
-    #[test]
-    fn every_problem_of_the_environment_is_named() {
-        let vars = [("AMBIENT_DNS_CAPTURE", "perhaps"), ("FAIRWAY_ADMIN_ADDR", "here"), ("HOST_PROBE_SNAT_IP", "::1")];
-        let vars: HashMap<String, String> = vars.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        let problems = Config::from_env(&vars).expect_err("problems").to_string();
-        for name in
-            ["NODE_NAME", "FAIRWAY_MANIFESTS", "AMBIENT_DNS_CAPTURE", "FAIRWAY_ADMIN_ADDR", "HOST_PROBE_SNAT_IP"]
-        {
-            assert!(problems.contains(name), "{name} is missing in {problems}");
-        }
-    }
-
-    #[test]
-    fn lists_forgive_blanks() {
-        assert_eq!(list(" a, ,b,"), ["a", "b"]);
-    }
 }

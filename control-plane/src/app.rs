@@ -1,7 +1,6 @@
 //! The running control plane: source → index → publish in one task, the gRPC services, the admin server.
 
 use std::{
-    collections::{BTreeSet, HashSet},
     io,
     net::SocketAddr,
     path::PathBuf,
@@ -9,35 +8,34 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use mesh_core::index::Index;
+use kube::{Api, Client};
 use mesh_identity::authority::{AuthorityError, SigningAuthority};
 use mesh_runtime::{
     drain::{self, DrainTrigger, DrainWatcher, Drained},
-    folder::Watch,
     metrics::Registry,
-    readiness::{Pending, Readiness},
+    readiness::Readiness,
 };
 use mesh_xds::server::{Cache, DeltaService};
 use proto::ca::istio_certificate_service_server::IstioCertificateServiceServer;
-use rustls_pki_types::{CertificateDer, pem::PemObject as _};
 use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
-    task::{JoinError, JoinSet},
-    time::Instant,
+    task::JoinSet,
 };
 use tokio_stream::wrappers::ReceiverStream;
 use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
 use crate::{
-    ca::{CertificateService, IssuePolicy, TokenAuthenticator},
-    index::{self, ClusterIndex},
+    ca::{CertificateService, IssuePolicy},
+    callers::{Bearers, Tokens},
+    index,
+    keeper::secret::{self, SecretError},
     metrics::Metrics,
     objects, pages,
-    problem::Problem,
-    publish,
-    source::{Folder, Version},
+    pipeline::{Pipeline, cluster::ClusterPipeline, folder::FolderPipeline},
+    review::TokenReviews,
+    source::kubernetes::{Feed, Objects},
     tls::{self, Certificate, CertificateError},
     token::{TokenKey, TokenKeyError},
 };
@@ -46,19 +44,20 @@ use crate::{
 const GRACE: Duration = Duration::from_millis(500);
 /// Everything has stopped by then, or is aborted.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
-/// Manifests must have been quiet for this long before they are read.
-const QUIET: Duration = Duration::from_millis(50);
-/// A start waits this long for files it cannot read to be corrected: policies in them may still be in force at the nodes.
-const UNREAD_LIMIT: Duration = Duration::from_secs(30);
-const ROOT_NAMESPACE: &str = "istio-system";
+/// The namespace the control plane runs in unless told otherwise.
+pub const NAMESPACE: &str = "istio-system";
 
 /// What `fairwayd run` is told.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Folder to read manifests from.
-    pub manifests: PathBuf,
-    /// Folder of keys and certificates; made when missing.
-    pub state: PathBuf,
+    pub source: Source,
+    /// Where this runs; also the root namespace, whose policies apply to the whole mesh.
+    pub namespace: String,
+    pub cluster_id: String,
+    /// The `cluster.local` of `web.demo.svc.cluster.local`.
+    pub cluster_domain: String,
+    /// Configuration labelled with another `istio.io/rev` is ignored.
+    pub revision: String,
     /// Where discovery and the CA are served; port 0 picks one.
     pub listen: SocketAddr,
     pub admin: SocketAddr,
@@ -73,10 +72,85 @@ pub struct Config {
     pub default_allow_from_waypoint: bool,
 }
 
+/// Where objects come from, and where keys are kept.
+#[derive(Clone, Debug)]
+pub enum Source {
+    Folder {
+        /// Of manifests.
+        manifests: PathBuf,
+        /// Of keys and certificates; made when missing.
+        state: PathBuf,
+    },
+    /// An API server, and how it is reached.
+    Kubernetes(Box<kube::Config>),
+}
+
+impl Config {
+    /// Everything else as it is by default.
+    pub fn new(source: Source, listen: SocketAddr, admin: SocketAddr) -> Self {
+        Self {
+            source,
+            namespace: NAMESPACE.to_owned(),
+            cluster_id: "Kubernetes".to_owned(),
+            cluster_domain: "cluster.local".to_owned(),
+            revision: "default".to_owned(),
+            listen,
+            admin,
+            trust_domain: mesh_core::identity::DEFAULT_TRUST_DOMAIN.to_owned(),
+            workload_cert_ttl: Duration::from_secs(24 * 3600),
+            server_names: Vec::new(),
+            trusted_accounts: Vec::new(),
+            default_allow_from_waypoint: false,
+        }
+    }
+
+    /// How objects are read: shared by `run` and `check`.
+    pub(crate) fn object_settings(&self) -> objects::Settings {
+        objects::Settings { root_namespace: self.namespace.as_str().into(), revision: self.revision.as_str().into() }
+    }
+
+    /// What they are turned into: shared by `run` and `check`.
+    pub(crate) fn index_settings(&self) -> index::Settings {
+        index::Settings {
+            root_namespace: self.namespace.as_str().into(),
+            trust_domain: self.trust_domain.as_str().into(),
+            cluster_id: self.cluster_id.as_str().into(),
+            cluster_domain: self.cluster_domain.as_str().into(),
+            allow_from_waypoint: self.default_allow_from_waypoint,
+        }
+    }
+
+    fn issue_policy(&self) -> IssuePolicy {
+        let shared = |(namespace, name): &(String, String)| (namespace.as_str().into(), name.as_str().into());
+        IssuePolicy {
+            trust_domain: self.trust_domain.as_str().into(),
+            trusted_accounts: self.trusted_accounts.iter().map(shared).collect(),
+            ttl: self.workload_cert_ttl,
+        }
+    }
+
+    /// What the server's certificate is for.
+    fn server_names(&self) -> Vec<String> {
+        let Self { namespace, cluster_domain, .. } = self;
+        let service = |name| [format!("{name}.{namespace}.svc"), format!("{name}.{namespace}.svc.{cluster_domain}")];
+        let mut names: Vec<String> = ["fairwayd", "istiod"].into_iter().flat_map(service).collect();
+        names.push("localhost".to_owned());
+        if !self.listen.ip().is_unspecified() {
+            names.push(self.listen.ip().to_string());
+        }
+        names.extend(self.server_names.iter().cloned());
+        names
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     #[error("the CA's files in the state folder cannot be opened")]
     Authority(#[source] AuthorityError),
+    #[error("the CA cannot be opened")]
+    Secret(#[from] SecretError),
+    #[error("the API server cannot be used")]
+    ApiServer(#[source] Box<kube::Error>),
     #[error("the token key in the state folder cannot be opened")]
     TokenKey(#[from] TokenKeyError),
     #[error(transparent)]
@@ -88,15 +162,6 @@ pub enum StartError {
         #[source]
         source: io::Error,
     },
-}
-
-/// What the rest of the process may look at; replaced as a whole.
-#[derive(Clone, Debug)]
-pub(crate) struct Snapshot {
-    pub(crate) index: Index,
-    pub(crate) problems: Arc<[Problem]>,
-    /// What was read for it.
-    pub(crate) versions: Arc<HashSet<Version>>,
 }
 
 /// A control plane that serves until stopped.
@@ -116,8 +181,10 @@ pub struct TaskFailed {
     source: Box<dyn std::error::Error + Send + Sync>,
 }
 
-fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(part: &'static str) -> impl FnOnce(E) -> TaskFailed {
-    move |source| TaskFailed { part, source: source.into() }
+impl TaskFailed {
+    pub(crate) fn of<E: Into<Box<dyn std::error::Error + Send + Sync>>>(part: &'static str) -> impl FnOnce(E) -> Self {
+        move |source| Self { part, source: source.into() }
+    }
 }
 
 /// Binds and starts everything. Must be called within a tokio runtime.
@@ -127,32 +194,28 @@ fn failed<E: Into<Box<dyn std::error::Error + Send + Sync>>>(part: &'static str)
 pub async fn start(config: Config) -> Result<Running, StartError> {
     let registry = Registry::new();
     let metrics = Metrics::register(&registry);
-    let authority = SigningAuthority::open(&config.state, &config.trust_domain).map_err(StartError::Authority)?;
-    let authority = Arc::new(authority);
-    metrics.root_expiry.set(root_expiry(authority.root_pem()).unwrap_or(0.0));
-    let authenticator = Arc::new(TokenAuthenticator { key: TokenKey::open(&config.state)?, metrics: metrics.clone() });
-    let certificate = Certificate::new(authority.clone(), server_names(&config), SystemTime::now())?;
+    let readiness = Readiness::default();
+    let cache = Arc::new(Cache::new());
+    let pipeline = Pipeline::new(config.index_settings(), cache.clone(), metrics.clone(), readiness.clone());
+    let state = pipeline.subscribe();
+    let (trigger, drain) = drain::channel();
+    let mut tasks = JoinSet::new();
+    let Opened { authority, tokens, run } = open(&config, pipeline, &metrics).await?;
+    metrics.root_expiry.set(unix_seconds(authority.borrow().not_after()));
+    let bearers = Bearers { tokens, metrics: metrics.clone() };
+    let certificate = Certificate::new(authority.clone(), config.server_names(), SystemTime::now())?;
 
     let listener = TcpListener::bind(config.listen).await.map_err(listen_error(config.listen, "--listen"))?;
     let address = listener.local_addr().map_err(listen_error(config.listen, "--listen"))?;
     let admin = std::net::TcpListener::bind(config.admin).map_err(listen_error(config.admin, "--admin"))?;
     let admin_address = admin.local_addr().map_err(listen_error(config.admin, "--admin"))?;
 
-    let (trigger, drain) = drain::channel();
-    let readiness = Readiness::default();
-    let cache = Arc::new(Cache::new());
-    let pipeline = Pipeline::new(&config, cache.clone(), metrics.clone(), readiness.clone());
-    let state = pipeline.snapshot.subscribe();
     let observer = metrics.clone();
     let discovery =
-        DeltaService::new(cache, authenticator.clone(), Arc::new(move |event| observer.observe(&event))).into_server();
-    let certificates = CertificateService {
-        authority,
-        authenticator,
-        policy: Arc::new(issue_policy(&config)),
-        state: state.clone(),
-        metrics,
-    };
+        DeltaService::new(cache, Arc::new(bearers.clone()), Arc::new(move |event| observer.observe(&event)))
+            .into_server();
+    let policy = Arc::new(config.issue_policy());
+    let certificates = CertificateService { authority, bearers, policy, state: state.clone(), metrics };
     let router = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
@@ -160,13 +223,54 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
         .add_service(discovery)
         .add_service(IstioCertificateServiceServer::new(certificates));
 
-    let mut tasks = JoinSet::new();
     tasks.spawn(serve(router, listener, certificate, drain.clone()));
     let (pages, watcher) = (pages::server(&registry, &readiness, state), drain.clone());
-    tasks.spawn(async move { pages.serve(admin, watcher).await.map_err(failed("the admin server")) });
-    tasks.spawn(pipeline.run(config.manifests.clone(), drain));
-    tracing::info!(%address, admin = %admin_address, manifests = %config.manifests.display(), "control plane started");
+    tasks.spawn(async move { pages.serve(admin, watcher).await.map_err(TaskFailed::of("the admin server")) });
+    tasks.spawn(run(drain));
+    tracing::info!(%address, admin = %admin_address, source = %config.source, "control plane started");
     Ok(Running { address, admin_address, trigger, tasks })
+}
+
+type Task = std::pin::Pin<Box<dyn Future<Output = Result<(), TaskFailed>> + Send>>;
+
+/// What depends on the source.
+struct Opened {
+    authority: watch::Receiver<Arc<SigningAuthority>>,
+    tokens: Arc<dyn Tokens>,
+    /// Reads the source, until the drain.
+    run: Box<dyn FnOnce(DrainWatcher) -> Task + Send>,
+}
+
+async fn open(config: &Config, pipeline: Pipeline, metrics: &Metrics) -> Result<Opened, StartError> {
+    match &config.source {
+        Source::Folder { manifests, state } => {
+            let authority = SigningAuthority::open(state, &config.trust_domain).map_err(StartError::Authority)?;
+            let tokens = Arc::new(TokenKey::open(state)?);
+            let pipeline = FolderPipeline::new(manifests.clone(), config.object_settings(), pipeline);
+            let run = move |drain| -> Task { Box::pin(pipeline.run(drain)) };
+            Ok(Opened { authority: watch::channel(Arc::new(authority)).1, tokens, run: Box::new(run) })
+        }
+        Source::Kubernetes(api_server) => {
+            let client = Client::try_from((**api_server).clone());
+            let client = client.map_err(|error| StartError::ApiServer(Box::new(error)))?;
+            let secrets = Api::namespaced(client.clone(), &config.namespace);
+            let authority = secret::open(&secrets, &config.namespace, &config.trust_domain).await?;
+            let tokens = Arc::new(TokenReviews::new(client.clone(), pipeline.subscribe(), metrics.clone()));
+            let settings = config.object_settings();
+            let pipeline = ClusterPipeline::new(Objects::new(settings.clone()), pipeline, metrics.clone());
+            let run = move |drain| -> Task { Box::pin(pipeline.run(Feed::start(&client, &settings), drain)) };
+            Ok(Opened { authority: watch::channel(Arc::new(authority)).1, tokens, run: Box::new(run) })
+        }
+    }
+}
+
+impl std::fmt::Display for Source {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Folder { manifests, .. } => write!(f, "{}", manifests.display()),
+            Self::Kubernetes(config) => write!(f, "{}", config.cluster_url),
+        }
+    }
 }
 
 impl Running {
@@ -174,8 +278,8 @@ impl Running {
     pub async fn failed(&mut self) -> TaskFailed {
         match self.tasks.join_next().await {
             Some(Ok(Err(error))) => error,
-            Some(Err(error)) => failed("a task")(error),
-            Some(Ok(Ok(()))) | None => failed("a task")("it ended without being told to"),
+            Some(Err(error)) => TaskFailed::of("a task")(error),
+            Some(Ok(Ok(()))) | None => TaskFailed::of("a task")("it ended without being told to"),
         }
     }
 
@@ -192,186 +296,8 @@ fn listen_error(address: SocketAddr, flag: &'static str) -> impl FnOnce(io::Erro
     move |source| StartError::Listen { address, flag, source }
 }
 
-fn server_names(config: &Config) -> Vec<String> {
-    let mut names = vec![format!("istiod.{ROOT_NAMESPACE}.svc"), "localhost".to_owned()];
-    if !config.listen.ip().is_unspecified() {
-        names.push(config.listen.ip().to_string());
-    }
-    names.extend(config.server_names.iter().cloned());
-    names
-}
-
-fn issue_policy(config: &Config) -> IssuePolicy {
-    let shared = |(namespace, name): &(String, String)| (namespace.as_str().into(), name.as_str().into());
-    IssuePolicy {
-        trust_domain: config.trust_domain.as_str().into(),
-        trusted_accounts: config.trusted_accounts.iter().map(shared).collect(),
-        ttl: config.workload_cert_ttl,
-    }
-}
-
-fn root_expiry(pem: &str) -> Option<f64> {
-    let der = CertificateDer::from_pem_slice(pem.as_bytes()).ok()?;
-    let (_, certificate) = x509_parser::parse_x509_certificate(&der).ok()?;
-    // Seconds fit a double's 53 bits for some hundred million years.
-    #[expect(clippy::cast_precision_loss, reason = "a timestamp")]
-    Some(certificate.validity().not_after.timestamp() as f64)
-}
-
-/// How manifests are read: shared by `run` and `check`.
-pub(crate) fn manifest_settings() -> objects::Settings {
-    objects::Settings { root_namespace: ROOT_NAMESPACE.into() }
-}
-
-/// What the manifests are turned into: shared by `run` and `check`.
-pub(crate) fn index_settings(trust_domain: &str, allow_from_waypoint: bool) -> index::Settings {
-    index::Settings {
-        root_namespace: ROOT_NAMESPACE.into(),
-        trust_domain: trust_domain.into(),
-        cluster_id: "Kubernetes".into(),
-        cluster_domain: "cluster.local".into(),
-        allow_from_waypoint,
-    }
-}
-
-/// Folder → index → cache; owns all three.
-struct Pipeline {
-    folder: Folder,
-    index: ClusterIndex,
-    cache: Arc<Cache>,
-    snapshot: watch::Sender<Snapshot>,
-    reported: BTreeSet<Problem>,
-    metrics: Metrics,
-    readiness: Readiness,
-    /// Dropped when the first full state has been published.
-    starting: Option<Pending>,
-    /// Files that could not be read at the start, and not since.
-    unread: BTreeSet<Arc<str>>,
-    /// When to start without those.
-    unread_until: Option<Instant>,
-}
-
-impl Pipeline {
-    fn new(config: &Config, cache: Arc<Cache>, metrics: Metrics, readiness: Readiness) -> Self {
-        let index = ClusterIndex::new(index_settings(config.trust_domain.as_str(), config.default_allow_from_waypoint));
-        let snapshot = watch::Sender::new(Snapshot {
-            index: index.model().clone(),
-            problems: Arc::default(),
-            versions: Arc::default(),
-        });
-        let folder = Folder::new(config.manifests.clone(), manifest_settings());
-        let starting = Some(readiness.pending("first full state"));
-        let (reported, unread, unread_until) = Default::default();
-        Self { folder, index, cache, snapshot, reported, metrics, readiness, starting, unread, unread_until }
-    }
-
-    async fn run(self, manifests: PathBuf, drain: DrainWatcher) -> Result<(), TaskFailed> {
-        let mut pipeline = self;
-        let mut watch = Watch::new(&manifests, QUIET);
-        loop {
-            let was_readable = pipeline.folder.is_readable();
-            let step = tokio::task::spawn_blocking(|| pipeline.step(Instant::now()));
-            pipeline = step.await.map_err(failed::<JoinError>("the source"))?;
-            if !was_readable && pipeline.folder.is_readable() {
-                // What was not there could not be watched; and a folder that is removed takes its watch with it.
-                watch = Watch::new(&manifests, QUIET);
-                continue;
-            }
-            let unread_until = pipeline.unread_until.filter(|until| *until > Instant::now());
-            let waited = async {
-                match unread_until {
-                    Some(until) => tokio::time::sleep_until(until).await,
-                    None => std::future::pending().await,
-                }
-            };
-            tokio::select! {
-                () = watch.changed() => {}
-                () = waited => {}
-                _ = drain.signalled() => return Ok(()),
-            }
-        }
-    }
-
-    /// Reads what changed and publishes what follows from it. Blocks.
-    fn step(mut self, now: Instant) -> Self {
-        let changes = self.folder.scan();
-        let read = self.folder.is_readable();
-        if !changes.is_empty() {
-            let objects = changes.len();
-            let changes = self.index.apply(changes);
-            let published = self.cache.publish(publish::cache_changes(&changes));
-            tracing::info!(objects, published, version = self.index.model().version(), "manifests changed");
-        }
-        let unread = self.folder.catalogue.unread();
-        match self.starting {
-            Some(_) => self.unread = unread,
-            None => self.unread.retain(|file| unread.contains(file)),
-        }
-        self.report();
-        // An unreadable folder must not look like an empty mesh to those who connect.
-        if read && self.starting.is_some() && !self.waits_for_unread(now) {
-            self.cache.set_ready();
-            self.starting = None;
-            self.unread_until = None;
-            tracing::info!(objects = self.folder.catalogue.len(), "first full state published");
-        }
-        self
-    }
-
-    /// Whether the start has to wait: nodes would drop the policies of files that cannot be read. Not for ever, for those of all other
-    /// files count too.
-    fn waits_for_unread(&mut self, now: Instant) -> bool {
-        if self.unread.is_empty() {
-            return false;
-        }
-        let files = self.unread.iter().map(|file| &**file).collect::<Vec<_>>().join(", ");
-        let until = *self.unread_until.get_or_insert_with(|| {
-            tracing::warn!(files, limit = ?UNREAD_LIMIT, "files cannot be read, waiting for them to be corrected or removed");
-            now + UNREAD_LIMIT
-        });
-        let waits = now < until;
-        if waits {
-            self.starting = Some(self.readiness.pending(format!("manifests that cannot be read: {files}")));
-        } else {
-            tracing::error!(files, "starting without files that cannot be read: policies in them are not in force");
-        }
-        waits
-    }
-
-    /// Logs each problem once, and once more that it is gone.
-    fn report(&mut self) {
-        let unread = self.unread.iter().map(unread_problem);
-        let problems: BTreeSet<Problem> =
-            self.folder.problems().into_iter().chain(unread).chain(self.index.problems().cloned()).collect();
-        for problem in problems.difference(&self.reported) {
-            tracing::warn!(file = %problem.file, line = problem.line, field = problem.field, remedy = problem.remedy, "{}", problem.message);
-        }
-        for problem in self.reported.difference(&problems) {
-            tracing::info!(file = %problem.file, line = problem.line, field = problem.field, "resolved: {}", problem.message);
-        }
-        let model = self.index.model();
-        let count = |n: usize| i64::try_from(n).unwrap_or(i64::MAX);
-        self.metrics.problems.set(count(problems.len()));
-        self.metrics.services.set(count(model.services().count()));
-        self.metrics.workloads.set(count(model.workloads().count()));
-        self.metrics.policies.set(count(model.policies().count()));
-        self.snapshot.send_replace(Snapshot {
-            index: model.clone(),
-            problems: problems.iter().cloned().collect(),
-            versions: Arc::new(self.folder.versions().collect()),
-        });
-        self.reported = problems;
-    }
-}
-
-fn unread_problem(file: &Arc<str>) -> Problem {
-    Problem {
-        file: file.clone(),
-        line: 1,
-        field: String::new(),
-        message: "the file could not be read whole since the control plane started".to_owned(),
-        remedy: "correct or remove it; until then policies that cannot be read from it are not in force".to_owned(),
-    }
+fn unix_seconds(at: SystemTime) -> f64 {
+    at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 type Router = tonic::transport::server::Router;
@@ -398,8 +324,5 @@ async fn serve(
         drop(guard);
     };
     let ((), served, ()) = tokio::join!(accepting, serving, ending);
-    served.map_err(failed("the gRPC server"))
+    served.map_err(TaskFailed::of("the gRPC server"))
 }
-
-#[cfg(test)]
-mod tests;

@@ -2,24 +2,20 @@
 
 use mesh_runtime::telemetry::error_chain;
 use std::{
-    pin::Pin,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use mesh_core::{
-    identity::{Identity, InvalidIdentity},
-    index::Index,
-};
+use mesh_core::identity::{Identity, InvalidIdentity};
 use mesh_identity::authority::{AuthorityError, SigningAuthority};
-use mesh_xds::server::{Authenticate, Caller};
+use mesh_xds::server::Caller;
 use proto::ca::{
     IstioCertificateRequest, IstioCertificateResponse, istio_certificate_service_server::IstioCertificateService,
 };
 use tokio::sync::watch;
-use tonic::{Request, Response, Status, metadata::MetadataMap};
+use tonic::{Request, Response, Status};
 
-use crate::{app::Snapshot, metrics::Metrics, token::TokenKey};
+use crate::{callers::Bearers, metrics::Metrics, pipeline::Snapshot, placement::Placements};
 
 /// Longer requests are no certificate requests.
 const MAX_CSR_BYTES: usize = 16 * 1024;
@@ -62,7 +58,7 @@ impl Refusal {
 /// The identity to certify: the caller's own, or `requested` for a node proxy on whose node a pod has it.
 pub(crate) fn decide(
     policy: &IssuePolicy,
-    index: &Index,
+    placements: &Placements,
     caller: &Caller,
     requested: Option<&str>,
 ) -> Result<Identity, Refusal> {
@@ -83,9 +79,9 @@ pub(crate) fn decide(
     if identity.trust_domain != policy.trust_domain {
         return Err(Refusal::TrustDomain(identity));
     }
-    match index.identity_count(&caller.node, &identity) {
-        0 => Err(Refusal::NotOnNode { node: caller.node.clone(), identity }),
-        _ => Ok(identity),
+    match placements.runs(&caller.node, &identity.namespace, &identity.service_account) {
+        false => Err(Refusal::NotOnNode { node: caller.node.clone(), identity }),
+        true => Ok(identity),
     }
 }
 
@@ -97,41 +93,11 @@ fn clamp_ttl(requested_seconds: i64, maximum: Duration) -> Duration {
     }
 }
 
-/// Believes bearers of our own node tokens; for the CA and discovery alike.
-#[derive(Debug)]
-pub(crate) struct TokenAuthenticator {
-    pub(crate) key: TokenKey,
-    pub(crate) metrics: Metrics,
-}
-
-impl TokenAuthenticator {
-    fn caller(&self, metadata: &MetadataMap) -> Result<Caller, Status> {
-        let refuse = |why: &str| {
-            self.metrics.authentication_failures.inc();
-            tracing::warn!(why, "caller not authenticated");
-            Status::unauthenticated("authentication failure")
-        };
-        let header = metadata.get("authorization").ok_or_else(|| refuse("no authorization metadata"))?;
-        let token = header.to_str().ok().and_then(|text| text.strip_prefix("Bearer "));
-        let token = token.ok_or_else(|| refuse("the authorization metadata is not `Bearer <token>`"))?;
-        self.key.verify(token).map_err(|error| refuse(&error_chain(&error)))
-    }
-}
-
-impl Authenticate for TokenAuthenticator {
-    fn authenticate<'a>(
-        &'a self,
-        metadata: &'a MetadataMap,
-    ) -> Pin<Box<dyn Future<Output = Result<Caller, Status>> + Send + 'a>> {
-        Box::pin(std::future::ready(self.caller(metadata)))
-    }
-}
-
 /// `CreateCertificate`.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct CertificateService {
-    pub(crate) authority: Arc<SigningAuthority>,
-    pub(crate) authenticator: Arc<TokenAuthenticator>,
+    pub(crate) authority: watch::Receiver<Arc<SigningAuthority>>,
+    pub(crate) bearers: Bearers,
     pub(crate) policy: Arc<IssuePolicy>,
     pub(crate) state: watch::Receiver<Snapshot>,
     pub(crate) metrics: Metrics,
@@ -139,8 +105,8 @@ pub(crate) struct CertificateService {
 
 impl CertificateService {
     fn sign(&self, caller: &Caller, request: &IstioCertificateRequest) -> Result<Vec<String>, Status> {
-        let index = self.state.borrow().index.clone();
-        let identity = decide(&self.policy, &index, caller, impersonated(request)).map_err(|refusal| {
+        let placements = self.state.borrow().placements.clone();
+        let identity = decide(&self.policy, &placements, caller, impersonated(request)).map_err(|refusal| {
             self.metrics.refusals.with_label_values(&[refusal.label()]).inc();
             let why = error_chain(&refusal);
             tracing::warn!(node = %caller.node, pod = %caller.pod, why, "certificate refused");
@@ -151,7 +117,8 @@ impl CertificateService {
             return Err(Status::invalid_argument("the certificate request is too long"));
         }
         let ttl = clamp_ttl(request.validity_duration, self.policy.ttl);
-        let chain = self.authority.sign(&request.csr, &identity, ttl, SystemTime::now()).map_err(|error| {
+        let authority = self.authority.borrow().clone();
+        let chain = authority.sign(&request.csr, &identity, ttl, SystemTime::now()).map_err(|error| {
             tracing::warn!(node = %caller.node, %identity, error = error_chain(&error), "certificate not signed");
             self.sign_failed(&error)
         })?;
@@ -189,7 +156,7 @@ impl IstioCertificateService for CertificateService {
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
         self.metrics.csr_count.inc();
-        let caller = self.authenticator.caller(request.metadata())?;
+        let caller = self.bearers.caller(request.metadata()).await?;
         let cert_chain = self.sign(&caller, request.get_ref())?;
         Ok(Response::new(IstioCertificateResponse { cert_chain }))
     }
@@ -197,12 +164,8 @@ impl IstioCertificateService for CertificateService {
 
 #[cfg(test)]
 mod tests {
-    use mesh_core::{
-        index::{Delta, Provenance, Resource},
-        workload::Workload,
-    };
-
     use super::*;
+    use crate::{objects::Settings, source::Catalogue};
 
     fn policy() -> IssuePolicy {
         IssuePolicy {
@@ -216,14 +179,14 @@ mod tests {
         Caller { node: node.into(), namespace: "istio-system".into(), service_account: account.into(), pod: "z".into() }
     }
 
-    fn index() -> Index {
-        let mut workload = Workload::new("Kubernetes//Pod/demo/client", "demo", "client");
-        workload.service_account = "client".into();
-        workload.node = "n1".into();
-        let mut index = Index::default();
-        let upserts = vec![Resource::Workload(Arc::new(workload))];
-        index.apply(Delta { provenance: Provenance::Xds, upserts, removals: Vec::new() });
-        index
+    fn placements() -> Placements {
+        let settings = Settings { root_namespace: "istio-system".into(), revision: "default".into() };
+        let (mut catalogue, mut placements) = (Catalogue::new(settings), Placements::default());
+        let pod = "apiVersion: v1\nkind: Pod\nmetadata: {namespace: demo, name: client}\n\
+                   spec: {nodeName: n1, serviceAccountName: client}\n";
+        catalogue.set_file(&"f.yaml".into(), pod);
+        placements.apply(&catalogue.changes());
+        placements
     }
 
     #[test]
@@ -240,7 +203,7 @@ mod tests {
             (caller("n1", "waypoint"), None, Ok("spiffe://cluster.local/ns/istio-system/sa/waypoint")),
         ];
         for (caller, requested, expected) in table {
-            let decided = decide(&policy(), &index(), &caller, requested);
+            let decided = decide(&policy(), &placements(), &caller, requested);
             let decided = decided.map(|identity| identity.to_string()).map_err(|refusal| refusal.label());
             assert_eq!(decided, expected.map(str::to_owned), "{caller:?} {requested:?}");
         }

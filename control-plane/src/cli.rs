@@ -16,7 +16,8 @@ use mesh_runtime::{
 };
 
 use crate::{
-    app::{self, Config},
+    apiserver,
+    app::{self, Config, Source},
     index::ClusterIndex,
     source::Folder,
     token::{Subject, TokenKey},
@@ -32,7 +33,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    /// Serve discovery and certificates for a folder of manifests.
+    /// Serve discovery and certificates, for a Kubernetes cluster or a folder of manifests.
     Run(Run),
     /// Print a token for a node's proxy.
     Token(Token),
@@ -42,12 +43,27 @@ enum Command {
 
 #[derive(Debug, Args)]
 struct Run {
+    /// Watch the API server: that of the cluster this runs in, else that of the kubeconfig.
+    #[arg(long)]
+    kubernetes: bool,
     /// Folder of Kubernetes manifests, watched, with its subfolders.
     #[arg(long, env = "FAIRWAY_MANIFESTS", value_name = "DIR")]
-    manifests: PathBuf,
-    /// Folder of keys and certificates; made when missing, and worth keeping.
+    manifests: Option<PathBuf>,
+    /// Folder of keys and certificates; made when missing, and worth keeping. With --manifests only.
     #[arg(long, value_name = "DIR")]
-    state: PathBuf,
+    state: Option<PathBuf>,
+    /// Where this runs; also the root namespace, whose policies apply to the whole mesh.
+    #[arg(long, value_name = "NAMESPACE", default_value = app::NAMESPACE)]
+    namespace: String,
+    /// The cluster's name in the names of workloads.
+    #[arg(long, value_name = "ID", default_value = "Kubernetes")]
+    cluster_id: String,
+    /// The last part of the names of services.
+    #[arg(long, value_name = "DOMAIN", default_value = "cluster.local")]
+    cluster_domain: String,
+    /// Configuration labelled istio.io/rev with another name is left to others.
+    #[arg(long, value_name = "NAME", default_value = "default")]
+    revision: String,
     /// Where to serve discovery and certificates.
     #[arg(long, value_name = "IP:PORT", default_value = "0.0.0.0:15012")]
     listen: SocketAddr,
@@ -62,8 +78,9 @@ struct Run {
     /// A further name or address this server is reached by; may be repeated.
     #[arg(long = "server-name", value_name = "NAME")]
     server_names: Vec<String>,
-    /// A service account whose tokens may ask for the identities of pods on their node; may be repeated.
-    #[arg(long = "trusted-account", value_name = "NAMESPACE/NAME", default_value = "istio-system/ztunnel", value_parser = account)]
+    /// A service account whose tokens may ask for the identities of pods on their node; may be repeated. ztunnel's, where this runs,
+    /// unless said otherwise.
+    #[arg(long = "trusted-account", value_name = "NAMESPACE/NAME", value_parser = account)]
     trusted_accounts: Vec<(String, String)>,
     /// Workloads that use a waypoint, or are behind a service that does, accept connections from that waypoint only.
     #[arg(long)]
@@ -138,22 +155,72 @@ fn run(run: Run) -> Result<(), String> {
     telemetry::init(&filter, format).map_err(|error| format!("RUST_LOG={filter}: {error}"))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.map_err(|error| format!("cannot start: {error}"))?;
-    runtime.block_on(serve(Config {
-        manifests: run.manifests,
-        state: run.state,
+    runtime.block_on(async {
+        let config = config(run).await?;
+        serve(config).await
+    })
+}
+
+async fn config(run: Run) -> Result<Config, String> {
+    let source = source(run.kubernetes, run.manifests, run.state)?;
+    let source = match source {
+        Chosen::Folder { manifests, state } => Source::Folder { manifests, state },
+        Chosen::Kubernetes => {
+            let config = apiserver::configuration().await.map_err(|error| error_chain(&error))?;
+            Source::Kubernetes(Box::new(config))
+        }
+    };
+    let mut trusted_accounts = run.trusted_accounts;
+    if trusted_accounts.is_empty() {
+        trusted_accounts.push((run.namespace.clone(), "ztunnel".to_owned()));
+    }
+    Ok(Config {
+        source,
+        namespace: run.namespace,
+        cluster_id: run.cluster_id,
+        cluster_domain: run.cluster_domain,
+        revision: run.revision,
         listen: run.listen,
         admin: run.admin,
         trust_domain: run.trust_domain,
         workload_cert_ttl: run.workload_cert_ttl,
         server_names: run.server_names,
-        trusted_accounts: run.trusted_accounts,
+        trusted_accounts,
         default_allow_from_waypoint: run.default_allow_from_waypoint,
-    }))
+    })
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Chosen {
+    Folder { manifests: PathBuf, state: PathBuf },
+    Kubernetes,
+}
+
+/// Exactly one source: of two, nobody could tell which is in force.
+fn source(kubernetes: bool, manifests: Option<PathBuf>, state: Option<PathBuf>) -> Result<Chosen, String> {
+    let told = match (kubernetes, manifests, state) {
+        (true, None, None) => return Ok(Chosen::Kubernetes),
+        (false, Some(manifests), Some(state)) => return Ok(Chosen::Folder { manifests, state }),
+        (true, Some(_), _) => {
+            "--kubernetes and --manifests (or FAIRWAY_MANIFESTS) exclude each other: give one of them"
+        }
+        (true, None, Some(_)) => "--state goes with --manifests only: on Kubernetes keys are kept in a Secret",
+        (false, Some(_), None) => "--manifests needs --state, a folder for keys and certificates",
+        (false, None, _) => "no source is given: use --kubernetes, or --manifests DIR --state DIR",
+    };
+    Err(told.to_owned())
 }
 
 async fn serve(config: Config) -> Result<(), String> {
     let mut shutdown = Shutdown::new().map_err(|error| format!("cannot catch signals: {error}"))?;
-    let mut running = app::start(config).await.map_err(|error| error_chain(&error))?;
+    let started = tokio::select! {
+        started = app::start(config) => started,
+        signal = shutdown.recv() => {
+            tracing::info!(signal, "stopping before the start was complete");
+            return Ok(());
+        }
+    };
+    let mut running = started.map_err(|error| error_chain(&error))?;
     let outcome = tokio::select! {
         signal = shutdown.recv() => {
             tracing::info!(signal, "stopping");
@@ -174,10 +241,13 @@ fn token(token: Token) -> Result<(), String> {
 }
 
 fn check(check: Check) -> ExitCode {
-    let mut folder = Folder::new(check.manifests, app::manifest_settings());
+    let unused = SocketAddr::from(([127, 0, 0, 1], 0));
+    let source = Source::Folder { manifests: check.manifests.clone(), state: PathBuf::new() };
+    let config = Config::new(source, unused, unused);
+    let mut folder = Folder::new(check.manifests, config.object_settings());
     let changes = folder.scan();
     let objects = changes.len();
-    let mut index = ClusterIndex::new(app::index_settings(mesh_core::identity::DEFAULT_TRUST_DOMAIN, false));
+    let mut index = ClusterIndex::new(config.index_settings());
     index.apply(changes);
     let mut problems = folder.problems();
     problems.extend(index.problems().cloned());
@@ -193,6 +263,35 @@ fn check(check: Check) -> ExitCode {
         count => {
             eprintln!("fairwayd: {count} {} found", if count == 1 { "problem" } else { "problems" });
             ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exactly_one_source_is_chosen() {
+        let some = || Some(PathBuf::from("x"));
+        let folder = Chosen::Folder { manifests: "x".into(), state: "x".into() };
+        let table = [
+            (true, None, None, Ok(Chosen::Kubernetes)),
+            (false, some(), some(), Ok(folder)),
+            (true, some(), None, Err("exclude each other")),
+            (true, some(), some(), Err("exclude each other")),
+            (true, None, some(), Err("--state goes with --manifests only")),
+            (false, some(), None, Err("--manifests needs --state")),
+            (false, None, some(), Err("no source is given")),
+            (false, None, None, Err("no source is given")),
+        ];
+        for (kubernetes, manifests, state, expected) in table {
+            let chosen = source(kubernetes, manifests, state);
+            match (&chosen, &expected) {
+                (Ok(chosen), Ok(expected)) => assert_eq!(chosen, expected),
+                (Err(told), Err(part)) => assert!(told.contains(part), "{told}"),
+                _ => panic!("{chosen:?} instead of {expected:?}"),
+            }
         }
     }
 }

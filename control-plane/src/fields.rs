@@ -11,21 +11,21 @@ use std::{
 };
 
 use crate::{
-    problem::Problem,
+    problem::{Place, Problem},
     yaml::{Node, Value},
 };
 
 /// Where the problems of one document go.
 #[derive(Debug)]
 pub(crate) struct Document {
-    pub(crate) file: Arc<str>,
+    pub(crate) place: Place,
     problems: RefCell<Vec<Problem>>,
     unusable: Cell<bool>,
 }
 
 impl Document {
-    pub(crate) fn new(file: Arc<str>) -> Self {
-        Self { file, problems: RefCell::default(), unusable: Cell::new(false) }
+    pub(crate) fn new(place: Place) -> Self {
+        Self { place, problems: RefCell::default(), unusable: Cell::new(false) }
     }
 
     /// Whether nothing was found that makes the document mean something else than written.
@@ -44,7 +44,7 @@ impl Document {
 
     fn report(&self, line: u32, field: &str, message: impl Into<String>, remedy: impl Into<String>) {
         let (field, message, remedy) = (field.to_owned(), message.into(), remedy.into());
-        self.problems.borrow_mut().push(Problem { file: self.file.clone(), line, field, message, remedy });
+        self.problems.borrow_mut().push(Problem { place: self.place.at(line), field, message, remedy });
     }
 }
 
@@ -88,8 +88,8 @@ impl<'a> Cursor<'a> {
         self.line
     }
 
-    pub(crate) fn file(&self) -> Arc<str> {
-        self.document.file.clone()
+    pub(crate) fn place(&self) -> Place {
+        self.document.place.at(self.line)
     }
 
     pub(crate) fn path(&self) -> &str {

@@ -1,24 +1,31 @@
-//! The control plane: a folder of manifests in, discovery and workload certificates out.
+//! The control plane: the objects of a cluster in, discovery and workload certificates out.
 //!
 //! ```text
 //! source ── objects, with origins ──▶ index ── changed resources ──▶ publish ──▶ discovery cache ──▶ every node
-//!    └──── problems ──▶ log, /debug/problems, `fairwayd check`   └──▶ ca: who runs where, as whom
+//!    │  └──▶ placement: who runs where, as whom ──▶ callers, ca
+//!    └──── problems ──▶ log, /debug/problems, `fairwayd check`
 //! ```
-//! Stateless but for its keys: everything is rebuilt from the manifests. Deliberately absent: decisions about connections, which are
+//! The source is a folder of manifests or an API server. Stateless but for its keys: everything is rebuilt from the objects. Deliberately absent: decisions about connections, which are
 //! `mesh-core`'s, and the configuration of waypoints themselves: only who goes through which is known here.
 
 #![forbid(unsafe_code)]
 
+mod apiserver;
 pub mod app;
 mod ca;
+mod callers;
 mod cli;
 mod fields;
 mod index;
+mod keeper;
 mod metrics;
 mod objects;
 mod pages;
+mod pipeline;
+mod placement;
 pub mod problem;
 mod publish;
+mod review;
 mod source;
 mod state;
 mod tls;

@@ -2,7 +2,9 @@
 
 use mesh_runtime::metrics::Registry;
 use mesh_xds::server::Event;
-use prometheus::{Gauge, IntCounter, IntCounterVec, IntGauge, Opts};
+use prometheus::{
+    Gauge, GaugeVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, exponential_buckets,
+};
 use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 
 /// Handles to every family; cheap to clone.
@@ -10,6 +12,8 @@ use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 pub(crate) struct Metrics {
     pub(crate) csr_count: IntCounter,
     pub(crate) authentication_failures: IntCounter,
+    pub(crate) authentications_deferred: IntCounter,
+    pub(crate) token_reviews: IntCounterVec,
     pub(crate) csr_parsing_errors: IntCounter,
     pub(crate) csr_sign_errors: IntCounter,
     pub(crate) issued: IntCounter,
@@ -19,6 +23,9 @@ pub(crate) struct Metrics {
     pub(crate) services: IntGauge,
     pub(crate) workloads: IntGauge,
     pub(crate) policies: IntGauge,
+    pub(crate) watch_failures: IntCounterVec,
+    pub(crate) watch_failing_since: GaugeVec,
+    pub(crate) event_to_publish: Histogram,
     clients: IntGauge,
     pushes: IntCounterVec,
     initial: IntCounterVec,
@@ -36,6 +43,15 @@ impl Metrics {
                 "citadel_server_authentication_failure_count",
                 "Calls whose credentials were not believed",
             ),
+            authentications_deferred: counter(
+                "fairwayd_authentications_deferred_total",
+                "Calls that were told to come again, since who calls could not be told yet",
+            ),
+            token_reviews: by(
+                "fairwayd_token_reviews_total",
+                "Tokens the API server was asked about: believed, refused or unanswered",
+                "outcome",
+            ),
             csr_parsing_errors: counter("citadel_server_csr_parsing_err_count", "Unreadable certificate requests"),
             csr_sign_errors: counter(
                 "citadel_server_csr_sign_err_count",
@@ -51,6 +67,21 @@ impl Metrics {
             services: gauge("pilot_services", "Services known"),
             workloads: gauge("fairwayd_workloads", "Workloads known"),
             policies: gauge("fairwayd_policies", "Layer-4 policies in force"),
+            watch_failures: by("fairwayd_watch_failures_total", "Failures of watches on the API server", "kind"),
+            watch_failing_since: registry.add(GaugeVec::new(
+                Opts::new(
+                    "fairwayd_watch_failing_since_timestamp_seconds",
+                    "Unix time since which a watch fails, and its objects may be old; 0 while it works",
+                ),
+                &["kind"],
+            )),
+            event_to_publish: registry.add(Histogram::with_opts(
+                HistogramOpts::new(
+                    "fairwayd_event_to_publish_seconds",
+                    "From the arrival of an event of the API server to its publication for discovery clients",
+                )
+                .buckets(exponential_buckets(0.001, 2.0, 14).unwrap_or_default()),
+            )),
             clients: gauge("pilot_xds", "Discovery clients connected"),
             pushes: by("pilot_xds_pushes", "Discovery responses sent, by resource type", "type"),
             initial: by(

@@ -20,9 +20,11 @@ use mesh_core::{
 
 pub(crate) use decode::{Read, read};
 pub(crate) use egress::{Endpoint, EndpointAddress, EntryPort, Resolution, ServiceEntry, WorkloadEntry};
-pub(crate) use gateway::{AllowedFrom, Binding, Gateway, GatewayHost, Place, Wanted};
+pub(crate) use gateway::{AllowedFrom, Binding, FieldPlace, Gateway, GatewayHost, Wanted};
 pub(crate) use mesh_config::MeshConfig;
 pub(crate) use policy::Settings;
+
+use crate::problem::Place;
 
 pub(crate) type Labels = BTreeMap<Arc<str>, Arc<str>>;
 
@@ -96,8 +98,7 @@ impl fmt::Display for ObjectKey {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Object {
     pub(crate) key: ObjectKey,
-    pub(crate) file: Arc<str>,
-    pub(crate) line: u32,
+    pub(crate) place: Place,
     pub(crate) binding: Binding,
     pub(crate) spec: Spec,
 }

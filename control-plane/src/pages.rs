@@ -9,7 +9,7 @@ use mesh_runtime::{
 };
 use tokio::sync::watch;
 
-use crate::{app::Snapshot, source::Version, state};
+use crate::{pipeline::Snapshot, source::Version, state};
 
 /// Who asks for the problems of a version of a file waits this long for it to be read.
 const READ_WITHIN: Duration = Duration::from_secs(4);
@@ -60,7 +60,7 @@ mod tests {
 
     fn snapshot(versions: &[Version]) -> Snapshot {
         let versions: HashSet<Version> = versions.iter().copied().collect();
-        Snapshot { index: Default::default(), problems: Arc::default(), versions: Arc::new(versions) }
+        Snapshot { versions: Arc::new(versions), ..Snapshot::default() }
     }
 
     #[tokio::test]

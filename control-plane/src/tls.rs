@@ -14,7 +14,7 @@ use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc},
+    sync::{Semaphore, mpsc, watch},
     task::JoinSet,
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
@@ -32,7 +32,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 /// The server's certificate, renewed in time.
 #[derive(Debug)]
 pub(crate) struct Certificate {
-    authority: Arc<SigningAuthority>,
+    authority: watch::Receiver<Arc<SigningAuthority>>,
     names: Vec<String>,
     config: Arc<ServerConfig>,
     renew_at: SystemTime,
@@ -48,18 +48,20 @@ pub enum CertificateError {
 
 impl Certificate {
     pub(crate) fn new(
-        authority: Arc<SigningAuthority>,
+        authority: watch::Receiver<Arc<SigningAuthority>>,
         names: Vec<String>,
         now: SystemTime,
     ) -> Result<Self, CertificateError> {
-        let config = server_config(&authority, &names, now)?;
+        let current = authority.borrow().clone();
+        let config = server_config(&current, &names, now)?;
         Ok(Self { authority, names, config, renew_at: now + CERTIFICATE_TTL / 2 })
     }
 
-    /// The configuration for a connection accepted `now`.
+    /// The configuration for a connection accepted `now`, signed by the authority of now.
     fn current(&mut self, now: SystemTime) -> Arc<ServerConfig> {
-        if now >= self.renew_at {
-            match server_config(&self.authority, &self.names, now) {
+        if now >= self.renew_at || self.authority.has_changed().unwrap_or(false) {
+            let authority = self.authority.borrow_and_update().clone();
+            match server_config(&authority, &self.names, now) {
                 Ok(config) => (self.config, self.renew_at) = (config, now + CERTIFICATE_TTL / 2),
                 Err(error) => tracing::error!(%error, "the old server certificate stays in use"),
             }

@@ -5,16 +5,20 @@ use std::{
     io::{self, Write as _},
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
+    pin::Pin,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use jsonwebtoken::{Algorithm, DecodingKey, EncodingKey, Header, Validation};
+use mesh_runtime::telemetry::error_chain;
 use mesh_xds::server::Caller;
 use serde::{Deserialize, Serialize};
 
+use crate::callers::{NotBelieved, Tokens};
+
 pub(crate) const TOKEN_KEY_FILE: &str = "token-key.pem";
-const AUDIENCE: &str = "istio-ca";
+pub(crate) const AUDIENCE: &str = "istio-ca";
 const ISSUER: &str = "fairwayd";
 
 /// What a token says of its bearer.
@@ -159,6 +163,13 @@ impl TokenKey {
             service_account: shared(bound.serviceaccount.name),
             pod: shared(bound.pod.name),
         })
+    }
+}
+
+impl Tokens for TokenKey {
+    fn bearer<'a>(&'a self, token: &'a str) -> Pin<Box<dyn Future<Output = Result<Caller, NotBelieved>> + Send + 'a>> {
+        let believed = self.verify(token).map_err(|error| NotBelieved::Refused(error_chain(&error)));
+        Box::pin(std::future::ready(believed))
     }
 }
 

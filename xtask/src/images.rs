@@ -69,6 +69,21 @@ const RECIPES: [Recipe; 4] = [
 const NAMES: [&str; 4] = [RECIPES[0].name, RECIPES[1].name, RECIPES[2].name, RECIPES[3].name];
 
 impl Images {
+    /// Everything but the command line's image, straight onto a cluster's nodes.
+    pub(crate) fn for_test(tag: &str, profile: &str, load: &str) -> Self {
+        let programs = NAMES.into_iter().filter(|name| *name != "fairway");
+        Self {
+            only: programs.map(str::to_owned).collect(),
+            hub: "localhost".to_owned(),
+            tag: tag.to_owned(),
+            out: "target/images".into(),
+            profile: profile.to_owned(),
+            target: None,
+            load: true,
+            with: Some(load.to_owned()),
+        }
+    }
+
     pub(crate) fn run(&self, root: &Path) -> anyhow::Result<()> {
         let target = match &self.target {
             Some(target) => target.clone(),

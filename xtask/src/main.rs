@@ -10,6 +10,7 @@ use std::{
 use clap::{Parser, Subcommand};
 
 mod archive;
+mod e2e;
 mod images;
 mod render;
 mod tar;
@@ -23,6 +24,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Install, break and remove Fairway on a real cluster, and count what its users would notice.
+    E2e(e2e::E2e),
     /// Write `deploy/rendered/` from the chart; needs `helm`.
     Render(render::Render),
     /// Build the images, as archives that any engine or `ctr` can load; needs no engine.
@@ -31,6 +34,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
+        Command::E2e(command) => command.run(&root()),
         Command::Render(command) => command.run(&root()),
         Command::Images(command) => command.run(&root()),
     };

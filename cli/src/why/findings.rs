@@ -322,8 +322,13 @@ fn problems(facts: &Facts) -> Vec<Finding> {
 fn problem_of(problem: &Value) -> Finding {
     let text = |field: &str| problem[field].as_str().unwrap_or_default();
     let mut finding = Finding::new("mesh", format!("a manifest was not accepted: {}", text("message")));
-    finding.object = Some(format!("a document of {}", text("file")));
-    finding.place = Some(format!("{}:{}", text("file"), problem["line"]));
+    match problem["object"].as_str() {
+        Some(object) => finding.object = Some(object.to_owned()),
+        None => {
+            finding.object = Some(format!("a document of {}", text("file")));
+            finding.place = Some(format!("{}:{}", text("file"), problem["line"]));
+        }
+    }
     finding.field = Some(text("field").to_owned()).filter(|field| !field.is_empty());
     finding.remedy(text("remedy"))
 }
@@ -423,6 +428,10 @@ mod tests {
         let mut facts = facts(hbone(json!({"open": true})));
         facts.problems = vec![problem.clone(); 2];
         assert_eq!(of(&facts).len(), 2);
+        let of_cluster =
+            json!({"object": "AuthorizationPolicy demo/x", "field": "spec", "message": "m", "remedy": "r"});
+        let found = problem_of(&of_cluster);
+        assert_eq!((found.object.as_deref(), found.place), (Some("AuthorizationPolicy demo/x"), None));
         facts.problems = vec![problem; 20];
         assert!(of(&facts)[0].says.starts_with("20 parts"));
     }

@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use mesh_net::{NetNs, NetNsId};
+use mesh_net::NetNs;
 use mesh_runtime::{drain::DrainWatcher, readiness::Pending};
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -18,10 +18,12 @@ use tokio::{
 
 use super::{
     enroll::{Machine, Outcome, Pace, Redirection, State, Step, Uid, Wanted},
-    files::{find_netns, open_netns, write_enrolment},
+    host::Host,
     report::{Metrics, PodReport, PodState, Reports},
+    sandbox::{SandboxError, Sandboxes},
     server::AddCall,
     source::View,
+    status::StatusWriter,
     zds::{Workload, Zds},
 };
 use crate::{
@@ -32,18 +34,16 @@ use crate::{
 };
 
 /// What the driver needs to know of its node.
-#[derive(Clone, Debug)]
 pub struct Settings {
     pub node: String,
     pub run_dir: PathBuf,
-    pub manifests: PathBuf,
-    pub sandboxes: Option<PathBuf>,
+    pub sandboxes: Sandboxes,
+    pub status: Box<dyn StatusWriter>,
     pub excluded_namespaces: Vec<String>,
     /// The rules of a pod without annotations.
     pub options: Options,
     pub pace: Pace,
-    /// The node's own namespace, never a pod's.
-    pub home: NetNsId,
+    pub host: Host,
 }
 
 /// How long a question of the plugin may wait for the source to bring the pod.
@@ -63,7 +63,10 @@ pub struct Driver {
     pods: HashMap<Uid, Arc<Pod>>,
     netns: HashMap<Uid, NetNs>,
     older_flows: HashMap<Uid, usize>,
-    steps: JoinSet<Finished>,
+    steps: JoinSet<Vec<Finished>>,
+    /// Pods whose namespace is to be found, all in one search; one search at a time.
+    to_find: Vec<Uid>,
+    searching: bool,
     /// Questions about pods the source has not brought yet.
     unknown: Vec<(AddRequest, AddReply, Instant)>,
     waiting: HashMap<Uid, Vec<(AddReply, Instant)>>,
@@ -109,6 +112,8 @@ impl Driver {
             netns: HashMap::new(),
             older_flows: HashMap::new(),
             steps: JoinSet::new(),
+            to_find: Vec::new(),
+            searching: false,
             unknown: Vec::new(),
             waiting: HashMap::new(),
             decisions: Decisions::default(),
@@ -146,7 +151,7 @@ impl Driver {
                 Some(call) = calls.recv() => self.take_call(call.request, call.reply, Instant::now() + SOURCE_LAG),
                 Some(finished) = self.steps.join_next(), if !self.steps.is_empty() => {
                     // A step that panicked stays in flight: that pod stops, and the panic is in the log.
-                    finished.into_iter().for_each(|finished| self.take_finished(finished));
+                    finished.into_iter().flatten().for_each(|finished| self.take_finished(finished));
                 }
                 () = zds.synced() => self.machine.ztunnel_connected(),
                 () = sleep_until(wake) => {}
@@ -223,7 +228,7 @@ impl Driver {
                 let who = format!("{}/{}", pod.namespace, pod.name);
                 self.reply(reply, Err(format!("pod {who} is not to be captured: {why}")));
             }
-            Ok(()) => match open_netns(request.netns.as_ref(), self.settings.home) {
+            Ok(()) => match self.settings.host.open_netns(request.netns.as_ref()) {
                 Ok(ns) => self.enrol(uid, pod, ns, reply),
                 Err(error) => self.reply(reply, Err(error_chain(&error))),
             },
@@ -240,6 +245,7 @@ impl Driver {
 
     fn take_finished(&mut self, finished: Finished) {
         let Finished { uid, step, netns, result } = finished;
+        self.searching &= step != Step::FindNetns;
         let replaced = match (&netns, self.netns.get(&uid)) {
             (Some(then), Some(now)) => !then.same_handle(now),
             _ => false,
@@ -288,6 +294,7 @@ impl Driver {
             self.metrics.steps.with_label_values(&[step_name(step)]).inc();
             self.start(uid, step);
         }
+        self.search();
         for uid in self.machine.forget_finished() {
             self.pods.remove(&uid);
             self.netns.remove(&uid);
@@ -326,7 +333,7 @@ impl Driver {
             let state = self.machine.get(uid);
             for (reply, deadline) in std::mem::take(waiting) {
                 match state {
-                    Some(state) if state.is_enrolled() => answers.push((reply, Ok(AddAnswer { enrolled: true }))),
+                    Some(state) if state.is_captured() => answers.push((reply, Ok(AddAnswer { enrolled: true }))),
                     Some(State { error: Some(why), .. }) => answers.push((reply, Err(why.clone()))),
                     Some(_) if deadline > now => waiting.push((reply, deadline)),
                     _ => answers.push((reply, Err("the pod could not be captured in time".into()))),
@@ -375,7 +382,7 @@ impl Driver {
     fn report(&self, uid: &Uid, pod: &Pod) -> PodReport {
         let state = self.machine.get(uid);
         let (shown, reason) = match (self.verdict(pod), state) {
-            (Ok(()), Some(state)) if state.is_enrolled() => (PodState::Enrolled, state.error.clone()),
+            (Ok(()), Some(state)) if state.is_captured() => (PodState::Enrolled, state.error.clone()),
             (Ok(()), state) => {
                 let why = state.and_then(|s| s.error.clone()).unwrap_or_else(|| "enrolment is under way".into());
                 (PodState::Uncaptured, Some(why))
@@ -405,12 +412,45 @@ impl Driver {
             self.machine.finish(&uid, step, &Outcome::Failed("the pod is not known".into()), Instant::now());
             return;
         };
+        if step == Step::FindNetns {
+            self.to_find.push(uid);
+            return;
+        }
+        // What was written on a pod is gone with it.
+        let is_gone = || !self.view.pods.contains_key(&uid);
+        if step == Step::WriteStatus(None) && !self.settings.status.outlives_pods() && is_gone() {
+            self.machine.finish(&uid, step, &Outcome::Done, Instant::now());
+            return;
+        }
         let netns = self.netns.get(&uid).cloned();
         let (settings, zds) = (self.settings.clone(), self.zds.clone());
         self.steps.spawn(async move {
-            let bound = if step == Step::FindNetns { None } else { netns.clone() };
-            let result = take_step(step, &settings, &zds, &pod, netns).await;
-            Finished { uid, step, netns: bound, result }
+            let result = take_step(step, &settings, &zds, &pod, netns.clone()).await;
+            vec![Finished { uid, step, netns, result }]
+        });
+    }
+
+    /// Starts a search for all namespaces wanted now: it costs the same for one as for all.
+    fn search(&mut self) {
+        if self.searching || self.to_find.is_empty() {
+            return;
+        }
+        self.searching = true;
+        let uids = std::mem::take(&mut self.to_find);
+        let pods: Vec<Arc<Pod>> = uids.iter().filter_map(|uid| self.pods.get(uid).cloned()).collect();
+        let settings = self.settings.clone();
+        self.steps.spawn(async move {
+            let searched = spawn_blocking(move || settings.sandboxes.find(&settings.host, &pods)).await;
+            let mut found = searched.unwrap_or_else(|error| {
+                tracing::error!(%error, "the search for namespaces failed");
+                HashMap::new()
+            });
+            let finished = uids.into_iter().map(|uid| {
+                let result = found.remove(&uid).unwrap_or(Err(SandboxError::NoProcess));
+                let result = result.map(Ended::Found).map_err(|e| error_chain(&e));
+                Finished { uid, step: Step::FindNetns, netns: None, result }
+            });
+            finished.collect()
         });
     }
 }
@@ -428,6 +468,7 @@ async fn take_step(
             zds.withdraw(&pod.uid.as_str().into()).await;
             Ok(Ended::Done)
         }
+        Step::WriteStatus(redirection) => settings.status.write(pod, redirection).await.map(|()| Ended::Done),
         step => {
             let (settings, pod) = (settings.clone(), pod.clone());
             let blocking = spawn_blocking(move || take_blocking_step(step, &settings, &pod, netns));
@@ -441,9 +482,6 @@ fn take_blocking_step(step: Step, settings: &Settings, pod: &Pod, netns: Option<
         netns.as_ref().map_or_else(|| Err("the pod's network namespace is not known".into()), act)
     };
     match step {
-        Step::FindNetns => {
-            find_netns(settings.sandboxes.as_deref(), pod, settings.home).map(Ended::Found).map_err(|e| error_chain(&e))
-        }
         Step::ApplyRules => in_ns(&|ns| {
             let changed = rules::apply(ns, &options_of(pod, &settings.options)).map_err(|e| error_chain(&e))?;
             let older_flows = if changed { rules::older_flows(ns).ok() } else { None };
@@ -454,11 +492,8 @@ fn take_blocking_step(step: Step, settings: &Settings, pod: &Pod, netns: Option<
         }
         Step::CountFlows => in_ns(&|ns| rules::captured_flows(ns).map(Ended::Flows).map_err(|e| error_chain(&e))),
         Step::RemoveRules => in_ns(&|ns| rules::remove(ns).map(|()| Ended::Done).map_err(|e| error_chain(&e))),
-        Step::WriteStatus(redirection) => write_enrolment(&settings.manifests, &settings.node, pod, redirection)
-            .map(|()| Ended::Done)
-            .map_err(|e| format!("cannot write the enrolment down: {e}")),
-        // Asynchronous, see `take_step`.
-        Step::Announce | Step::Withdraw => Ok(Ended::Done),
+        // Asynchronous, see `take_step`; or of many pods at once, see `search`.
+        Step::FindNetns | Step::WriteStatus(_) | Step::Announce | Step::Withdraw => Ok(Ended::Done),
     }
 }
 

@@ -5,7 +5,8 @@
 //!
 //! The order is the contract: a pod new to the mesh is announced to ztunnel first, so that no connection is redirected before someone
 //! listens for it; where no ztunnel answers, and for a pod that was captured before, the rules come first, so that nothing passes
-//! uncaptured meanwhile. It is called enrolled only when both are done, since peers then send it HBONE. Leaving, redirects stop
+//! uncaptured meanwhile. With both it is captured, which is what a starting pod waits for. Only then is it written down, since peers
+//! send it HBONE from then on; while that is owed (an API server that is away), they speak plaintext to it. Leaving, redirects stop
 //! first and the rules that carry open flows go last.
 
 use std::{
@@ -149,9 +150,14 @@ impl State {
         }
     }
 
-    /// Captured, known to ztunnel, and written down as such.
+    /// Captured, and written down as such.
     pub fn is_enrolled(&self) -> bool {
-        self.has_rules() && self.is_announced() && self.status == Some(Redirection::Enabled)
+        self.is_captured() && self.status == Some(Redirection::Enabled)
+    }
+
+    /// Nothing of the pod passes uncaptured, and ztunnel serves it.
+    pub fn is_captured(&self) -> bool {
+        self.has_rules() && self.is_announced()
     }
 
     pub fn has_rules(&self) -> bool {
@@ -240,10 +246,8 @@ impl State {
             Rules::Flushed { until, count_at } => Some(until.min(count_at)),
             _ => None,
         };
-        match (self.retry_at, by_rules) {
-            (Some(retry), Some(rules)) => Some(retry.max(rules)),
-            (retry, rules) => retry.or(rules),
-        }
+        // What failed is due at its retry, whatever else is due later.
+        self.retry_at.or(by_rules)
     }
 
     fn succeed(&mut self, step: Step, outcome: &Outcome, now: Instant, pace: &Pace) {
@@ -578,6 +582,24 @@ mod tests {
         }
         assert_eq!(run(&mut machine, now, &Outcome::Done), []);
         assert!(machine.wakes_at().is_some_and(|at| at > now));
+    }
+
+    #[test]
+    fn a_captured_pod_whose_status_is_owed_is_captured_and_stays_so() {
+        let (mut now, mut machine, pod) = (Instant::now(), Machine::new(Pace::default()), uid(0));
+        machine.observe(&pod, Wanted::Enrolled, None);
+        machine.give_netns(&pod);
+        for step in [Step::Announce, Step::ApplyRules] {
+            assert_eq!(run(&mut machine, now, &Outcome::Done), [step]);
+        }
+        let enabled = Step::WriteStatus(Some(Redirection::Enabled));
+        for _ in 0..3 {
+            assert_eq!(run(&mut machine, now, &Outcome::Failed("the API server is away".into())), [enabled]);
+            assert!(machine.get(&pod).is_some_and(|s| s.is_captured() && !s.is_enrolled()));
+            now = machine.wakes_at().expect("a retry is planned");
+        }
+        assert_eq!(run(&mut machine, now, &Outcome::Done), [enabled]);
+        assert!(machine.get(&pod).is_some_and(State::is_enrolled));
     }
 
     #[test]

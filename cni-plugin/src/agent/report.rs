@@ -51,6 +51,7 @@ pub struct Metrics {
     pub uncaptured: IntGauge,
     pub requests: IntCounterVec,
     pub steps: IntCounterVec,
+    pub watch_failures: IntCounterVec,
 }
 
 impl Metrics {
@@ -63,6 +64,11 @@ impl Metrics {
             uncaptured: gauge("fairway_node_uncaptured_pods", "Pods of this node that should be captured and are not"),
             requests: counter("istio_cni_plugin_requests_total", "Questions of the CNI plugin", "response_code"),
             steps: counter("nodeagent_reconcile_events_total", "Steps taken towards what should be", "type"),
+            watch_failures: counter(
+                "fairway_node_watch_failures_total",
+                "Failures to list or watch objects of the API server",
+                "watched",
+            ),
         }
     }
 

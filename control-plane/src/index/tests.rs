@@ -31,7 +31,8 @@ struct World {
 
 impl World {
     fn new() -> Self {
-        let catalogue = Catalogue::new(objects::Settings { root_namespace: "istio-system".into() });
+        let catalogue =
+            Catalogue::new(objects::Settings { root_namespace: "istio-system".into(), revision: "default".into() });
         Self { catalogue, index: ClusterIndex::new(settings()) }
     }
 

@@ -7,7 +7,6 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use mesh_core::{
     addr::NetworkAddress,
-    origin::Origin,
     policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch},
     select::HBONE_PORT,
     service::{Service, Visibility},
@@ -16,7 +15,7 @@ use mesh_core::{
 
 use super::{ClusterIndex, matches};
 use crate::{
-    objects::{AllowedFrom, Binding, Gateway, GatewayHost, Kind, Labels, Object, ObjectKey, Place, Spec, Wanted},
+    objects::{AllowedFrom, Binding, FieldPlace, Gateway, GatewayHost, Kind, Labels, Object, ObjectKey, Spec, Wanted},
     problem::Problem,
 };
 
@@ -177,7 +176,7 @@ impl ClusterIndex {
     /// Labels that bind nothing.
     pub(super) fn unbound(&self, unit: &ObjectKey) -> Vec<Problem> {
         let Some(object) = self.objects.get(unit) else { return Vec::new() };
-        let mut all: Vec<(&Place, Unbound)> = Vec::new();
+        let mut all: Vec<(&FieldPlace, Unbound)> = Vec::new();
         for (binding, traffic) in bindings(object) {
             let Some(Wanted::Gateway(waypoint)) = &binding.waypoint else { continue };
             let canary = binding.canary.as_ref().map(|(canary, _)| (canary, &binding.canary_at));
@@ -192,9 +191,8 @@ impl ClusterIndex {
                 all.extend(bound.err().map(|unbound| (place, unbound)));
             }
         }
-        let problem = |(place, Unbound(message, remedy)): (&Place, Unbound)| Problem {
-            file: object.file.clone(),
-            line: place.line,
+        let problem = |(place, Unbound(message, remedy)): (&FieldPlace, Unbound)| Problem {
+            place: object.place.at(place.line),
             field: place.field.clone(),
             message,
             remedy: remedy.to_owned(),
@@ -218,12 +216,7 @@ impl ClusterIndex {
         };
         let principals: Vec<StringMatch> = accounts.into_iter().map(principal).collect();
         let object = self.objects.get(key)?;
-        let origin = Origin {
-            object: format!("{key} (--default-allow-from-waypoint)").into(),
-            file: Some(object.file.clone()),
-            line: Some(object.line),
-            field: None,
-        };
+        let origin = object.place.origin(format!("{key} (--default-allow-from-waypoint)").into(), None);
         // A rule without principals would let everybody in.
         let rule = (!principals.is_empty()).then(|| {
             let matches = vec![Match { principals, ..Match::default() }];

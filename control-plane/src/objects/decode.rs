@@ -14,7 +14,7 @@ use super::{
 };
 use crate::{
     fields::{Cursor, Document, Fields},
-    problem::Problem,
+    problem::{Place, Problem},
     yaml::Node,
 };
 
@@ -29,21 +29,21 @@ pub(crate) struct Read {
     pub(crate) problems: Vec<Problem>,
 }
 
-/// Reads one document: an object, or a `List` of them.
-pub(crate) fn read(file: &Arc<str>, node: &Node, settings: &Settings) -> Read {
+/// Reads one document, written at `place`: an object, or a `List` of them.
+pub(crate) fn read(place: &Place, node: &Node, settings: &Settings) -> Read {
     let mut read = Read::default();
-    let document = Document::new(file.clone());
+    let document = Document::new(place.clone());
     let cursor = Cursor::root(&document, node);
     match list_items(&cursor) {
-        Some(items) => items.iter().for_each(|item| read.add(file, item, settings)),
-        None => read.add(file, &cursor, settings),
+        Some(items) => items.iter().for_each(|item| read.add(place, item, settings)),
+        None => read.add(place, &cursor, settings),
     }
     read.problems.extend(document.into_problems());
     read
 }
 
 fn list_items<'a>(cursor: &Cursor<'a>) -> Option<Vec<Cursor<'a>>> {
-    let silent = Document::new("".into());
+    let silent = Document::new(cursor.place());
     let is_list = cursor.reported_to(&silent).fields()?.get("kind")?.text() == Some("List");
     is_list.then(|| cursor.fields()?.get("items").map(|items| items.items()))?
 }
@@ -56,15 +56,15 @@ impl Read {
         self.problems.extend(other.problems);
     }
 
-    fn add(&mut self, file: &Arc<str>, cursor: &Cursor<'_>, settings: &Settings) {
-        let document = Document::new(file.clone());
+    fn add(&mut self, place: &Place, cursor: &Cursor<'_>, settings: &Settings) {
+        let document = Document::new(place.clone());
         let cursor = cursor.reported_to(&document);
         let found = object(&cursor, settings);
         self.unidentified |= found.is_none() && !document.is_usable();
         if let Some((meta, spec)) = found {
             let object = |spec| {
-                let (key, file, binding) = (meta.key.clone(), file.clone(), meta.binding.clone());
-                Object { key, file, line: cursor.line(), binding, spec }
+                let (key, place, binding) = (meta.key.clone(), cursor.place(), meta.binding.clone());
+                Object { key, place, binding, spec }
             };
             match spec.filter(|_| document.is_usable()) {
                 Some(spec) => self.objects.push(object(spec)),
@@ -112,7 +112,7 @@ fn object(cursor: &Cursor<'_>, settings: &Settings) -> Option<(Meta, Option<Spec
     let fields = cursor.fields()?;
     let kind = kind(&fields)?;
     let meta = meta(kind, &fields.required("metadata")?)?;
-    if kind == Kind::ConfigMap && !mesh_config::is_ours(&meta, settings) {
+    if kind == Kind::ConfigMap && !mesh_config::is_ours(&meta, settings) || !is_of_revision(&meta, settings) {
         return None;
     }
     let spec = match kind {
@@ -131,6 +131,18 @@ fn object(cursor: &Cursor<'_>, settings: &Settings) -> Option<(Meta, Option<Spec
         Kind::WorkloadEntry => egress::workload_entry(&meta, &fields).map(|e| Spec::WorkloadEntry(Box::new(e))),
     };
     Some((meta, spec))
+}
+
+/// Configuration may belong to one revision of the control plane only; what runs belongs to all.
+fn is_of_revision(meta: &Meta, settings: &Settings) -> bool {
+    match meta.key.kind {
+        Kind::AuthorizationPolicy
+        | Kind::Gateway
+        | Kind::PeerAuthentication
+        | Kind::ServiceEntry
+        | Kind::WorkloadEntry => meta.label("istio.io/rev").is_none_or(|revision| *revision == settings.revision),
+        _ => true,
+    }
 }
 
 /// Kind and the API group that defines it.

@@ -22,13 +22,13 @@ pub(crate) struct Binding {
     /// Whether ingress gateways go through the waypoint as well; `None` leaves it to the namespace.
     pub(crate) ingress: Option<bool>,
     /// Of the labels that name the two.
-    pub(crate) waypoint_at: Place,
-    pub(crate) canary_at: Place,
+    pub(crate) waypoint_at: FieldPlace,
+    pub(crate) canary_at: FieldPlace,
 }
 
 /// Where something is written, for what is found out about it later.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Place {
+pub(crate) struct FieldPlace {
     pub(crate) line: u32,
     pub(crate) field: String,
 }
@@ -80,7 +80,7 @@ impl Binding {
         });
         let place = |name| {
             let at = at(name);
-            Place { line: at.line(), field: at.path().to_owned() }
+            FieldPlace { line: at.line(), field: at.path().to_owned() }
         };
         Self { waypoint, canary, ingress, waypoint_at: place(USE_WAYPOINT), canary_at: place(USE_CANARY) }
     }

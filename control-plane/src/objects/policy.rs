@@ -22,6 +22,8 @@ use crate::{
 pub(crate) struct Settings {
     /// Policies of this namespace apply to the whole mesh.
     pub(crate) root_namespace: Arc<str>,
+    /// Configuration labelled with another `istio.io/rev` is none of ours.
+    pub(crate) revision: Arc<str>,
 }
 
 const META_FIELDS: [&str; 4] = ["apiVersion", "kind", "metadata", "status"];
@@ -99,16 +101,12 @@ fn policy(
 
 /// What enforces in place of a policy that is wrong: everything it may have meant to restrict is denied.
 pub(super) fn stand_in(meta: &Meta, cursor: &Cursor<'_>, problem: &Problem, settings: &Settings) -> Option<Spec> {
-    let silent = Document::new(problem.file.clone());
+    let silent = Document::new(problem.place.clone());
     let fields = cursor.reported_to(&silent).fields()?;
     // A selector that cannot be read selects everything in the namespace.
     let selector = spec_of(&fields).map(|spec| selector(&spec)).filter(|_| silent.is_usable()).unwrap_or_default();
-    let origin = Origin {
-        object: format!("{} (rejected: {})", meta.key, problem.message).into(),
-        file: Some(problem.file.clone()),
-        line: Some(problem.line),
-        field: (!problem.field.is_empty()).then(|| problem.field.as_str().into()),
-    };
+    let told = format!("{} (rejected: {})", meta.key, problem.message).into();
+    let origin = problem.place.origin(told, (!problem.field.is_empty()).then(|| problem.field.as_str().into()));
     match meta.key.kind {
         Kind::AuthorizationPolicy => {
             let rule = Rule { clauses: Vec::new(), origin: origin.clone() };
@@ -144,12 +142,7 @@ fn selector(spec: &Fields<'_>) -> Labels {
 }
 
 fn origin(meta: &Meta, place: &Cursor<'_>, field: Option<String>) -> Origin {
-    Origin {
-        object: meta.key.to_string().into(),
-        file: Some(place.file()),
-        line: Some(place.line()),
-        field: field.map(Arc::from),
-    }
+    place.place().origin(meta.key.to_string().into(), field.map(Arc::from))
 }
 
 /// The origin of what lacks some of its conditions: who is denied by it must be told that it is not as written.

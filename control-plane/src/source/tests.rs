@@ -1,8 +1,10 @@
-use super::*;
-use crate::objects::Spec;
+use std::{fs, path::Path};
+
+use super::{folder::MAX_FILE_BYTES, *};
+use crate::objects::{Settings, Spec};
 
 fn settings() -> Settings {
-    Settings { root_namespace: "istio-system".into() }
+    Settings { root_namespace: "istio-system".into(), revision: "default".into() }
 }
 
 fn catalogue() -> Catalogue {
@@ -168,7 +170,7 @@ fn only_what_changed_is_reported() {
     assert_eq!(set(&mut catalogue, "f.yaml", &text), ["ServiceAccount demo/a", "ServiceAccount demo/b"]);
     assert_eq!(set(&mut catalogue, "f.yaml", &text), Vec::<String>::new());
     assert_eq!(set(&mut catalogue, "f.yaml", &account("a")), ["-ServiceAccount demo/b"]);
-    catalogue.remove_file(&"f.yaml".into());
+    catalogue.remove(&"f.yaml".into());
     assert_eq!(names(catalogue.changes()), ["-ServiceAccount demo/a"]);
 }
 
@@ -221,9 +223,9 @@ fn an_object_in_two_places_is_told_and_the_first_is_in_force() {
     assert_eq!(set(&mut catalogue, "a.yaml", &labelled("a")), ["Pod default/p"]);
     let told = "b.yaml:2: Pod default/p is also written at a.yaml:2, which is in force; remove one of the two";
     assert_eq!(catalogue.problems()[0].to_string(), told);
-    catalogue.remove_file(&"a.yaml".into());
+    catalogue.remove(&"a.yaml".into());
     let back = catalogue.changes();
-    assert_eq!(back[0].1.as_ref().unwrap().file.as_ref(), "b.yaml");
+    assert_eq!(back[0].1.as_ref().unwrap().place.to_string(), "b.yaml:2");
     assert_eq!(catalogue.problems(), Vec::new());
 }
 
@@ -294,7 +296,7 @@ fn a_file_is_unread_until_all_of_it_was_identified_once() {
     set(&mut catalogue, "f.yaml", &account("a"));
     assert_eq!(unread(&catalogue), ["g.yaml"]);
     set(&mut catalogue, "f.yaml", "kind: [\n");
-    catalogue.remove_file(&"g.yaml".into());
+    catalogue.remove(&"g.yaml".into());
     assert_eq!(unread(&catalogue), Vec::<String>::new());
 }
 

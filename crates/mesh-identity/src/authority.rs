@@ -17,7 +17,8 @@ use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName, DnType,
     ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose, PublicKeyData, SanType, SerialNumber,
 };
-use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject};
+use rustls_pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, UnixTime, pem::PemObject};
+use webpki::{EndEntityCert, KeyUsage, anchor_from_trusted_cert};
 
 /// File names inside a state folder.
 pub const CA_CERT_FILE: &str = "ca-cert.pem";
@@ -34,10 +35,18 @@ const CA_LIFETIME: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 pub enum AuthorityError {
     #[error("cannot {verb} {}", path.display())]
     File { verb: &'static str, path: PathBuf, source: io::Error },
-    #[error("{} is not usable: expected {expected}", path.display())]
-    Content { path: PathBuf, expected: &'static str, source: rcgen::Error },
-    #[error("{} holds no PEM certificate", .0.display())]
-    NoCertificate(PathBuf),
+    #[error("in {}", path.display())]
+    Folder { path: PathBuf, source: Box<AuthorityError> },
+    #[error("{part} is not usable: expected {expected}")]
+    Content { part: &'static str, expected: &'static str, source: rcgen::Error },
+    #[error("{0} holds no certificate in PEM")]
+    NoCertificate(&'static str),
+    #[error(
+        "what the CA signs would not be believed: see that key, certificates and roots belong together and are valid"
+    )]
+    Unbelievable(#[source] webpki::Error),
+    #[error("the CA's certificate has expired")]
+    Expired,
     #[error("the certificate request is not valid: expected PKCS #10 in PEM, signed by its own key")]
     Request(#[source] rcgen::Error),
     #[error("`{0}` cannot be written on a certificate: expected ASCII")]
@@ -46,12 +55,31 @@ pub enum AuthorityError {
     Sign(#[source] rcgen::Error),
 }
 
+/// A CA as files or a Secret hold it; each part is PEM.
+#[derive(Clone, Copy)]
+pub struct Material<'a> {
+    /// The CA's own first; further ones lead to its root.
+    pub certificates: &'a str,
+    /// PKCS #8, PKCS #1 or SEC 1.
+    pub key: &'a str,
+    /// What clients are to trust; several while roots are being replaced.
+    pub roots: &'a str,
+}
+
+/// Names of [`Material`]'s parts, in the two layouts people keep them in.
+const CERTIFICATES_PART: &str = "the CA's certificate (ca-cert.pem, tls.crt)";
+const KEY_PART: &str = "the CA's key (ca-key.pem, tls.key)";
+const ROOTS_PART: &str = "the root bundle (root-cert.pem, ca.crt)";
+
 /// A key that signs, and the certificates that vouch for it.
 pub struct SigningAuthority {
     issuer: Issuer<'static, KeyPair>,
     key_pem: String,
     certificate_pem: String,
+    /// What leads from a leaf to a root, one certificate each; without the roots.
+    intermediates: Vec<String>,
     root_pem: String,
+    not_after: SystemTime,
 }
 
 impl std::fmt::Debug for SigningAuthority {
@@ -74,7 +102,8 @@ impl SigningAuthority {
     /// When the trust domain cannot be written on a certificate.
     pub fn generate(trust_domain: &str) -> Result<Self, AuthorityError> {
         let key = KeyPair::generate().map_err(AuthorityError::Sign)?;
-        let mut params = validity(CertificateParams::default(), CA_LIFETIME, SystemTime::now());
+        let now = SystemTime::now();
+        let mut params = validity(CertificateParams::default(), CA_LIFETIME, now);
         params.distinguished_name = DistinguishedName::new();
         params.distinguished_name.push(DnType::OrganizationName, trust_domain);
         params.distinguished_name.push(DnType::CommonName, "Fairway root");
@@ -83,32 +112,72 @@ impl SigningAuthority {
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let certificate_pem = params.self_signed(&key).map_err(AuthorityError::Sign)?.pem();
         let key_pem = key.serialize_pem();
-        Ok(Self { issuer: Issuer::new(params, key), key_pem, root_pem: certificate_pem.clone(), certificate_pem })
+        let (issuer, root_pem) = (Issuer::new(params, key), certificate_pem.clone());
+        let (intermediates, not_after) = (Vec::new(), now + CA_LIFETIME);
+        Ok(Self { issuer, key_pem, certificate_pem, intermediates, root_pem, not_after })
     }
 
-    /// Reads `ca-cert.pem`, `ca-key.pem` (PKCS #8) and `root-cert.pem` from `dir`.
+    /// The authority that the parts make. Whether they belong together shows [`Self::check`].
+    ///
+    /// # Errors
+    /// Names the part that cannot be read.
+    pub fn from_pem(material: Material<'_>) -> Result<Self, AuthorityError> {
+        let key = KeyPair::from_pem(material.key).map_err(|source| AuthorityError::Content {
+            part: KEY_PART,
+            expected: "a private key in PEM (PKCS #8, PKCS #1 or SEC 1)",
+            source,
+        })?;
+        let unusable =
+            |source| AuthorityError::Content { part: CERTIFICATES_PART, expected: "a CA certificate in PEM", source };
+        let certificates = certificates(material.certificates, CERTIFICATES_PART)?;
+        let roots = self::certificates(material.roots, ROOTS_PART)?;
+        let (own, own_pem) = &certificates[0];
+        let issuer = Issuer::from_ca_cert_der(own, key).map_err(unusable)?;
+        let not_after = not_after(own).ok_or_else(|| unusable(rcgen::Error::CouldNotParseCertificate))?;
+        let mut intermediates: Vec<&(CertificateDer<'_>, String)> = Vec::new();
+        for certificate in &certificates {
+            if !roots.contains(certificate) && !intermediates.contains(&certificate) {
+                intermediates.push(certificate);
+            }
+        }
+        Ok(Self {
+            issuer,
+            key_pem: material.key.to_owned(),
+            certificate_pem: own_pem.clone(),
+            intermediates: intermediates.into_iter().map(|(_, pem)| pem.clone()).collect(),
+            root_pem: roots.into_iter().map(|(_, pem)| pem).collect(),
+            not_after,
+        })
+    }
+
+    /// Whether what it signs is believed by who trusts its roots.
+    ///
+    /// # Errors
+    /// When key and certificates do not belong together, lead to none of the roots, or are not valid `now`.
+    pub fn check(&self, now: SystemTime) -> Result<(), AuthorityError> {
+        let issued = self.server_certificate(&["check".to_owned()], BACKDATE, now)?;
+        let (leaf, intermediates) = issued.chain.split_first().ok_or(AuthorityError::Expired)?;
+        let unbelievable = AuthorityError::Unbelievable;
+        let roots = certificates(&self.root_pem, ROOTS_PART)?;
+        let anchors = roots.iter().map(|(root, _)| anchor_from_trusted_cert(root));
+        let anchors = anchors.collect::<Result<Vec<_>, _>>().map_err(unbelievable)?;
+        let algorithms = crate::tls::provider().signature_verification_algorithms.all;
+        let at = UnixTime::since_unix_epoch(now.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default());
+        let leaf = EndEntityCert::try_from(leaf).map_err(unbelievable)?;
+        let usage = KeyUsage::server_auth();
+        leaf.verify_for_usage(algorithms, &anchors, intermediates, at, usage, None, None).map_err(unbelievable)?;
+        Ok(())
+    }
+
+    /// Reads `ca-cert.pem`, `ca-key.pem` and `root-cert.pem` from `dir`.
     ///
     /// # Errors
     /// Names the file that is missing or unusable.
     pub fn load(dir: &Path) -> Result<Self, AuthorityError> {
-        let (key_path, certificate_path) = (dir.join(CA_KEY_FILE), dir.join(CA_CERT_FILE));
-        let (key_pem, certificate_pem) = (read(&key_path)?, read(&certificate_path)?);
-        let root_path = dir.join(ROOT_CERT_FILE);
-        let root_pem = read(&root_path)?;
-        if CertificateDer::from_pem_slice(root_pem.as_bytes()).is_err() {
-            return Err(AuthorityError::NoCertificate(root_path));
-        }
-        let key = KeyPair::from_pem(&key_pem).map_err(|source| AuthorityError::Content {
-            path: key_path,
-            expected: "a private key in PKCS #8 PEM",
-            source,
-        })?;
-        let issuer = Issuer::from_ca_cert_pem(&certificate_pem, key).map_err(|source| AuthorityError::Content {
-            path: certificate_path,
-            expected: "a CA certificate in PEM",
-            source,
-        })?;
-        Ok(Self { issuer, key_pem, certificate_pem, root_pem })
+        let (key, certificates) = (read(&dir.join(CA_KEY_FILE))?, read(&dir.join(CA_CERT_FILE))?);
+        let roots = read(&dir.join(ROOT_CERT_FILE))?;
+        let read = Self::from_pem(Material { certificates: &certificates, key: &key, roots: &roots });
+        read.map_err(|error| AuthorityError::Folder { path: dir.to_owned(), source: Box::new(error) })
     }
 
     /// [`Self::load`], after making the files when `ca-key.pem` does not exist.
@@ -142,7 +211,22 @@ impl SigningAuthority {
         &self.root_pem
     }
 
-    /// Signs the public key of `csr_pem` for `identity`: leaf, intermediates (if this authority is not its own root), root bundle,
+    /// PEM of its own certificate.
+    pub fn certificate_pem(&self) -> &str {
+        &self.certificate_pem
+    }
+
+    /// PEM of its key, as it was read.
+    pub fn key_pem(&self) -> &str {
+        &self.key_pem
+    }
+
+    /// When its own certificate expires; nothing it signs is valid for longer.
+    pub fn not_after(&self) -> SystemTime {
+        self.not_after
+    }
+
+    /// Signs the public key of `csr_pem` for `identity`: leaf, intermediates (one each; none if this authority is a root), root bundle,
     /// each PEM. The certificate is valid from up to two minutes before `now` (a tenth of `ttl` if that is less, so that a renewal at
     /// half of its life is never due at once) until `now + ttl`.
     ///
@@ -158,7 +242,7 @@ impl SigningAuthority {
         let request = CertificateSigningRequestParams::from_pem(csr_pem).map_err(AuthorityError::Request)?;
         let leaf = self.leaf(&request.public_key, vec![uri(&identity.to_string())?], ttl, now)?;
         let mut chain = vec![leaf.pem()];
-        chain.extend(self.intermediate().map(str::to_owned));
+        chain.extend(self.intermediates.iter().cloned());
         chain.push(self.root_pem.clone());
         Ok(chain)
     }
@@ -177,8 +261,7 @@ impl SigningAuthority {
         let sans = names.iter().map(|name| host(name)).collect::<Result<_, _>>()?;
         let leaf = self.leaf(&key, sans, ttl, now)?;
         let mut chain = vec![leaf.der().clone()];
-        let above = self.intermediate().and_then(|pem| CertificateDer::from_pem_slice(pem.as_bytes()).ok());
-        chain.extend(above);
+        chain.extend(self.intermediates.iter().filter_map(|pem| CertificateDer::from_pem_slice(pem.as_bytes()).ok()));
         Ok(ServerCertificate { chain, key: PrivatePkcs8KeyDer::from(key.serialize_der()).into() })
     }
 
@@ -189,7 +272,8 @@ impl SigningAuthority {
         ttl: Duration,
         now: SystemTime,
     ) -> Result<rcgen::Certificate, AuthorityError> {
-        let mut params = validity(CertificateParams::default(), ttl, now);
+        let left = self.not_after.duration_since(now).map_err(|_| AuthorityError::Expired)?;
+        let mut params = validity(CertificateParams::default(), ttl.min(left), now);
         // An empty subject makes the SAN critical (RFC 5280 §4.2.1.6), as X.509-SVID asks for.
         params.distinguished_name = DistinguishedName::new();
         params.subject_alt_names = sans;
@@ -199,10 +283,27 @@ impl SigningAuthority {
         params.use_authority_key_identifier_extension = true;
         params.signed_by(key, &self.issuer).map_err(AuthorityError::Sign)
     }
+}
 
-    fn intermediate(&self) -> Option<&str> {
-        (!self.root_pem.contains(self.certificate_pem.trim())).then_some(&self.certificate_pem)
+/// Each certificate of a bundle, with its own PEM; at least one.
+fn certificates(pem: &str, part: &'static str) -> Result<Vec<(CertificateDer<'static>, String)>, AuthorityError> {
+    const END: &str = "-----END CERTIFICATE-----";
+    let mut all = Vec::new();
+    for piece in pem.split_inclusive(END) {
+        let Some(begin) = piece.find("-----BEGIN CERTIFICATE-----") else { continue };
+        let piece = &piece[begin..];
+        match CertificateDer::from_pem_slice(piece.as_bytes()) {
+            Ok(certificate) => all.push((certificate, format!("{piece}\n"))),
+            Err(_) => return Err(AuthorityError::NoCertificate(part)),
+        }
     }
+    if all.is_empty() { Err(AuthorityError::NoCertificate(part)) } else { Ok(all) }
+}
+
+fn not_after(certificate: &CertificateDer<'_>) -> Option<SystemTime> {
+    let (_, certificate) = x509_parser::parse_x509_certificate(certificate).ok()?;
+    let seconds = u64::try_from(certificate.validity().not_after.timestamp()).ok()?;
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(seconds))
 }
 
 fn validity(mut params: CertificateParams, ttl: Duration, now: SystemTime) -> CertificateParams {
@@ -318,8 +419,76 @@ pub(crate) mod tests {
         let csr = Csr::generate(&identity()).unwrap();
         second.sign(&csr.pem, &identity(), Duration::from_secs(60), SystemTime::now()).unwrap();
         fs::write(dir.path().join(CA_CERT_FILE), "nonsense").unwrap();
-        let text = SigningAuthority::open(dir.path(), "cluster.local").unwrap_err().to_string();
-        assert!(text.contains("ca-cert.pem is not usable: expected a CA certificate in PEM"), "{text}");
+        let error = SigningAuthority::open(dir.path(), "cluster.local").unwrap_err();
+        let text = mesh_runtime::telemetry::error_chain(&error);
+        assert!(text.contains("the CA's certificate (ca-cert.pem, tls.crt) holds no certificate in PEM"), "{text}");
+    }
+
+    /// A root and what it vouches for: `depth` intermediates above the signing certificate, which comes first.
+    pub(crate) fn hierarchy(depth: usize, key: &KeyPair) -> (String, String) {
+        let now = SystemTime::now();
+        let params = |name: &str| {
+            let mut params = validity(CertificateParams::default(), CA_LIFETIME, now);
+            params.distinguished_name = DistinguishedName::new();
+            params.distinguished_name.push(DnType::CommonName, name);
+            params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+            params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+            params
+        };
+        let (root, root_key) = (params("root"), KeyPair::generate().unwrap());
+        let root_pem = root.self_signed(&root_key).unwrap().pem();
+        let mut issuer = Issuer::new(root, root_key);
+        let mut chain = Vec::new();
+        for i in 0..depth {
+            let (next, next_key) = (params(&format!("intermediate {i}")), KeyPair::generate().unwrap());
+            chain.insert(0, next.signed_by(&next_key, &issuer).unwrap().pem());
+            issuer = Issuer::new(next, next_key);
+        }
+        chain.insert(0, params("signing").signed_by(key, &issuer).unwrap().pem());
+        (chain.concat(), root_pem)
+    }
+
+    #[test]
+    fn each_intermediate_is_an_element_of_the_chain_and_the_roots_are_the_last() {
+        let key = KeyPair::generate().unwrap();
+        let (certificates, root) = hierarchy(2, &key);
+        let other = SigningAuthority::generate("other").unwrap();
+        let roots = format!("# a comment\n{root}{}", other.root_pem());
+        // Upstream's cert-chain.pem repeats the CA's own certificate, and may end with the root.
+        let certificates = format!("{certificates}{certificates}{root}");
+        let key = key.serialize_pem();
+        let authority = SigningAuthority::from_pem(Material { certificates: &certificates, key: &key, roots: &roots });
+        let authority = authority.unwrap();
+        authority.check(SystemTime::now()).unwrap();
+        let csr = Csr::generate(&identity()).unwrap();
+        let chain = authority.sign(&csr.pem, &identity(), Duration::from_secs(60), SystemTime::now()).unwrap();
+        let counts: Vec<usize> = chain.iter().map(|pem| pem.matches("BEGIN").count()).collect();
+        assert_eq!(counts, [1, 1, 1, 1, 2], "leaf, signing, two intermediates, two roots");
+        assert!(chain.iter().all(|pem| pem.ends_with("-----\n")));
+    }
+
+    #[test]
+    fn what_does_not_belong_together_is_found_out() {
+        let (own, other) = (SigningAuthority::generate("a").unwrap(), SigningAuthority::generate("a").unwrap());
+        let material = |key: &SigningAuthority, roots: &SigningAuthority| {
+            let parts = Material { certificates: own.certificate_pem(), key: key.key_pem(), roots: roots.root_pem() };
+            SigningAuthority::from_pem(parts).unwrap().check(SystemTime::now())
+        };
+        material(&own, &own).unwrap();
+        assert!(matches!(material(&other, &own), Err(AuthorityError::Unbelievable(_))), "another key");
+        assert!(matches!(material(&own, &other), Err(AuthorityError::Unbelievable(_))), "another root");
+        let later = SystemTime::now() + CA_LIFETIME + BACKDATE;
+        assert!(matches!(own.check(later), Err(AuthorityError::Expired)));
+    }
+
+    #[test]
+    fn nothing_signed_outlives_the_authority() {
+        let authority = SigningAuthority::generate("a").unwrap();
+        let csr = Csr::generate(&identity()).unwrap();
+        let now = authority.not_after() - Duration::from_secs(100);
+        let chain = authority.sign(&csr.pem, &identity(), Duration::from_secs(3600), now).unwrap();
+        let leaf = CertificateDer::from_pem_slice(chain[0].as_bytes()).unwrap();
+        assert!(not_after(&leaf).unwrap() <= authority.not_after());
     }
 
     #[test]

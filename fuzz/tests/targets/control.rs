@@ -3,10 +3,9 @@
 use std::{
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
 };
 
-use control_plane::app::{self, Config, Running};
+use control_plane::app::{self, Config, Running, Source};
 use fuzz::target;
 use mesh_core::{
     index::Resource,
@@ -79,17 +78,8 @@ impl Server {
         let any_port = SocketAddr::from(([127, 0, 0, 1], 0));
         let (manifests, state) = (folder.path().join("manifests"), folder.path().join("state"));
         std::fs::create_dir(&manifests).expect("a folder of manifests");
-        let running = runtime.block_on(app::start(Config {
-            manifests,
-            state: state.clone(),
-            listen: any_port,
-            admin: any_port,
-            trust_domain: "cluster.local".to_owned(),
-            workload_cert_ttl: Duration::from_secs(3600),
-            server_names: Vec::new(),
-            trusted_accounts: Vec::new(),
-            default_allow_from_waypoint: false,
-        }));
+        let source = Source::Folder { manifests, state: state.clone() };
+        let running = runtime.block_on(app::start(Config::new(source, any_port, any_port)));
         let running = running.expect("a control plane");
         let client = ControlPlane {
             address: running.address.to_string(),

@@ -1,46 +1,29 @@
-//! The whole control plane in this process, over real sockets and TLS, as a node proxy sees it.
+//! With a folder of manifests as the source.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeSet,
     fs,
     net::SocketAddr,
     path::Path,
-    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use control_plane::{
-    app::{self, Config, Running},
+    app::{self, Config, Running, Source},
     token::{Subject, TokenKey},
 };
-use hyper_util::rt::TokioIo;
 use mesh_core::{identity::Identity, index::Resource, workload::TunnelProtocol};
 use mesh_identity::csr::Csr;
-use mesh_xds::{convert, delta::ClientType};
 use proto::{
-    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL,
-    ca::{IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient},
-    core::Node,
-    discovery::{
-        DeltaDiscoveryRequest, DeltaDiscoveryResponse,
-        aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
-    },
+    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, core::Node,
+    discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
 };
-use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject as _};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-    sync::mpsc,
-};
+use rustls_pki_types::{CertificateDer, pem::PemObject as _};
+use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::{
-    Code, Request, Status, Streaming,
-    metadata::MetadataValue,
-    transport::{Channel, Endpoint},
-};
+use tonic::{Code, Status, transport::Channel};
 
-/// Far more than anything here takes; only keeps a failure from hanging.
-const PATIENCE: Duration = Duration::from_secs(60);
+use crate::support::{self, NodeProxy, PATIENCE, Received, admin, certificate, channel, types};
 
 struct Mesh {
     folder: tempfile::TempDir,
@@ -74,7 +57,7 @@ impl Mesh {
     }
 
     async fn channel(&self) -> Channel {
-        channel(self.running.address, self.state.path()).await
+        channel(self.running.address, &fs::read(self.state.path().join("root-cert.pem")).unwrap()).await
     }
 
     async fn node(&self, name: &str) -> NodeProxy {
@@ -82,12 +65,7 @@ impl Mesh {
     }
 
     async fn admin(&self, path: &str) -> String {
-        let mut stream = TcpStream::connect(self.running.admin_address).await.unwrap();
-        let request = format!("GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
-        stream.write_all(request.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).await.unwrap();
-        answer
+        admin(self.running.admin_address, path).await
     }
 
     async fn certificate(
@@ -96,29 +74,15 @@ impl Mesh {
         identity: Option<&str>,
         csr: String,
     ) -> Result<Vec<String>, Status> {
-        let text = |s: &str| prost_types::Value { kind: Some(prost_types::value::Kind::StringValue(s.into())) };
-        let metadata = identity
-            .map(|id| prost_types::Struct { fields: BTreeMap::from([("ImpersonatedIdentity".into(), text(id))]) });
-        let request = IstioCertificateRequest { csr, validity_duration: 3600, metadata };
-        let request = with_token(Request::new(request), token);
-        let mut client = IstioCertificateServiceClient::new(self.channel().await);
-        client.create_certificate(request).await.map(|answer| answer.into_inner().cert_chain)
+        certificate(self.channel().await, token, identity, csr).await
     }
 }
 
 async fn start(folder: &Path, state: &Path) -> Running {
     let any_port: SocketAddr = "127.0.0.1:0".parse().unwrap();
-    let config = Config {
-        manifests: folder.to_owned(),
-        state: state.to_owned(),
-        listen: any_port,
-        admin: any_port,
-        trust_domain: "cluster.local".into(),
-        workload_cert_ttl: Duration::from_secs(86_400),
-        server_names: Vec::new(),
-        trusted_accounts: vec![("istio-system".into(), "ztunnel".into())],
-        default_allow_from_waypoint: false,
-    };
+    let source = Source::Folder { manifests: folder.to_owned(), state: state.to_owned() };
+    let trusted_accounts = vec![("istio-system".into(), "ztunnel".into())];
+    let config = Config { trusted_accounts, ..Config::new(source, any_port, any_port) };
     app::start(config).await.unwrap()
 }
 
@@ -128,103 +92,8 @@ fn write(folder: &Path, name: &str, text: &str) {
     fs::rename(folder.join(".draft"), folder.join(name)).unwrap();
 }
 
-async fn channel(address: SocketAddr, state: &Path) -> Channel {
-    let mut roots = rustls::RootCertStore::empty();
-    let pem = fs::read(state.join("root-cert.pem")).unwrap();
-    roots.add(CertificateDer::from_pem_slice(&pem).unwrap()).unwrap();
-    let mut tls = rustls::ClientConfig::builder_with_provider(mesh_identity::tls::provider())
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    tls.alpn_protocols = vec![b"h2".to_vec()];
-    let tls = tokio_rustls::TlsConnector::from(Arc::new(tls));
-    let connect = tower::service_fn(move |_| {
-        let tls = tls.clone();
-        async move {
-            let name = ServerName::try_from("istiod.istio-system.svc").unwrap();
-            let stream = tls.connect(name, TcpStream::connect(address).await?).await?;
-            Ok::<_, std::io::Error>(TokioIo::new(stream))
-        }
-    });
-    Endpoint::from_static("https://istiod.istio-system.svc:15012").connect_with_connector(connect).await.unwrap()
-}
-
-fn with_token<T>(mut request: Request<T>, token: Option<&str>) -> Request<T> {
-    if let Some(token) = token {
-        let value = MetadataValue::try_from(format!("Bearer {token}")).unwrap();
-        request.metadata_mut().insert("authorization", value);
-    }
-    request
-}
-
-fn types() -> BTreeMap<&'static str, ClientType> {
-    [ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL].map(|url| (url, ClientType::new(url))).into()
-}
-
-/// A node proxy's side of discovery.
-struct NodeProxy {
-    requests: mpsc::Sender<DeltaDiscoveryRequest>,
-    responses: Streaming<DeltaDiscoveryResponse>,
-    types: BTreeMap<&'static str, ClientType>,
-}
-
-/// One response, understood.
-#[derive(Debug, PartialEq)]
-struct Received {
-    names: BTreeSet<String>,
-    removed: BTreeSet<String>,
-}
-
-impl NodeProxy {
-    async fn connect(channel: Channel, token: &str, types: BTreeMap<&'static str, ClientType>) -> Self {
-        let (requests, stream) = mpsc::channel(16);
-        for kind in types.values() {
-            let node = Node {
-                id: "ztunnel~127.0.0.1~z.istio-system~istio-system.svc.cluster.local".into(),
-                ..Node::default()
-            };
-            requests.send(kind.initial(node, [])).await.unwrap();
-        }
-        let mut client = AggregatedDiscoveryServiceClient::new(channel);
-        let responses =
-            client.delta_aggregated_resources(with_token(Request::new(ReceiverStream::new(stream)), Some(token)));
-        let responses = responses.await.unwrap().into_inner();
-        Self { requests, responses, types }
-    }
-
-    /// The next response, acknowledged.
-    async fn receive(&mut self) -> (String, Received, Vec<Resource>) {
-        let response = tokio::time::timeout(PATIENCE, self.responses.message()).await.unwrap().unwrap().unwrap();
-        let kind = self.types.get_mut(response.type_url.as_str()).unwrap();
-        kind.accepted(
-            response.resources.iter().map(|r| (r.name.as_str(), r.version.as_str())),
-            &response.removed_resources,
-        );
-        self.requests.send(kind.answer(&response, &[])).await.unwrap();
-        let body = |r: &proto::discovery::Resource| r.resource.as_ref().unwrap().value.to_vec();
-        let resources =
-            response.resources.iter().map(|r| convert::resource_from_wire(&response.type_url, &body(r)).unwrap());
-        let resources = resources.collect();
-        let names = response.resources.iter().map(|r| r.name.clone()).collect();
-        let removed = response.removed_resources.iter().cloned().collect();
-        (response.type_url, Received { names, removed }, resources)
-    }
-
-    /// Both types' first answers.
-    async fn initial(&mut self) -> BTreeMap<String, Received> {
-        let (first, a, _) = self.receive().await;
-        let (second, b, _) = self.receive().await;
-        [(first, a), (second, b)].into()
-    }
-}
-
 async fn ready(mesh: &Mesh) {
-    let patience = tokio::time::Instant::now() + PATIENCE;
-    while !mesh.admin("/healthz/ready").await.starts_with("HTTP/1.1 200") {
-        assert!(tokio::time::Instant::now() < patience, "never became ready");
-        tokio::task::yield_now().await;
-    }
+    support::ready(mesh.running.admin_address).await;
 }
 
 fn names(expected: &[&str]) -> BTreeSet<String> {

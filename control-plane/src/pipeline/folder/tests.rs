@@ -1,31 +1,30 @@
-use std::{fs, os::unix::fs::MetadataExt as _, path::Path};
+use std::{fs, net::SocketAddr, os::unix::fs::MetadataExt as _, path::Path};
+
+use mesh_runtime::{metrics::Registry, readiness::Readiness};
+use mesh_xds::server::Cache;
 
 use super::*;
+use crate::{
+    app::{Config, Source},
+    metrics::Metrics,
+};
 
 const BROKEN: &str = "kind: [\n";
 const GOOD: &str = "apiVersion: v1\nkind: ServiceAccount\nmetadata: {name: a}\n";
 
-fn pipeline(folder: &Path) -> (Pipeline, Arc<Cache>, Readiness) {
+fn pipeline(folder: &Path) -> (FolderPipeline, Arc<Cache>, Readiness) {
     let any_port: SocketAddr = "127.0.0.1:0".parse().unwrap();
-    let config = Config {
-        manifests: folder.to_owned(),
-        state: folder.join(".state"),
-        listen: any_port,
-        admin: any_port,
-        trust_domain: "cluster.local".to_owned(),
-        workload_cert_ttl: Duration::from_secs(60),
-        server_names: Vec::new(),
-        trusted_accounts: Vec::new(),
-        default_allow_from_waypoint: false,
-    };
+    let source = Source::Folder { manifests: folder.to_owned(), state: folder.join(".state") };
+    let config = Config::new(source, any_port, any_port);
     let (cache, readiness) = (Arc::new(Cache::new()), Readiness::default());
-    let pipeline = Pipeline::new(&config, cache.clone(), Metrics::register(&Registry::new()), readiness.clone());
-    (pipeline, cache, readiness)
+    let metrics = Metrics::register(&Registry::new());
+    let pipeline = Pipeline::new(config.index_settings(), cache.clone(), metrics, readiness.clone());
+    (FolderPipeline::new(folder.to_owned(), config.object_settings(), pipeline), cache, readiness)
 }
 
 /// Whether the problem of a file that was never read is told.
-fn tells_unread(pipeline: &Pipeline) -> bool {
-    pipeline.snapshot.borrow().problems.iter().any(|p| p.message.contains("since the control plane started"))
+fn tells_unread(pipeline: &FolderPipeline) -> bool {
+    pipeline.pipeline.snapshot.borrow().problems.iter().any(|p| p.message.contains("since the control plane started"))
 }
 
 #[test]
@@ -49,7 +48,7 @@ fn a_start_waits_for_a_broken_file_but_not_for_ever() {
     assert!(tells_unread(&pipeline));
     fs::write(dir.path().join("p.yaml"), GOOD.replace("name: a", "name: b")).unwrap();
     pipeline = pipeline.step(start + UNREAD_LIMIT);
-    assert_eq!(pipeline.snapshot.borrow().problems.len(), 0);
+    assert_eq!(pipeline.pipeline.snapshot.borrow().problems.len(), 0);
 }
 
 #[test]
@@ -85,7 +84,7 @@ fn what_was_read_is_known_by_its_version() {
         (meta.ino(), meta.ctime(), meta.ctime_nsec())
     };
     fs::write(&path, BROKEN).unwrap();
-    assert!(!pipeline.snapshot.borrow().versions.contains(&version()));
+    assert!(!pipeline.pipeline.snapshot.borrow().versions.contains(&version()));
     let pipeline = pipeline.step(Instant::now());
-    assert!(pipeline.snapshot.borrow().versions.contains(&version()));
+    assert!(pipeline.pipeline.snapshot.borrow().versions.contains(&version()));
 }

@@ -1,0 +1,162 @@
+//! What the environment tells the agent.
+
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
+
+use mesh_runtime::{
+    env::{Problems, Reader, Vars},
+    telemetry,
+};
+
+use super::{api::ApiServer, enroll::Pace};
+use crate::rules::{Options, model};
+
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub node: String,
+    pub zds_socket: PathBuf,
+    pub run_dir: PathBuf,
+    pub excluded_namespaces: Vec<String>,
+    pub options: Options,
+    pub world: World,
+    /// Metrics and pages.
+    pub admin: SocketAddr,
+    /// Readiness alone, for whoever must not see the rest.
+    pub health: Option<SocketAddr>,
+    pub grace: Duration,
+    pub log_filter: String,
+    pub log_format: telemetry::Format,
+}
+
+/// Where pods come from, and what it takes to reach them.
+#[derive(Clone, Debug)]
+pub enum World {
+    /// A folder of manifests, as in the lab.
+    Folder {
+        manifests: PathBuf,
+        sandboxes: Option<PathBuf>,
+    },
+    Kubernetes(Kubernetes),
+}
+
+/// A node of Kubernetes, seen from the agent's container.
+#[derive(Clone, Debug)]
+pub struct Kubernetes {
+    pub api: ApiServer,
+    /// What stands before the paths of the node.
+    pub host_root: PathBuf,
+    pub host_proc: PathBuf,
+}
+
+impl Config {
+    /// Reads the environment; every problem is reported at once.
+    pub fn from_env(vars: &dyn Vars) -> Result<Self, Problems> {
+        let env = Reader::new(vars);
+        let path = |name: &str, default: &str| PathBuf::from(env.string(name, default));
+        let json = env.string("LOG_FORMAT", "plain") == "json";
+        let world = match env.optional("FAIRWAY_MANIFESTS") {
+            Some(manifests) => World::Folder {
+                manifests: manifests.into(),
+                sandboxes: env.optional("FAIRWAY_SANDBOXES").map(PathBuf::from),
+            },
+            None => World::Kubernetes(kubernetes(&env)),
+        };
+        let on_kubernetes = matches!(world, World::Kubernetes(_));
+        let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
+        let admin_port = env.parse("MONITORING_PORT", 15014, "a port");
+        let admin_ip: IpAddr = if on_kubernetes { any(0).ip() } else { Ipv4Addr::LOCALHOST.into() };
+        let config = Self {
+            node: env.required("NODE_NAME", "the name of this node"),
+            zds_socket: path("ZTUNNEL_UDS_ADDRESS", "/var/run/ztunnel/ztunnel.sock"),
+            run_dir: path("CNI_AGENT_RUN_DIR", "/var/run/istio-cni"),
+            excluded_namespaces: list(&env.raw("EXCLUDE_NAMESPACES").unwrap_or_else(|| "kube-system".into())),
+            options: Options {
+                dns: env.bool("AMBIENT_DNS_CAPTURE", true),
+                ipv6: env.bool("AMBIENT_IPV6", true),
+                probe_v4: env.parse::<Ipv4Addr>("HOST_PROBE_SNAT_IP", model::PROBE_V4, "an IPv4 address"),
+                probe_v6: env.parse::<Ipv6Addr>("HOST_PROBE_SNAT_IPV6", model::PROBE_V6, "an IPv6 address"),
+                ..Options::default()
+            },
+            world,
+            admin: env.parse("FAIRWAY_ADMIN_ADDR", SocketAddr::new(admin_ip, admin_port), "IP:PORT"),
+            health: env.optional_parse("FAIRWAY_HEALTH_ADDR", "IP:PORT").or_else(|| on_kubernetes.then(|| any(8000))),
+            grace: env.duration("FAIRWAY_UNENROL_GRACE", Pace::default().grace),
+            log_filter: env.string("RUST_LOG", "info"),
+            log_format: if json { telemetry::Format::Json } else { telemetry::Format::Plain },
+        };
+        env.finish().map(|()| config)
+    }
+}
+
+fn kubernetes(env: &Reader<'_>) -> Kubernetes {
+    let host_root = PathBuf::from(env.string("FAIRWAY_HOST_ROOT", "/host"));
+    Kubernetes {
+        api: ApiServer::from_env(env),
+        host_proc: env.optional("HOST_PROC").map_or_else(|| host_root.join("proc"), PathBuf::from),
+        host_root,
+    }
+}
+
+fn list(text: &str) -> Vec<String> {
+    text.split(',').map(str::trim).filter(|item| !item.is_empty()).map(str::to_owned).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::*;
+
+    fn vars(vars: &[(&str, &str)]) -> HashMap<String, String> {
+        vars.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+    }
+
+    #[test]
+    fn every_problem_of_the_environment_is_named() {
+        let vars = vars(&[
+            ("AMBIENT_DNS_CAPTURE", "perhaps"),
+            ("FAIRWAY_ADMIN_ADDR", "here"),
+            ("FAIRWAY_HEALTH_ADDR", "there"),
+            ("MONITORING_PORT", "99999"),
+            ("HOST_PROBE_SNAT_IP", "::1"),
+        ]);
+        let problems = Config::from_env(&vars).expect_err("problems").to_string();
+        for name in [
+            "NODE_NAME",
+            "AMBIENT_DNS_CAPTURE",
+            "FAIRWAY_ADMIN_ADDR",
+            "FAIRWAY_HEALTH_ADDR",
+            "MONITORING_PORT",
+            "HOST_PROBE_SNAT_IP",
+        ] {
+            assert!(problems.contains(name), "{name} is missing in {problems}");
+        }
+    }
+
+    #[test]
+    fn a_folder_of_manifests_stands_for_kubernetes_where_it_is_given() {
+        let folder = Config::from_env(&vars(&[("NODE_NAME", "n"), ("FAIRWAY_MANIFESTS", "/m")])).expect("valid");
+        assert!(matches!(folder.world, World::Folder { .. }));
+        assert_eq!((folder.admin.to_string().as_str(), folder.health), ("127.0.0.1:15014", None));
+
+        let node = vars(&[("NODE_NAME", "n"), ("KUBERNETES_SERVICE_HOST", "10.96.0.1"), ("KUBECONFIG", "/k")]);
+        let node = Config::from_env(&node).expect("valid");
+        let World::Kubernetes(kubernetes) = node.world else { panic!("no folder was given") };
+        assert_eq!(kubernetes.api, ApiServer::InCluster);
+        assert_eq!(kubernetes.host_proc, PathBuf::from("/host/proc"));
+        assert_eq!(node.admin.to_string(), "[::]:15014");
+        assert_eq!(node.health.map(|h| h.port()), Some(8000));
+
+        let outside = Config::from_env(&vars(&[("NODE_NAME", "n"), ("KUBECONFIG", "/k")])).expect("valid");
+        let World::Kubernetes(kubernetes) = outside.world else { panic!("no folder was given") };
+        assert_eq!(kubernetes.api, ApiServer::Kubeconfig("/k".into()));
+    }
+
+    #[test]
+    fn lists_forgive_blanks() {
+        assert_eq!(list(" a, ,b,"), ["a", "b"]);
+    }
+}

@@ -1,0 +1,230 @@
+//! List, then watch, for ever: what is there, and every change of it, in order.
+//!
+//! A failure never takes back what was told: the watch goes on where it was, or lists again, and whoever listens compares the two lists.
+
+use std::time::Duration;
+
+use futures_util::TryStreamExt as _;
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ListMeta;
+use kube::{
+    Api, Resource,
+    api::{ListParams, WatchEvent, WatchParams},
+};
+use mesh_runtime::telemetry::error_chain;
+use mesh_xds::backoff::Backoff;
+use serde::de::DeserializeOwned;
+use tokio::{
+    sync::mpsc,
+    time::{Instant, timeout},
+};
+
+/// Objects per page of a list.
+const PAGE: u32 = 500;
+/// For the answer to one request; of a watch, for its beginning.
+const ANSWER: Duration = Duration::from_secs(30);
+/// The server ends a watch after so many seconds, so that one whose connection died unnoticed is soon replaced.
+const WATCH_SECONDS: u32 = 60;
+/// A watch that says nothing for longer is dead.
+const SILENCE: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 10);
+/// A watch that ends sooner has failed.
+const BRIEF: Duration = Duration::from_secs(1);
+/// How often a kind that the server does not know is asked for.
+const UNKNOWN_RETRY: Duration = Duration::from_secs(10);
+/// A kind that was known must have been unknown for so long before its objects count as gone: a server that starts knows its custom
+/// kinds a little later than the others.
+const UNKNOWN_BELIEVED: Duration = Duration::from_secs(30);
+
+/// What a watch tells. Between [`Event::Listing`] and [`Event::Listed`] everything there is comes as [`Event::Set`]; whatever was there
+/// before and did not come again is gone. A list that fails in between is begun anew.
+#[derive(Debug)]
+pub(crate) enum Event<K> {
+    Listing,
+    Set(K),
+    Listed,
+    Gone(K),
+    /// The server does not know this kind: there are no objects of it.
+    Unknown,
+    /// What was told stays true as far as is known, but may be old.
+    Failing(String),
+    Recovered,
+}
+
+/// Why a watch stopped.
+enum Stopped {
+    /// Nobody listens any more.
+    Unheard,
+    Failed {
+        why: String,
+        /// Something was missed, or may have been.
+        relist: bool,
+        unknown: bool,
+    },
+    /// In its time.
+    Ended,
+}
+
+impl Stopped {
+    fn of(error: &kube::Error) -> Self {
+        let code = match error {
+            kube::Error::Api(status) => status.code,
+            _ => 0,
+        };
+        // What cannot be decoded was an event, and is lost.
+        let relist = code == 410 || matches!(error, kube::Error::SerdeError(_));
+        Self::Failed { why: error_chain(error), relist, unknown: code == 404 }
+    }
+
+    fn failed(why: impl Into<String>) -> Self {
+        Self::Failed { why: why.into(), relist: false, unknown: false }
+    }
+}
+
+/// Watches the objects that `fields` select, all of them if it is empty, until nobody listens.
+pub(crate) async fn watch<K, T>(api: Api<K>, fields: &str, told: mpsc::Sender<T>, tell: impl Fn(Event<K>) -> T)
+where
+    K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
+{
+    let mut watch = Watch { api, fields, told, tell, version: None, failing: false };
+    let mut backoff = Backoff::default();
+    let (mut was_listed, mut unknown_since) = (false, None);
+    loop {
+        let began = Instant::now();
+        let stopped = match watch.version.clone() {
+            None => watch.list().await,
+            Some(version) => watch.follow(version).await,
+        };
+        if !matches!(stopped, Stopped::Failed { .. }) || began.elapsed() > BRIEF {
+            backoff.reset();
+        }
+        let (why, relist, unknown) = match stopped {
+            Stopped::Unheard => return,
+            Stopped::Ended => {
+                (was_listed, unknown_since) = (true, None);
+                continue;
+            }
+            Stopped::Failed { why, relist, unknown } => (why, relist, unknown),
+        };
+        if relist || unknown {
+            watch.version = None;
+        }
+        let pause = if unknown {
+            let since = *unknown_since.get_or_insert(began);
+            if !was_listed || began - since >= UNKNOWN_BELIEVED {
+                was_listed = false;
+                watch.failing = false;
+                if watch.send(Event::Unknown).await.is_err() {
+                    return;
+                }
+            }
+            UNKNOWN_RETRY
+        } else {
+            watch.failing = true;
+            if watch.send(Event::Failing(why)).await.is_err() {
+                return;
+            }
+            backoff.next_delay(&mut rand::rng())
+        };
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = watch.told.closed() => return,
+        }
+    }
+}
+
+struct Watch<'f, K, T, F> {
+    api: Api<K>,
+    fields: &'f str,
+    told: mpsc::Sender<T>,
+    tell: F,
+    /// Up to which everything was told; `None` before the first list, and when a new one is needed.
+    version: Option<String>,
+    failing: bool,
+}
+
+impl<K, T, F: Fn(Event<K>) -> T> Watch<'_, K, T, F>
+where
+    K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
+{
+    async fn send(&self, event: Event<K>) -> Result<(), Stopped> {
+        self.told.send((self.tell)(event)).await.map_err(|_| Stopped::Unheard)
+    }
+
+    async fn list(&mut self) -> Stopped {
+        match self.pages().await {
+            Ok(version) => {
+                self.version = Some(version);
+                Stopped::Ended
+            }
+            Err(stopped) => stopped,
+        }
+    }
+
+    async fn pages(&mut self) -> Result<String, Stopped> {
+        let mut params = ListParams::default().limit(PAGE);
+        params.field_selector = Some(self.fields.to_owned()).filter(|fields| !fields.is_empty());
+        self.send(Event::Listing).await?;
+        loop {
+            let page = timeout(ANSWER, self.api.list(&params)).await;
+            let page = page.map_err(|_| Stopped::failed(unanswered()))?.map_err(|error| Stopped::of(&error))?;
+            self.recovered().await?;
+            for object in page.items {
+                self.send(Event::Set(object)).await?;
+            }
+            let ListMeta { continue_, resource_version, .. } = page.metadata;
+            params.continue_token = continue_.filter(|token| !token.is_empty());
+            if params.continue_token.is_none() {
+                self.send(Event::Listed).await?;
+                return resource_version.ok_or_else(|| Stopped::failed("the list has no resourceVersion"));
+            }
+        }
+    }
+
+    async fn follow(&mut self, version: String) -> Stopped {
+        match self.events(version).await {
+            Ok(()) => Stopped::Ended,
+            Err(stopped) => stopped,
+        }
+    }
+
+    async fn events(&mut self, version: String) -> Result<(), Stopped> {
+        let mut params = WatchParams::default().timeout(WATCH_SECONDS);
+        params.field_selector = Some(self.fields.to_owned()).filter(|fields| !fields.is_empty());
+        let began = Instant::now();
+        let events = timeout(ANSWER, self.api.watch(&params, &version)).await;
+        let events = events.map_err(|_| Stopped::failed(unanswered()))?.map_err(|error| Stopped::of(&error))?;
+        self.recovered().await?;
+        let mut events = std::pin::pin!(events);
+        loop {
+            let event = timeout(SILENCE, events.try_next()).await;
+            let event = event.map_err(|_| Stopped::failed("the watch has fallen silent"))?;
+            match event.map_err(|error| Stopped::of(&error))? {
+                Some(WatchEvent::Added(object) | WatchEvent::Modified(object)) => {
+                    self.seen(object.meta().resource_version.clone());
+                    self.send(Event::Set(object)).await?;
+                }
+                Some(WatchEvent::Deleted(object)) => {
+                    self.seen(object.meta().resource_version.clone());
+                    self.send(Event::Gone(object)).await?;
+                }
+                Some(WatchEvent::Bookmark(bookmark)) => self.seen(Some(bookmark.metadata.resource_version)),
+                Some(WatchEvent::Error(status)) => return Err(Stopped::of(&kube::Error::Api(status))),
+                None if began.elapsed() < BRIEF => return Err(Stopped::failed("the watch ended at once")),
+                None => return Ok(()),
+            }
+        }
+    }
+
+    fn seen(&mut self, version: Option<String>) {
+        if let Some(version) = version.filter(|version| !version.is_empty()) {
+            self.version = Some(version);
+        }
+    }
+
+    async fn recovered(&mut self) -> Result<(), Stopped> {
+        if std::mem::take(&mut self.failing) { self.send(Event::Recovered).await } else { Ok(()) }
+    }
+}
+
+fn unanswered() -> String {
+    format!("the API server did not answer within {ANSWER:?}")
+}

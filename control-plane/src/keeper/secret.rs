@@ -1,0 +1,116 @@
+//! The CA in a Secret, as Istio's self-signed CA writes it.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, SystemTime},
+};
+
+use k8s_openapi::{ByteString, api::core::v1::Secret, apimachinery::pkg::apis::meta::v1::ObjectMeta};
+use kube::{Api, api::PostParams};
+use mesh_identity::authority::SigningAuthority;
+use mesh_runtime::telemetry::error_chain;
+use mesh_xds::backoff::Backoff;
+use tokio::time::Instant;
+
+use super::KeeperError;
+
+pub(crate) const NAME: &str = "istio-ca-secret";
+const TYPE: &str = "istio.io/ca-root";
+/// For one answer of the API server.
+const DEADLINE: Duration = Duration::from_secs(10);
+/// A start without the Secret is given up after this.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Why there is no authority to start with.
+#[derive(Debug, thiserror::Error)]
+pub enum SecretError {
+    #[error("Secret {namespace}/{NAME} holds no usable CA; correct it, or delete it to have a new one made")]
+    Content {
+        namespace: String,
+        #[source]
+        source: KeeperError,
+    },
+    #[error("Secret {namespace}/{NAME} can neither be read nor made: {why}")]
+    ApiServer { namespace: String, why: String },
+}
+
+/// What the Secret holds.
+pub(crate) fn authority(secret: &Secret, now: SystemTime) -> Result<SigningAuthority, KeeperError> {
+    let part = |name: &str| {
+        let bytes = secret.data.as_ref()?.get(name)?;
+        String::from_utf8(bytes.0.clone()).ok()
+    };
+    super::authority(part, now)
+}
+
+/// The authority in the Secret of `namespace`; the first who finds none makes one.
+///
+/// # Errors
+/// When what is there is not usable, or the API server does not let us have it for two minutes.
+pub(crate) async fn open(
+    api: &Api<Secret>,
+    namespace: &str,
+    trust_domain: &str,
+) -> Result<SigningAuthority, SecretError> {
+    let (until, mut backoff) = (Instant::now() + PATIENCE, Backoff::default());
+    let content = |source| SecretError::Content { namespace: namespace.to_owned(), source };
+    loop {
+        match found_or_made(api, namespace, trust_domain).await {
+            Ok(Ok(secret)) => return authority(&secret, SystemTime::now()).map_err(content),
+            Ok(Err(error)) => return Err(content(error)),
+            Err(why) if Instant::now() >= until => {
+                return Err(SecretError::ApiServer { namespace: namespace.to_owned(), why });
+            }
+            Err(why) => tracing::warn!(why, "the CA's Secret cannot be had yet"),
+        }
+        tokio::time::sleep(backoff.next_delay(&mut rand::rng())).await;
+    }
+}
+
+async fn found_or_made(
+    api: &Api<Secret>,
+    namespace: &str,
+    trust_domain: &str,
+) -> Result<Result<Secret, KeeperError>, String> {
+    if let Some(secret) = within(api.get_opt(NAME)).await? {
+        return Ok(Ok(secret));
+    }
+    let made = match SigningAuthority::generate(trust_domain) {
+        Ok(authority) => secret(namespace, &authority),
+        Err(error) => return Ok(Err(error.into())),
+    };
+    match within(api.create(&PostParams::default(), &made)).await {
+        Ok(secret) => {
+            tracing::info!(secret = NAME, namespace, "a new CA was made");
+            Ok(Ok(secret))
+        }
+        // Another replica may have been first: its CA is the one.
+        Err(why) => within(api.get_opt(NAME)).await?.map(Ok).ok_or(why),
+    }
+}
+
+pub(crate) async fn within<T>(answer: impl Future<Output = kube::Result<T>>) -> Result<T, String> {
+    match tokio::time::timeout(DEADLINE, answer).await {
+        Ok(answer) => answer.map_err(|error| error_chain(&error)),
+        Err(_) => Err(format!("no answer within {DEADLINE:?}")),
+    }
+}
+
+fn secret(namespace: &str, authority: &SigningAuthority) -> Secret {
+    let parts = [
+        ("ca-cert.pem", authority.certificate_pem()),
+        ("ca-key.pem", authority.key_pem()),
+        ("root-cert.pem", authority.root_pem()),
+        // Upstream's has them too.
+        ("cert-chain.pem", ""),
+        ("key.pem", ""),
+    ];
+    let data = parts.map(|(name, pem)| (name.to_owned(), ByteString(pem.as_bytes().to_vec())));
+    let (name, namespace) = (Some(NAME.to_owned()), Some(namespace.to_owned()));
+    Secret {
+        metadata: ObjectMeta { name, namespace, ..ObjectMeta::default() },
+        type_: Some(TYPE.to_owned()),
+        data: Some(BTreeMap::from(data)),
+        ..Secret::default()
+    }
+}

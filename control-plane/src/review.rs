@@ -1,0 +1,216 @@
+//! Callers of a cluster: their tokens as the API server reviews them, and their nodes as those of their pods.
+//!
+//! An answer is kept for a while under the token's digest, never under the token. While the API server does not answer, one that was
+//! good goes on being good until the token itself expires: certificates are renewed and proxies reconnect without it.
+
+mod answers;
+
+use std::{
+    collections::HashMap,
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use futures_util::{
+    FutureExt as _,
+    future::{BoxFuture, WeakShared},
+};
+use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
+use kube::{Api, Client, api::PostParams};
+use mesh_runtime::telemetry::error_chain;
+use mesh_xds::server::Caller;
+use serde::Deserialize;
+use tokio::{sync::watch, time::Instant};
+
+use self::answers::{Answers, Digest, Known};
+use crate::{
+    callers::{NotBelieved, Tokens},
+    metrics::Metrics,
+    pipeline::Snapshot,
+    placement::Placements,
+    token::AUDIENCE,
+};
+
+/// The API server must have answered by then.
+const DEADLINE: Duration = Duration::from_secs(5);
+/// Longer ones are no tokens.
+const MAX_TOKEN: usize = 16 * 1024;
+/// Reviews at once; who comes on top of that is told to come again.
+const MAX_FLIGHTS: usize = 64;
+
+/// The pod a token is bound to, and its account.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Bearer {
+    namespace: Arc<str>,
+    service_account: Arc<str>,
+    pod: Arc<str>,
+    pod_uid: Arc<str>,
+}
+
+/// What a review comes to: a bearer, or why there is none.
+type Outcome = Result<Bearer, NotBelieved>;
+
+pub(crate) struct TokenReviews {
+    client: Client,
+    state: watch::Receiver<Snapshot>,
+    metrics: Metrics,
+    inner: Arc<Mutex<Inner>>,
+}
+
+#[derive(Default)]
+struct Inner {
+    answers: Answers,
+    /// Reviews under way, held by who waits for them: all who ask about one token wait for the same answer.
+    flights: HashMap<Digest, WeakShared<BoxFuture<'static, Outcome>>>,
+}
+
+impl TokenReviews {
+    pub(crate) fn new(client: Client, state: watch::Receiver<Snapshot>, metrics: Metrics) -> Self {
+        Self { client, state, metrics, inner: Arc::default() }
+    }
+
+    async fn reviewed(&self, token: &str) -> Outcome {
+        let expiry = expiry(token).map_err(NotBelieved::Refused)?;
+        let now = SystemTime::now();
+        let left = expiry.duration_since(now).unwrap_or_default();
+        if left.is_zero() {
+            return Err(NotBelieved::Refused("the token has expired".to_owned()));
+        }
+        let digest = answers::digest(token);
+        let flight = {
+            let mut inner = lock(&self.inner);
+            if let Known::Fresh(answer) = inner.answers.of(&digest, Instant::now()) {
+                return answer;
+            }
+            match inner.flights.get(&digest).and_then(WeakShared::upgrade) {
+                Some(flight) => flight,
+                None => {
+                    inner.flights.retain(|_, flight| flight.upgrade().is_some());
+                    if inner.flights.len() >= MAX_FLIGHTS {
+                        return Err(NotBelieved::Unknown("too many token reviews are under way".to_owned()));
+                    }
+                    let flight = self.review(token.to_owned(), digest, left).boxed().shared();
+                    inner.flights.extend(flight.downgrade().map(|flight| (digest, flight)));
+                    flight
+                }
+            }
+        };
+        flight.await
+    }
+
+    /// Asks the API server, and keeps what it says.
+    fn review(&self, token: String, digest: Digest, left: Duration) -> impl Future<Output = Outcome> + Send + 'static {
+        let (api, inner, metrics) =
+            (Api::<TokenReview>::all(self.client.clone()), self.inner.clone(), self.metrics.clone());
+        async move {
+            let spec = TokenReviewSpec { token: Some(token), audiences: Some(vec![AUDIENCE.to_owned()]) };
+            let review = TokenReview { spec, ..TokenReview::default() };
+            let (params, began) = (PostParams::default(), Instant::now());
+            let answered = tokio::time::timeout(DEADLINE, api.create(&params, &review)).await;
+            let now = Instant::now();
+            let left = left.saturating_sub(now - began);
+            let outcome = match answered {
+                Ok(Ok(review)) => Ok(review.status.unwrap_or_default()),
+                Ok(Err(error)) => Err(error_chain(&error)),
+                Err(_) => Err(format!("no answer within {DEADLINE:?}")),
+            };
+            let mut inner = lock(&inner);
+            inner.flights.remove(&digest);
+            match outcome {
+                Ok(status) => {
+                    let answer = judge(&status).map_err(NotBelieved::Refused);
+                    metrics
+                        .token_reviews
+                        .with_label_values(&[if answer.is_ok() { "believed" } else { "refused" }])
+                        .inc();
+                    inner.answers.keep(digest, answer.clone(), now, left);
+                    answer
+                }
+                Err(why) => {
+                    metrics.token_reviews.with_label_values(&["unanswered"]).inc();
+                    match inner.answers.of(&digest, now) {
+                        Known::Fresh(answer) => answer,
+                        Known::Stale(bearer) => {
+                            tracing::warn!(why, pod = %bearer.pod, "the API server reviews no tokens; believing what it said before");
+                            inner.answers.lean_on(&digest, now);
+                            Ok(bearer)
+                        }
+                        Known::Nothing => {
+                            Err(NotBelieved::Unknown(format!("the API server does not review the token: {why}")))
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
+    // Both maps are changed one entry at a time.
+    inner.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Tokens for TokenReviews {
+    fn bearer<'a>(&'a self, token: &'a str) -> Pin<Box<dyn Future<Output = Result<Caller, NotBelieved>> + Send + 'a>> {
+        Box::pin(async move {
+            let bearer = self.reviewed(token).await?;
+            let placements = self.state.borrow().placements.clone();
+            place(&bearer, &placements)
+        })
+    }
+}
+
+/// The bearer, on the node of its pod. One that no watch has delivered yet will have been when the caller comes again.
+fn place(bearer: &Bearer, placements: &Placements) -> Result<Caller, NotBelieved> {
+    let Bearer { namespace, service_account, pod, pod_uid } = bearer.clone();
+    let Some(placement) = placements.pod(&namespace, &pod).filter(|placement| placement.uid == pod_uid) else {
+        return Err(NotBelieved::Unknown(format!("pod {namespace}/{pod} ({pod_uid}) is not known to run anywhere")));
+    };
+    if placement.service_account != service_account {
+        let told = format!("pod {namespace}/{pod} runs as {}, not as {service_account}", placement.service_account);
+        return Err(NotBelieved::Refused(told));
+    }
+    Ok(Caller { node: placement.node.clone(), namespace, service_account, pod })
+}
+
+/// What the API server's answer says.
+fn judge(status: &TokenReviewStatus) -> Result<Bearer, String> {
+    if status.authenticated != Some(true) {
+        let why = status.error.as_deref().unwrap_or("it is not authentic");
+        return Err(format!("the API server does not believe the token: {why}"));
+    }
+    // An API server that knows no audiences would let in tokens that were meant for others.
+    if !status.audiences.iter().flatten().any(|audience| audience == AUDIENCE) {
+        return Err(format!("the token is not meant for {AUDIENCE}"));
+    }
+    let user = status.user.as_ref();
+    let name = user.and_then(|user| user.username.as_deref()).unwrap_or_default();
+    let account = name.strip_prefix("system:serviceaccount:").and_then(|account| account.split_once(':'));
+    let (namespace, service_account) = account.ok_or_else(|| format!("`{name}` is no service account"))?;
+    let extra = |key: &str| -> Option<Arc<str>> {
+        let values = user?.extra.as_ref()?.get(key)?;
+        Some(values.first()?.as_str().into())
+    };
+    let pod = extra("authentication.kubernetes.io/pod-name").zip(extra("authentication.kubernetes.io/pod-uid"));
+    let (pod, pod_uid) = pod.ok_or_else(|| format!("the token of {name} is bound to no pod"))?;
+    Ok(Bearer { namespace: namespace.into(), service_account: service_account.into(), pod, pod_uid })
+}
+
+/// When the token ends, by its own word, which only ever shortens what the API server says. Whatever is no token at all is not worth
+/// asking about.
+fn expiry(token: &str) -> Result<SystemTime, String> {
+    #[derive(Deserialize)]
+    struct Claims {
+        exp: u64,
+    }
+    if token.len() > MAX_TOKEN {
+        return Err(format!("the token is longer than {MAX_TOKEN} bytes"));
+    }
+    let claims = jsonwebtoken::dangerous::insecure_decode::<Claims>(token);
+    let claims = claims.map_err(|error| format!("the token is not a JWT that expires: {error}"))?.claims;
+    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(claims.exp)).ok_or_else(|| "the token never ends".to_owned())
+}
+
+#[cfg(test)]
+mod tests;

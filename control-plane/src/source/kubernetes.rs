@@ -1,0 +1,242 @@
+//! A Kubernetes API server as the source of objects.
+//!
+//! One watch for each kind; each object is trimmed where it arrives. [`Objects`] puts together what they tell, without I/O.
+
+mod received;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
+
+use kube::{Api, Client};
+use tokio::{sync::mpsc, task::JoinSet, time::Instant};
+
+use super::{Catalogue, ObjectChange};
+use crate::{
+    apiserver::watch::{self, Event},
+    objects::{Kind, Read, Settings, mesh_config},
+    problem::{Place, Problem},
+};
+use received::Received;
+
+/// Events of each queue that wait to be looked at; watches pause beyond that.
+const QUEUE: usize = 1024;
+
+/// A kind, and where the API server has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Watched {
+    pub(crate) kind: Kind,
+    group: &'static str,
+    version: &'static str,
+    plural: &'static str,
+}
+
+/// Kinds without which pods are not reached come first. What a node agent has done for a pod is an annotation here, and accounts say
+/// nothing that tokens do not.
+const WATCHED: [Watched; 11] = [
+    of(Kind::Pod, "", "v1", "pods"),
+    of(Kind::EndpointSlice, "discovery.k8s.io", "v1", "endpointslices"),
+    of(Kind::Service, "", "v1", "services"),
+    of(Kind::Node, "", "v1", "nodes"),
+    of(Kind::Namespace, "", "v1", "namespaces"),
+    of(Kind::ConfigMap, "", "v1", "configmaps"),
+    of(Kind::AuthorizationPolicy, "security.istio.io", "v1", "authorizationpolicies"),
+    of(Kind::PeerAuthentication, "security.istio.io", "v1", "peerauthentications"),
+    of(Kind::ServiceEntry, "networking.istio.io", "v1", "serviceentries"),
+    of(Kind::WorkloadEntry, "networking.istio.io", "v1", "workloadentries"),
+    of(Kind::Gateway, "gateway.networking.k8s.io", "v1", "gateways"),
+];
+
+const fn of(kind: Kind, group: &'static str, version: &'static str, plural: &'static str) -> Watched {
+    Watched { kind, group, version, plural }
+}
+
+impl Watched {
+    fn api_version(&self) -> String {
+        match self.group {
+            "" => self.version.to_owned(),
+            group => format!("{group}/{}", self.version),
+        }
+    }
+
+    /// A pod that stops serving must not wait for anything else.
+    fn is_urgent(&self) -> bool {
+        matches!(self.kind, Kind::Pod | Kind::EndpointSlice)
+    }
+}
+
+/// What a watch told of a kind.
+#[derive(Debug)]
+pub(crate) struct Told {
+    kind: Kind,
+    news: News,
+    pub(crate) at: Instant,
+}
+
+#[derive(Debug)]
+enum News {
+    Listing,
+    /// By its name, like `Pod demo/client`.
+    Set(Arc<str>, Read),
+    Listed,
+    Gone(Arc<str>),
+    Unknown,
+    Failing(String),
+    Recovered,
+}
+
+/// What the watches tell; each kind's events are in order.
+pub(crate) struct Feed {
+    pub(crate) urgent: mpsc::Receiver<Told>,
+    pub(crate) other: mpsc::Receiver<Told>,
+    /// Ends with the feed.
+    _watches: JoinSet<()>,
+}
+
+impl Feed {
+    /// Starts watching. Must be called within a tokio runtime.
+    pub(crate) fn start(client: &Client, settings: &Settings) -> Self {
+        let ((to_urgent, urgent), (to_other, other)) = (mpsc::channel(QUEUE), mpsc::channel(QUEUE));
+        let mut watches = JoinSet::new();
+        for watched in WATCHED {
+            let sender = if watched.is_urgent() { &to_urgent } else { &to_other };
+            watches.spawn(feed(client.clone(), watched, settings.clone(), sender.clone()));
+        }
+        Self { urgent, other, _watches: watches }
+    }
+}
+
+async fn feed(client: Client, watched: Watched, settings: Settings, sender: mpsc::Sender<Told>) {
+    let (api, fields) = match watched.kind {
+        Kind::ConfigMap => (
+            Api::namespaced_with(client, &settings.root_namespace, &watched),
+            format!("metadata.name={}", mesh_config::NAME),
+        ),
+        _ => (Api::all_with(client, &watched), String::new()),
+    };
+    let tell = |event: Event<Received>| {
+        let news = match event {
+            Event::Listing => News::Listing,
+            Event::Set(object) => {
+                let name: Arc<str> = object.key(&watched).to_string().into();
+                let read = object.read(&name, &watched, &settings);
+                News::Set(name, read)
+            }
+            Event::Listed => News::Listed,
+            Event::Gone(object) => News::Gone(object.key(&watched).to_string().into()),
+            Event::Unknown => News::Unknown,
+            Event::Failing(why) => News::Failing(why),
+            Event::Recovered => News::Recovered,
+        };
+        Told { kind: watched.kind, news, at: Instant::now() }
+    };
+    watch::watch(api, &fields, sender, tell).await;
+}
+
+/// What came of an event, for logs and metrics.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Turn {
+    Failed(Kind, String),
+    Recovered(Kind),
+    /// For the first time in a row.
+    Unknown(Kind),
+}
+
+/// Everything the watches told so far.
+#[derive(Debug)]
+pub(crate) struct Objects {
+    catalogue: Catalogue,
+    standings: BTreeMap<Kind, Standing>,
+}
+
+#[derive(Debug, Default)]
+struct Standing {
+    /// Was listed whole once, or is known not to exist.
+    complete: bool,
+    unknown: bool,
+    /// What the list under way has not named yet.
+    unlisted: Option<BTreeSet<Arc<str>>>,
+    failing: bool,
+}
+
+impl Objects {
+    pub(crate) fn new(settings: Settings) -> Self {
+        let standings = WATCHED.iter().map(|watched| (watched.kind, Standing::default())).collect();
+        Self { catalogue: Catalogue::new(settings), standings }
+    }
+
+    pub(crate) fn on(&mut self, told: Told) -> Option<Turn> {
+        let Told { kind, news, .. } = told;
+        let Self { catalogue, standings } = self;
+        let standing = standings.entry(kind).or_default();
+        match news {
+            News::Listing => standing.unlisted = Some(names(catalogue, kind)),
+            News::Set(name, read) => {
+                if let Some(unlisted) = &mut standing.unlisted {
+                    unlisted.remove(&name);
+                }
+                catalogue.set(&name, read);
+            }
+            News::Listed => {
+                standing.unlisted.take().unwrap_or_default().iter().for_each(|name| catalogue.remove(name));
+                (standing.complete, standing.unknown) = (true, false);
+            }
+            News::Gone(name) => catalogue.remove(&name),
+            News::Unknown => {
+                standing.unlisted = None;
+                names(catalogue, kind).iter().for_each(|name| catalogue.remove(name));
+                standing.complete = true;
+                standing.failing = false;
+                return (!std::mem::replace(&mut standing.unknown, true)).then_some(Turn::Unknown(kind));
+            }
+            News::Failing(why) => {
+                standing.failing = true;
+                return Some(Turn::Failed(kind, why));
+            }
+            News::Recovered => {
+                standing.failing = false;
+                return Some(Turn::Recovered(kind));
+            }
+        }
+        None
+    }
+
+    /// What changed since the last call.
+    pub(crate) fn changes(&mut self) -> Vec<ObjectChange> {
+        self.catalogue.changes()
+    }
+
+    /// Kinds that have not been listed whole yet.
+    pub(crate) fn awaited(&self) -> impl Iterator<Item = Kind> {
+        self.standings.iter().filter(|(_, standing)| !standing.complete).map(|(kind, _)| *kind)
+    }
+
+    pub(crate) fn problems(&self) -> Vec<Problem> {
+        let failing = self.standings.iter().filter(|(_, standing)| standing.failing);
+        let mut problems: Vec<Problem> = failing.map(|(kind, _)| watch_problem(*kind)).collect();
+        problems.extend(self.catalogue.problems());
+        problems
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.catalogue.len()
+    }
+}
+
+/// Of all documents of a kind.
+fn names(catalogue: &Catalogue, kind: Kind) -> BTreeSet<Arc<str>> {
+    catalogue.documents_of(&format!("{} ", kind.name())).cloned().collect()
+}
+
+fn watch_problem(kind: Kind) -> Problem {
+    Problem {
+        place: Place::object(&format!("{} (all)", kind.name()).into()),
+        field: String::new(),
+        message: "the API server cannot be watched".to_owned(),
+        remedy: "see the log for why; what was last read stays in force".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,178 @@
+//! An object as the API server sends it, for the one way in which objects are read.
+
+use std::{borrow::Cow, fmt, sync::Arc};
+
+use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
+use kube::{Resource, core::DynamicResourceScope};
+use serde::{
+    Deserialize, Deserializer,
+    de::{IgnoredAny, MapAccess, SeqAccess, Visitor},
+};
+
+use super::Watched;
+use crate::{
+    objects::{self, ObjectKey, Read, Settings},
+    problem::Place,
+    yaml::{Entry, Node, Value},
+};
+
+/// Short-lived: [`Received::read`] turns it into what is kept.
+#[derive(Clone, Debug)]
+pub(super) struct Received {
+    /// Name, namespace and version.
+    meta: ObjectMeta,
+    fields: Vec<Entry>,
+}
+
+impl Received {
+    pub(super) fn key(&self, watched: &Watched) -> ObjectKey {
+        let text = |text: &Option<String>| -> Arc<str> { text.as_deref().unwrap_or_default().into() };
+        ObjectKey::new(watched.kind, &text(&self.meta.namespace), &text(&self.meta.name))
+    }
+
+    /// Named `name`, it is read like a document of that kind: items of lists do not say what they are.
+    pub(super) fn read(self, name: &Arc<str>, watched: &Watched, settings: &Settings) -> Read {
+        let mut fields = self.fields;
+        fields.retain(|entry| entry.key != "apiVersion" && entry.key != "kind");
+        fields.push(entry("apiVersion".to_owned(), text(&*watched.api_version())));
+        fields.push(entry("kind".to_owned(), text(watched.kind.name())));
+        objects::read(&Place::object(name), &node(Value::Map(fields)), settings)
+    }
+}
+
+fn node(value: Value) -> Node {
+    Node { line: 1, value }
+}
+
+fn text(text: impl ToString) -> Node {
+    node(Value::Text(text.to_string()))
+}
+
+fn entry(key: String, value: Node) -> Entry {
+    Entry { key, line: 1, value }
+}
+
+impl<'de> Deserialize<'de> for Received {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let Json(node) = Json::deserialize(deserializer)?;
+        let Value::Map(fields) = node.value else { return Err(serde::de::Error::custom("an object must have fields")) };
+        let metadata = fields.iter().find(|entry| entry.key == "metadata").map(|entry| &entry.value.value);
+        let of = |name: &str| match metadata {
+            Some(Value::Map(metadata)) => metadata.iter().find(|e| e.key == name).and_then(|e| match &e.value.value {
+                Value::Text(text) => Some(text.clone()),
+                _ => None,
+            }),
+            _ => None,
+        };
+        let (name, namespace, resource_version) = (of("name"), of("namespace"), of("resourceVersion"));
+        Ok(Self { meta: ObjectMeta { name, namespace, resource_version, ..ObjectMeta::default() }, fields })
+    }
+}
+
+/// JSON as the tree that manifests are read from.
+struct Json(Node);
+
+impl<'de> Deserialize<'de> for Json {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_any(Tree).map(node).map(Json)
+    }
+}
+
+struct Tree;
+
+impl<'de> Visitor<'de> for Tree {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("JSON")
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(Value::Text(value.to_string()))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(Value::Text(value.to_string()))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(Value::Text(value.to_string()))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(Value::Text(value.to_string()))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(Value::Text(value.to_owned()))
+    }
+
+    fn visit_string<E>(self, value: String) -> Result<Value, E> {
+        Ok(Value::Text(value))
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_none<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_some<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        deserializer.deserialize_any(self)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+        let mut list = Vec::new();
+        while let Some(Json(item)) = items.next_element()? {
+            list.push(item);
+        }
+        Ok(Value::List(list))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Value, A::Error> {
+        let mut entries = Vec::new();
+        while let Some(key) = fields.next_key::<String>()? {
+            if IGNORED.contains(&&*key) {
+                fields.next_value::<IgnoredAny>()?;
+            } else {
+                let Json(value) = fields.next_value()?;
+                entries.push(entry(key, value));
+            }
+        }
+        Ok(Value::Map(entries))
+    }
+}
+
+/// Often half of an object, and nothing to us.
+const IGNORED: [&str; 2] = ["managedFields", "kubectl.kubernetes.io/last-applied-configuration"];
+
+impl Resource for Received {
+    type DynamicType = Watched;
+    type Scope = DynamicResourceScope;
+
+    fn kind(watched: &Watched) -> Cow<'_, str> {
+        watched.kind.name().into()
+    }
+
+    fn group(watched: &Watched) -> Cow<'_, str> {
+        watched.group.into()
+    }
+
+    fn version(watched: &Watched) -> Cow<'_, str> {
+        watched.version.into()
+    }
+
+    fn plural(watched: &Watched) -> Cow<'_, str> {
+        watched.plural.into()
+    }
+
+    fn meta(&self) -> &ObjectMeta {
+        &self.meta
+    }
+
+    fn meta_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.meta
+    }
+}

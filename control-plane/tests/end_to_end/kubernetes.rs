@@ -1,0 +1,280 @@
+//! With an API server as the source.
+
+use std::{collections::BTreeSet, net::SocketAddr, time::Duration};
+
+use control_plane::app::{self, Config, Running, Source};
+use mesh_core::{
+    identity::Identity,
+    index::Resource,
+    workload::{Health, TunnelProtocol},
+};
+use mesh_identity::csr::Csr;
+use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
+use serde_json::{Value, json};
+use tonic::{Code, Status, transport::Channel};
+
+use crate::{
+    apiserver::ApiServer,
+    support::{self, NodeProxy, Received, admin, certificate, channel, eventually, types},
+};
+
+const PODS: &str = "api/v1/pods";
+const SERVICES: &str = "api/v1/services";
+const SECRETS: &str = "api/v1/secrets";
+const POLICIES: &str = "apis/security.istio.io/v1/authorizationpolicies";
+
+struct Cluster {
+    api: ApiServer,
+    running: Running,
+}
+
+impl Cluster {
+    /// One with a node proxy on `n1` and the pods `client` and `web`.
+    async fn start() -> Self {
+        let api = ApiServer::start().await;
+        api.put(PODS, ztunnel("n1"));
+        api.review(&token("n1"), review("n1", "ztunnel"));
+        api.put(PODS, pod("client", "10.0.0.1", "n1"));
+        api.put(PODS, pod("web", "10.0.0.2", "n2"));
+        let running = run(&api).await;
+        support::ready(running.admin_address).await;
+        Self { api, running }
+    }
+
+    async fn channel(&self) -> Channel {
+        channel(self.running.address, &roots(&self.api)).await
+    }
+
+    async fn node(&self) -> NodeProxy {
+        NodeProxy::connect(self.channel().await, &token("n1"), types()).await
+    }
+
+    async fn certificate(&self, token: &str, account: &str) -> Result<Vec<String>, Status> {
+        let identity = Identity::new("cluster.local", "demo", account);
+        let csr = Csr::generate(&identity).unwrap().pem;
+        certificate(self.channel().await, Some(token), Some(&identity.to_string()), csr).await
+    }
+}
+
+async fn run(api: &ApiServer) -> Running {
+    let any_port: SocketAddr = "127.0.0.1:0".parse().unwrap();
+    let source = Source::Kubernetes(Box::new(api.config()));
+    let trusted_accounts = vec![("istio-system".into(), "ztunnel".into())];
+    app::start(Config { trusted_accounts, ..Config::new(source, any_port, any_port) }).await.unwrap()
+}
+
+fn roots(api: &ApiServer) -> Vec<u8> {
+    let secret = api.get(SECRETS, "istio-system", "istio-ca-secret").unwrap();
+    let bytes: k8s_openapi::ByteString = serde_json::from_value(secret["data"]["root-cert.pem"].clone()).unwrap();
+    bytes.0
+}
+
+fn pod(name: &str, ip: &str, node: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"namespace": "demo", "name": name, "uid": format!("uid-{name}"), "labels": {"app": name}},
+        "spec": {"nodeName": node, "serviceAccountName": name, "containers": [{"name": "c", "env": [{"name": "A", "value": "b"}]}]},
+        "status": {"phase": "Running", "podIPs": [{"ip": ip}], "conditions": [{"type": "Ready", "status": "True"}]},
+    })
+}
+
+fn ztunnel(node: &str) -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {"namespace": "istio-system", "name": format!("ztunnel-{node}"), "uid": format!("uid-{node}")},
+        "spec": {"nodeName": node, "serviceAccountName": "ztunnel"},
+        "status": {"phase": "Running"},
+    })
+}
+
+/// A JWT that says nothing but its end; who bears it is for the API server to know.
+fn token(who: &str) -> String {
+    let key = jsonwebtoken::EncodingKey::from_secret(b"not ours");
+    let claims = json!({"exp": 4_102_444_800_u64, "sub": who});
+    jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key).unwrap()
+}
+
+fn review(node: &str, account: &str) -> Value {
+    json!({
+        "authenticated": true,
+        "audiences": ["istio-ca"],
+        "user": {
+            "username": format!("system:serviceaccount:istio-system:{account}"),
+            "extra": {
+                "authentication.kubernetes.io/pod-name": [format!("ztunnel-{node}")],
+                "authentication.kubernetes.io/pod-uid": [format!("uid-{node}")],
+            },
+        },
+    })
+}
+
+fn policy(name: &str, rules: Value) -> Value {
+    json!({
+        "apiVersion": "security.istio.io/v1", "kind": "AuthorizationPolicy",
+        "metadata": {"namespace": "demo", "name": name}, "spec": {"rules": rules},
+    })
+}
+
+fn names(expected: &[&str]) -> BTreeSet<String> {
+    expected.iter().map(|&name| name.to_owned()).collect()
+}
+
+const CLIENT: &str = "Kubernetes//Pod/demo/client";
+
+fn workload(resources: &[Resource]) -> &mesh_core::workload::Workload {
+    match resources {
+        [Resource::Workload(workload)] => workload,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_node_sees_the_cluster_then_exactly_what_changes() {
+    let cluster = Cluster::start().await;
+    let mut node = cluster.node().await;
+    let initial = node.initial().await;
+    assert_eq!(initial[ADDRESS_TYPE_URL].names, names(&[CLIENT, "Kubernetes//Pod/demo/web"]), "pages of a list add up");
+
+    let mut changed = pod("client", "10.0.0.1", "n1");
+    changed["metadata"]["annotations"] = json!({"ambient.istio.io/redirection": "enabled"});
+    cluster.api.put(PODS, changed.clone());
+    let (_, _, resources) = node.receive().await;
+    assert_eq!(workload(&resources).tunnel_protocol, TunnelProtocol::Hbone);
+
+    changed["metadata"]["deletionTimestamp"] = json!("2026-01-01T00:00:00Z");
+    cluster.api.put(PODS, changed);
+    let (_, _, resources) = node.receive().await;
+    assert_eq!(workload(&resources).health, Health::Unhealthy, "a pod that terminates takes nothing new");
+
+    cluster.api.delete(PODS, "demo", "client");
+    let (_, change, _) = node.receive().await;
+    assert_eq!(change, Received { names: names(&[]), removed: names(&[CLIENT]) });
+    cluster.running.stop().await;
+}
+
+#[tokio::test]
+async fn a_history_that_was_lost_costs_nothing_but_a_new_list() {
+    let cluster = Cluster::start().await;
+    let mut node = cluster.node().await;
+    node.initial().await;
+    // While nobody watches, one pod goes and one comes.
+    cluster.api.freeze(true);
+    cluster.api.cut();
+    cluster.api.delete(PODS, "demo", "client");
+    cluster.api.put(PODS, pod("new", "10.0.0.3", "n2"));
+    cluster.api.forget();
+    cluster.api.freeze(false);
+    let mut seen = Received { names: names(&[]), removed: names(&[]) };
+    while seen.names.is_empty() || seen.removed.is_empty() {
+        let (_, change, _) = node.receive().await;
+        seen.names.extend(change.names);
+        seen.removed.extend(change.removed);
+    }
+    assert_eq!(seen, Received { names: names(&["Kubernetes//Pod/demo/new"]), removed: names(&[CLIENT]) });
+    cluster.running.stop().await;
+}
+
+#[tokio::test]
+async fn a_kind_is_empty_until_it_is_installed_and_nobody_connects_before_all_is_known() {
+    let api = ApiServer::start().await;
+    api.know(POLICIES, false);
+    api.put(SERVICES, json!({"metadata": {"namespace": "demo", "name": "web"}, "spec": {"clusterIP": "10.2.0.1", "ports": [{"port": 80}]}}));
+    let running = run(&api).await;
+    support::ready(running.admin_address).await;
+    assert!(admin(running.admin_address, "/metrics").await.contains("pilot_services 1"));
+    running.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_wrong_is_told_of_the_object_and_denied() {
+    let cluster = Cluster::start().await;
+    let mut node = cluster.node().await;
+    node.initial().await;
+    cluster.api.put(POLICIES, policy("p", json!([{"form": []}])));
+    let (type_url, change, resources) = node.receive().await;
+    assert_eq!((type_url.as_str(), &change.names), (AUTHORIZATION_TYPE_URL, &names(&["demo/p"])));
+    let Resource::Policy(policy) = &resources[0] else { panic!() };
+    assert_eq!(policy.action, mesh_core::policy::Action::Deny);
+    let told = r#""field":"spec.rules[0].form","message":"unknown field","object":"AuthorizationPolicy demo/p""#;
+    eventually("the problem is shown", async || {
+        admin(cluster.running.admin_address, "/debug/problems").await.contains(told)
+    })
+    .await;
+    cluster.running.stop().await;
+}
+
+#[tokio::test]
+async fn a_certificate_is_for_an_account_on_the_node_of_the_callers_pod() {
+    let cluster = Cluster::start().await;
+    cluster.api.review(&token("other account"), review("n1", "web"));
+    cluster.api.review(&token("not yet seen"), review("n3", "ztunnel"));
+    cluster.api.review(&token("unbound"), {
+        let mut unbound = review("n1", "ztunnel");
+        unbound["user"]["extra"] = json!({});
+        unbound
+    });
+    assert_eq!(cluster.certificate(&token("n1"), "client").await.unwrap().len(), 2);
+    let table = [
+        ("n1", "web", Code::Unauthenticated, "it runs elsewhere"),
+        ("n1", "nobody", Code::Unauthenticated, "it runs nowhere"),
+        ("other account", "client", Code::Unauthenticated, "the pod runs as another account"),
+        ("not yet seen", "client", Code::Unavailable, "the pod has not been seen"),
+        ("unbound", "client", Code::Unauthenticated, "the token is bound to no pod"),
+        ("stranger", "client", Code::Unauthenticated, "the API server does not know the token"),
+    ];
+    for (who, account, code, why) in table {
+        let refused = cluster.certificate(&token(who), account).await.unwrap_err();
+        assert_eq!(refused.code(), code, "{who} asks for {account}: {why}");
+    }
+    // A pod has its account from the moment it is scheduled: it is certified before it has an address.
+    let mut pending = pod("late", "", "n1");
+    pending["status"] = json!({"phase": "Pending"});
+    cluster.api.put(PODS, pending);
+    eventually("the pod is seen", async || cluster.certificate(&token("n1"), "late").await.is_ok()).await;
+    cluster.running.stop().await;
+}
+
+#[tokio::test]
+async fn one_review_does_for_all_who_bring_the_same_token() {
+    let cluster = Cluster::start().await;
+    let token = token("n1");
+    let calls = (0..8).map(|_| cluster.certificate(&token, "client"));
+    let answers = futures_util::future::join_all(calls).await;
+    assert!(answers.iter().all(Result::is_ok));
+    let reviews = cluster.api.requests().iter().filter(|request| request.contains("tokenreviews")).count();
+    assert_eq!(reviews, 1);
+    cluster.running.stop().await;
+}
+
+#[tokio::test]
+async fn while_the_api_server_answers_nothing_discovery_and_the_ca_go_on() {
+    let cluster = Cluster::start().await;
+    assert!(cluster.certificate(&token("n1"), "client").await.is_ok());
+    let roots = roots(&cluster.api);
+    cluster.api.freeze(true);
+    cluster.api.cut();
+    let served = async {
+        let channel = channel(cluster.running.address, &roots).await;
+        let mut node = NodeProxy::connect(channel.clone(), &token("n1"), types()).await;
+        assert_eq!(node.initial().await[ADDRESS_TYPE_URL].names.len(), 2);
+        let identity = Identity::new("cluster.local", "demo", "client");
+        let csr = Csr::generate(&identity).unwrap().pem;
+        certificate(channel, Some(&token("n1")), Some(&identity.to_string()), csr).await.unwrap();
+    };
+    tokio::time::timeout(Duration::from_secs(30), served).await.expect("served without the API server");
+    cluster.running.stop().await;
+}
+
+#[tokio::test]
+async fn replicas_that_start_together_share_one_ca() {
+    let api = ApiServer::start().await;
+    let (a, b) = tokio::join!(run(&api), run(&api));
+    let roots = roots(&api);
+    for running in [&a, &b] {
+        channel(running.address, &roots).await;
+    }
+    let secret = api.get(SECRETS, "istio-system", "istio-ca-secret").unwrap();
+    assert_eq!(secret["type"], "istio.io/ca-root");
+    a.stop().await;
+    b.stop().await;
+}
