@@ -7,9 +7,11 @@
 
 mod apps;
 mod args;
+mod cluster;
 mod debug;
 mod demo;
 mod dump;
+mod install;
 mod lab_commands;
 mod loopback;
 mod output;
@@ -76,8 +78,11 @@ fn command_line(arguments: Vec<OsString>) -> ExitCode {
         args::Command::Debug(debug) => debug::run(debug),
         args::Command::Demo(options) => demo::run(&options),
         args::Command::Dump(query) => dump::run(&query),
+        args::Command::Install(options) => install::run(&options),
         args::Command::Lab(command) => lab_commands::run(command),
         args::Command::Top(query) => top::run(&query),
+        args::Command::Uninstall(options) => install::uninstall(&options),
+        args::Command::Upgrade(options) => install::upgrade(&options),
         args::Command::Why(query) => why::run(&query),
     };
     match outcome {

@@ -1,0 +1,139 @@
+//! The wait until a component really serves: rolled out as the API server says, and ready as each of its pods says itself.
+
+use std::{
+    io::{IsTerminal as _, Write as _},
+    time::{Duration, Instant},
+};
+
+use anyhow::bail;
+use futures_util::{StreamExt as _, stream};
+use serde_json::Value;
+
+use super::Component;
+use crate::{
+    cluster::{
+        Cluster, escape,
+        rollout::{self, Rollout},
+    },
+    output::{say, took},
+};
+
+/// Between two looks.
+pub(super) const AGAIN: Duration = Duration::from_millis(500);
+pub(super) const DEFINITIONS: Duration = Duration::from_secs(30);
+/// Pods asked at a time.
+const ASKED: usize = 16;
+
+pub(super) struct Waiter<'a> {
+    cluster: &'a Cluster,
+    namespace: &'a str,
+    deadline: Instant,
+    patience: Duration,
+}
+
+impl<'a> Waiter<'a> {
+    /// `patience`: for all components together.
+    pub(super) fn new(cluster: &'a Cluster, namespace: &'a str, patience: Duration) -> Self {
+        Self { cluster, namespace, deadline: Instant::now() + patience, patience }
+    }
+
+    pub(super) async fn wait(&self, component: &Component) -> anyhow::Result<()> {
+        let (started, mut line) = (Instant::now(), Line::new(component.name));
+        loop {
+            match self.look(component).await {
+                Ok(Rollout::Done) => {
+                    line.end(&format!("ready after {}", took(started.elapsed())));
+                    return Ok(());
+                }
+                Ok(Rollout::Under(state)) => line.show(&state),
+                // An API server that is away for a moment says nothing about the mesh.
+                Err(error) => line.show(&format!("{error:#}")),
+            }
+            if Instant::now() > self.deadline {
+                line.end("not ready");
+                return self.give_up(component, &line.shown).await;
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    async fn look(&self, component: &Component) -> anyhow::Result<Rollout> {
+        let there = super::one(self.cluster, component.kind, Some(self.namespace), component.name).await?;
+        let Some(mut workload) = there else { bail!("{} {} is not there", component.kind, component.name) };
+        workload["kind"] = component.kind.into();
+        let pods = pods(self.cluster, self.namespace, component).await?;
+        match rollout::of(&workload) {
+            Rollout::Done => Ok(self.ask(component, &pods).await),
+            Rollout::Under(state) => {
+                let trouble = rollout::trouble(&pods).into_iter().next();
+                Ok(Rollout::Under(match trouble {
+                    Some(trouble) => format!("{state}; {trouble}"),
+                    None => state,
+                }))
+            }
+        }
+    }
+
+    /// Every pod speaks for itself.
+    async fn ask(&self, component: &Component, pods: &[Value]) -> Rollout {
+        let (port, path) = component.ready;
+        let names: Vec<&str> =
+            pods.iter().filter(|p| rollout::is_ready(p)).filter_map(|p| p["metadata"]["name"].as_str()).collect();
+        let asked = names.into_iter().map(|name| async move {
+            match self.cluster.page(self.namespace, name, port, path).await {
+                Ok((200, _)) => None,
+                Ok((status, said)) => Some(format!("{name} says {status} at {path}: {}", said.trim())),
+                Err(error) => Some(format!("{error:#}")),
+            }
+        });
+        let answers: Vec<Option<String>> = stream::iter(asked).buffer_unordered(ASKED).collect().await;
+        answers.into_iter().flatten().next().map_or(Rollout::Done, Rollout::Under)
+    }
+
+    async fn give_up(&self, component: &Component, state: &str) -> anyhow::Result<()> {
+        let pods = pods(self.cluster, self.namespace, component).await.unwrap_or_default();
+        let mut told = rollout::trouble(&pods);
+        told.truncate(5);
+        let told = told.iter().map(|line| format!("\n  {line}")).collect::<String>();
+        let logs = format!("kubectl -n {} logs -l {} --tail=20", self.namespace, component.selector);
+        bail!("{} is not ready within {}: {state}{told}\n  see `{logs}`", component.name, took(self.patience))
+    }
+}
+
+pub(crate) async fn pods(cluster: &Cluster, namespace: &str, component: &Component) -> anyhow::Result<Vec<Value>> {
+    cluster
+        .list(&format!("/api/v1/namespaces/{namespace}/pods"), &format!("labelSelector={}", escape(component.selector)))
+        .await
+}
+
+/// What is waited for: on a terminal one line that changes, else a line for every change.
+pub(super) struct Line {
+    what: String,
+    moving: bool,
+    shown: String,
+}
+
+impl Line {
+    pub(super) fn new(what: &str) -> Self {
+        Self { what: what.to_owned(), moving: std::io::stdout().is_terminal(), shown: String::new() }
+    }
+
+    pub(super) fn show(&mut self, state: &str) {
+        if self.shown == state {
+            return;
+        }
+        state.clone_into(&mut self.shown);
+        if self.moving {
+            let line: String = format!("{}: {state}", self.what).chars().take(110).collect();
+            let mut out = std::io::stdout();
+            drop(write!(out, "\r\x1b[K{line}").and_then(|()| out.flush()));
+        } else {
+            say!("{}: {state}", self.what);
+        }
+    }
+
+    pub(super) fn end(&self, state: &str) {
+        let start = if self.moving { "\r\x1b[K" } else { "" };
+        say!("{start}{}: {state}", self.what);
+    }
+}

@@ -1,0 +1,334 @@
+//! `fairway uninstall`: takes everything away again, in the order that cuts nobody off.
+//!
+//! The node agents go first: each sees that it is not replaced, and lets its pods leave the mesh before it ends. Then nobody needs ztunnel,
+//! and nobody the control plane.
+
+use std::{
+    io::{IsTerminal as _, Write as _},
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+use anyhow::{bail, ensure};
+use serde_json::{Value, json};
+
+use super::{
+    COMPONENTS, Component, INSTALL, owned,
+    ready::{AGAIN, Line, pods},
+};
+use crate::{
+    args::Uninstall,
+    cluster::{self, Cluster, Object, escape},
+    output::{good, say, took},
+};
+
+const MODE: &str = "istio.io/dataplane-mode";
+const REDIRECTION: &str = "ambient.istio.io/redirection";
+const ROOTS: &str = "istio-ca-root-cert";
+/// What the control plane makes in its namespace.
+const MADE: [&str; 2] =
+    ["/apis/coordination.k8s.io/v1/namespaces/{}/leases/fairwayd", "/api/v1/namespaces/{}/secrets/istio-ca-secret"];
+
+pub(crate) fn run(options: &Uninstall) -> anyhow::Result<ExitCode> {
+    cluster::block_on(async {
+        let cluster = options.connection.open().await?;
+        Removal { cluster, options, deadline: Instant::now() + options.timeout }.run().await
+    })
+}
+
+struct Removal<'a> {
+    cluster: Cluster,
+    options: &'a Uninstall,
+    deadline: Instant,
+}
+
+impl Removal<'_> {
+    async fn run(&self) -> anyhow::Result<ExitCode> {
+        let started = Instant::now();
+        let namespace = &self.options.namespace;
+        let objects = owned(&self.cluster, namespace).await?;
+        if objects.is_empty() {
+            say!("{}: nothing was installed by `fairway` in namespace {namespace}", self.cluster.server);
+            return self.tell_leftovers(started, false).await;
+        }
+        say!("{}: {} objects of the installation in namespace {namespace}", self.cluster.server, objects.len());
+        self.tell_enrolled().await?;
+        self.confirm()?;
+        if self.options.purge_labels {
+            self.purge_labels().await?;
+        }
+        let others = self.other_control_planes().await?;
+        // Agents first, and the control plane last.
+        for component in [&COMPONENTS[1], &COMPONENTS[2], &COMPONENTS[0]] {
+            self.end(component, &objects).await?;
+        }
+        self.remove_objects(&objects).await?;
+        self.remove_made(&others).await?;
+        self.remove_definitions(&objects).await?;
+        self.remove_namespace(&objects).await?;
+        self.tell_leftovers(started, !others.is_empty()).await
+    }
+
+    async fn tell_enrolled(&self) -> anyhow::Result<()> {
+        let namespaces = names(&self.labelled("/api/v1/namespaces").await?);
+        let pods = names(&self.labelled("/api/v1/pods").await?);
+        let captured = self.captured().await?.len();
+        if captured > 0 {
+            say!("{captured} pods are in the mesh; they leave it first, with their connections");
+        }
+        let is_labelled = !namespaces.is_empty() || !pods.is_empty();
+        if is_labelled && !self.options.purge_labels {
+            let listed: Vec<String> = namespaces
+                .iter()
+                .map(|name| format!("namespace {name}"))
+                .chain(pods.iter().map(|name| format!("pod {name}")))
+                .take(10)
+                .collect();
+            say!("the label {MODE} stays (--purge-labels removes it): {}", listed.join(", "));
+        }
+        Ok(())
+    }
+
+    fn confirm(&self) -> anyhow::Result<()> {
+        if self.options.yes {
+            return Ok(());
+        }
+        ensure!(std::io::stdin().is_terminal(), "nobody is there to be asked: say --yes");
+        let mut out = std::io::stdout();
+        write!(out, "remove all of it from {}? [y/N] ", self.cluster.server).and_then(|()| out.flush())?;
+        let mut answer = String::new();
+        std::io::stdin().read_line(&mut answer)?;
+        ensure!(["y", "yes"].contains(&answer.trim()), "nothing was changed");
+        Ok(())
+    }
+
+    async fn purge_labels(&self) -> anyhow::Result<()> {
+        let patch = json!({ "metadata": { "labels": { MODE: null } } });
+        for name in names(&self.labelled("/api/v1/namespaces").await?) {
+            self.cluster.merge(&format!("/api/v1/namespaces/{name}"), patch.clone()).await?;
+            say!("label {MODE} removed from namespace {name}");
+        }
+        for pod in self.labelled("/api/v1/pods").await? {
+            let (namespace, name) = (text(&pod["metadata"]["namespace"]), text(&pod["metadata"]["name"]));
+            self.cluster.merge(&format!("/api/v1/namespaces/{namespace}/pods/{name}"), patch.clone()).await?;
+            say!("label {MODE} removed from pod {namespace}/{name}");
+        }
+        Ok(())
+    }
+
+    /// Deletes a component and waits until its last pod has gone.
+    async fn end(&self, component: &Component, objects: &[Object]) -> anyhow::Result<()> {
+        let Some(object) = objects.iter().find(|object| object.is(component.kind, component.name)) else {
+            return Ok(());
+        };
+        let (started, mut line) = (Instant::now(), Line::new(component.name));
+        self.cluster.delete(&object.path()).await?;
+        loop {
+            let left = pods(&self.cluster, &self.options.namespace, component).await?.len();
+            if left == 0 && self.cluster.get(&object.path()).await?.is_none() {
+                line.end(&format!("gone after {}", took(started.elapsed())));
+                return Ok(());
+            }
+            line.show(&format!("{left} pods left"));
+            if Instant::now() > self.deadline {
+                line.end("not gone");
+                bail!(
+                    "{left} pods of {} do not end; nothing else was removed: see `kubectl -n {} get pods`, and repeat",
+                    component.name,
+                    self.options.namespace
+                );
+            }
+            tokio::time::sleep(AGAIN).await;
+        }
+    }
+
+    async fn remove_objects(&self, objects: &[Object]) -> anyhow::Result<()> {
+        let mut removed = 0;
+        for object in objects.iter().rev().filter(|o| !["Namespace", "CustomResourceDefinition"].contains(&o.kind.name))
+        {
+            removed += usize::from(self.cluster.delete(&object.path()).await?);
+        }
+        say!("{removed} objects deleted");
+        Ok(())
+    }
+
+    /// What the control plane has made while it ran. Another mesh's uses the same names.
+    async fn remove_made(&self, others: &[String]) -> anyhow::Result<()> {
+        if !others.is_empty() {
+            say!("{} is still there: ConfigMaps {ROOTS} and the CA's Secret stay", others.join(", "));
+            return Ok(());
+        }
+        for path in MADE {
+            let path = path.replace("{}", &self.options.namespace);
+            if path.contains("/secrets/") && self.options.keep_ca {
+                say!("Secret istio-ca-secret stays: the next installation goes on with this CA");
+            } else if self.cluster.delete(&path).await? && path.contains("/secrets/") {
+                say!("Secret istio-ca-secret deleted: the next installation has a new CA");
+            }
+        }
+        let roots = self.roots().await?;
+        for root in &roots {
+            self.cluster
+                .delete(&format!("/api/v1/namespaces/{}/configmaps/{ROOTS}", text(&root["metadata"]["namespace"])))
+                .await?;
+        }
+        say!("ConfigMap {ROOTS} deleted in {} namespaces", roots.len());
+        Ok(())
+    }
+
+    /// To delete a definition is to delete all objects of the kind.
+    async fn remove_definitions(&self, objects: &[Object]) -> anyhow::Result<()> {
+        for definition in objects.iter().filter(|object| object.kind.name == "CustomResourceDefinition") {
+            let whole = self.cluster.get(&definition.path()).await?.unwrap_or_default();
+            let versions = whole["spec"]["versions"].as_array().map(Vec::as_slice).unwrap_or_default();
+            let served =
+                versions.iter().find(|version| version["served"] == true).and_then(|version| version["name"].as_str());
+            let (group, plural) = (text(&whole["spec"]["group"]), text(&whole["spec"]["names"]["plural"]));
+            let used = match served {
+                Some(version) => {
+                    self.cluster.list_metadata(&format!("/apis/{group}/{version}/{plural}"), "").await?.len()
+                }
+                None => 0,
+            };
+            if used > 0 && !self.options.purge_crds {
+                let patch = json!({ "metadata": { "labels": { INSTALL: null } } });
+                self.cluster.merge(&definition.path(), patch).await?;
+                say!("{definition} stays: there are {used} objects of it (--purge-crds deletes them with it)");
+            } else {
+                self.cluster.delete(&definition.path()).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn remove_namespace(&self, objects: &[Object]) -> anyhow::Result<()> {
+        let namespace = &self.options.namespace;
+        if !objects.iter().any(|object| object.is("Namespace", namespace)) {
+            return Ok(());
+        }
+        let left = self.inhabitants().await?;
+        if !left.is_empty() {
+            say!("namespace {namespace} stays: it still has {}", left.join(", "));
+            return self
+                .cluster
+                .merge(
+                    &format!("/api/v1/namespaces/{namespace}"),
+                    json!({ "metadata": { "labels": { INSTALL: null } } }),
+                )
+                .await;
+        }
+        let path = format!("/api/v1/namespaces/{namespace}");
+        self.cluster.delete(&path).await?;
+        let mut line = Line::new(&format!("namespace {namespace}"));
+        while self.cluster.get(&path).await?.is_some() {
+            ensure!(
+                Instant::now() < self.deadline,
+                "namespace {namespace} does not end: see `kubectl get namespace {namespace} -o yaml`"
+            );
+            line.show("ending");
+            tokio::time::sleep(AGAIN).await;
+        }
+        line.end("gone");
+        Ok(())
+    }
+
+    /// What somebody else has put into the namespace; what every namespace has does not count.
+    async fn inhabitants(&self) -> anyhow::Result<Vec<String>> {
+        let namespace = &self.options.namespace;
+        let kinds = [
+            ("/api/v1", "pods"),
+            ("/api/v1", "services"),
+            ("/api/v1", "configmaps"),
+            ("/api/v1", "secrets"),
+            ("/api/v1", "serviceaccounts"),
+            ("/api/v1", "persistentvolumeclaims"),
+            ("/apis/apps/v1", "deployments"),
+            ("/apis/apps/v1", "daemonsets"),
+            ("/apis/apps/v1", "statefulsets"),
+            ("/apis/batch/v1", "jobs"),
+            ("/apis/batch/v1", "cronjobs"),
+        ];
+        let mut left = Vec::new();
+        for (root, plural) in kinds {
+            for item in self.cluster.list_metadata(&format!("{root}/namespaces/{namespace}/{plural}"), "").await? {
+                let metadata = &item["metadata"];
+                let ending = !metadata["deletionTimestamp"].is_null();
+                if !ending && !["default", "kube-root-ca.crt"].contains(&&*text(&metadata["name"])) {
+                    left.push(format!("{plural}/{}", text(&metadata["name"])));
+                }
+            }
+        }
+        Ok(left)
+    }
+
+    /// # Errors
+    /// When something cannot be asked for; what is left is told, and is the exit status.
+    async fn tell_leftovers(&self, started: Instant, roots_stay: bool) -> anyhow::Result<ExitCode> {
+        let mut left: Vec<String> =
+            owned(&self.cluster, &self.options.namespace).await?.iter().map(ToString::to_string).collect();
+        // Annotations are the agents' last act, and another agent may be at work.
+        let patience = Instant::now() + Duration::from_secs(5);
+        let mut captured = self.captured().await?;
+        while !captured.is_empty() && Instant::now() < patience {
+            tokio::time::sleep(AGAIN).await;
+            captured = self.captured().await?;
+        }
+        left.extend(captured.into_iter().map(|pod| format!("annotation {REDIRECTION} of pod {pod}")));
+        if !roots_stay && self.other_control_planes().await?.is_empty() {
+            left.extend(
+                self.roots()
+                    .await?
+                    .iter()
+                    .map(|root| format!("ConfigMap {}/{ROOTS}", text(&root["metadata"]["namespace"]))),
+            );
+        }
+        if left.is_empty() {
+            say!("{} after {}: nothing of the mesh is left in the cluster", good("removed"), took(started.elapsed()));
+            return Ok(ExitCode::SUCCESS);
+        }
+        say!("left behind:\n  {}", left.join("\n  "));
+        say!(
+            "a pod that is still annotated keeps its redirection until it is restarted, or `fairway-node cleanup` runs on its node"
+        );
+        Ok(ExitCode::FAILURE)
+    }
+
+    /// Which other meshes would miss what is named alike.
+    async fn other_control_planes(&self) -> anyhow::Result<Vec<String>> {
+        let own = &self.options.namespace;
+        let mut all = self.cluster.list_metadata("/apis/apps/v1/deployments", "labelSelector=app%3Distiod").await?;
+        let other = escape(&format!("{INSTALL},{INSTALL}!={own}"));
+        all.extend(self.cluster.list_metadata("/apis/apps/v1/deployments", &format!("labelSelector={other}")).await?);
+        Ok(names(&all).into_iter().map(|name| format!("control plane {name}")).collect())
+    }
+
+    async fn roots(&self) -> anyhow::Result<Vec<Value>> {
+        self.cluster.list_metadata("/api/v1/configmaps", &format!("fieldSelector=metadata.name%3D{ROOTS}")).await
+    }
+
+    async fn labelled(&self, path: &str) -> anyhow::Result<Vec<Value>> {
+        self.cluster.list_metadata(path, &format!("labelSelector={}", escape(&format!("{MODE}=ambient")))).await
+    }
+
+    async fn captured(&self) -> anyhow::Result<Vec<String>> {
+        let mut pods = self.cluster.list_metadata("/api/v1/pods", "").await?;
+        pods.retain(|pod| pod["metadata"]["annotations"][REDIRECTION] == "enabled");
+        Ok(names(&pods))
+    }
+}
+
+/// `name`, or `namespace/name`.
+fn names(objects: &[Value]) -> Vec<String> {
+    let name = |object: &Value| {
+        let metadata = &object["metadata"];
+        match metadata["namespace"].as_str() {
+            Some(namespace) => format!("{namespace}/{}", text(&metadata["name"])),
+            None => text(&metadata["name"]),
+        }
+    };
+    objects.iter().map(name).collect()
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_default().to_owned()
+}
