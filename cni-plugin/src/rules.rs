@@ -6,5 +6,5 @@ pub mod reconcile;
 
 pub use model::Options;
 pub use reconcile::{
-    RulesError, apply, captured_flows, flush_redirects, older_flows, remove, verify, verify_installed,
+    RulesError, apply, captured_flows, flush_redirects, is_ours, older_flows, remove, verify, verify_installed,
 };
