@@ -34,6 +34,7 @@ pub mod enroll;
 pub mod host;
 pub mod install;
 pub mod leave;
+pub mod probes;
 pub mod report;
 pub mod sandbox;
 pub mod server;
@@ -47,6 +48,7 @@ use driver::{Driver, Settings};
 use enroll::Pace;
 use host::Host;
 use leave::{Done, Fate, Traces};
+use probes::Probes;
 use report::{Metrics, Reports};
 use sandbox::Sandboxes;
 use source::{FolderSource, KubernetesSource, PodSource};
@@ -187,7 +189,14 @@ impl Agent {
             let (installs, installed) = (metrics.installs.clone(), metrics.installed.clone());
             tasks.spawn(install::run(install, readiness.clone(), installs, installed, watcher.clone()));
         }
-        let driver = Driver::new(settings, zds.clone(), metrics, reports_tx, pending, synced_tx);
+        let probes = own.is_some().then(|| {
+            let (wanted, wanted_rx) = watch::channel(probes::Wanted::default());
+            let (marked_tx, marked) = watch::channel(Arc::default());
+            let (host, options) = (settings.host.clone(), settings.options.clone());
+            tasks.spawn(probes::run(host, options, wanted_rx, marked_tx, watcher.clone()));
+            Probes { wanted, marked }
+        });
+        let driver = Driver::new(settings, zds.clone(), probes, metrics, reports_tx, pending, synced_tx);
         tasks.spawn(source.run(views_tx, watcher.clone()));
         tasks.spawn(driver.run(views, calls, watcher.clone()));
         tasks.spawn(server::serve(plugin_socket, calls_tx, watcher));

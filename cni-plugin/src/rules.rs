@@ -1,6 +1,7 @@
-//! What capture means inside a pod's namespace.
+//! What capture means inside a pod's namespace, and in that of the node.
 
 pub mod flows;
+pub mod host;
 pub mod model;
 pub mod reconcile;
 

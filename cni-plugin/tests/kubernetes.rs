@@ -4,7 +4,7 @@ use std::{collections::HashMap, fs, os::unix::fs::symlink, path::Path, process::
 
 use cni_plugin::{
     agent::{Agent, Config},
-    rules::{self, Options},
+    rules::{self, Options, host},
 };
 use mesh_net::{NetNs, isolate::test_main, link::Netlink};
 use serde_json::{Value, json};
@@ -148,6 +148,12 @@ fn nowhere() -> bool {
     false
 }
 
+/// The pods that the node's probes are marked for.
+fn probed() -> Vec<String> {
+    let node = NetNs::current().expect("namespace");
+    host::members(&node, &Options::default()).expect("readable").iter().map(ToString::to_string).collect()
+}
+
 async fn ready(agent: &Agent) {
     eventually("the agent is ready", async || get(agent, "/readyz").await.contains("200 OK")).await;
 }
@@ -163,12 +169,14 @@ async fn a_new_pod_is_captured_and_annotated() {
     assert!(!outcome.failed, "{}", outcome.stdout);
     assert!(ztunnel.next().await.starts_with("add uid-app"));
     rules::verify(&ns, &Options::default()).expect("captured");
+    assert_eq!(probed(), ["10.0.0.7"], "before the kubelet has anything to probe");
     node.annotated("app", Some("enabled")).await;
     // The namespace leaves the mesh, and with it the pod.
     node.namespace("none");
     assert_eq!(ztunnel.next().await, "del uid-app");
     node.annotated("app", None).await;
     assert!(!rules::verify_installed(&ns).expect("readable"));
+    eventually("its probes are as any other's", async || probed().is_empty()).await;
     agent.stop().await;
 }
 
@@ -347,6 +355,7 @@ async fn the_end_of_the_daemon_set_leaves_nothing_behind() {
     assert_eq!(ztunnel.next().await, "del uid-app");
     let left =
         |folder: &str| fs::read_dir(folder).expect("list").map(|e| e.expect("entry").file_name()).collect::<Vec<_>>();
+    assert!(!host::remove(&NetNs::current().expect("namespace")).expect("readable"), "the node's table is gone");
     for folder in ["/run/bin", "/run/cni", "/run/ztunnel"] {
         assert!(left(folder).is_empty(), "{folder}: {:?}", left(folder));
     }

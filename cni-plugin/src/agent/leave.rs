@@ -181,6 +181,8 @@ impl Traces {
         for (what, ns) in &namespaces {
             done.add(format_args!("rules in {what}"), rules::remove(ns).map_err(other).map(|()| true));
         }
+        let table = rules::host::remove(self.host.netns()).map_err(other);
+        done.add(format_args!("table {} of the node", rules::host::TABLE), table);
         for path in self.files() {
             done.add(path.display(), place::remove(&path));
         }
