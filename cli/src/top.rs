@@ -174,7 +174,7 @@ fn changes<'a>(before: &Look, now: &'a Look) -> BTreeMap<(&'a Pair, bool), Chang
 }
 
 /// The source's word, else the destination's; failures are told by whichever end saw more of them.
-fn believe<'a>(by_reporter: BTreeMap<(&'a Pair, bool), Change>) -> BTreeMap<&'a Pair, Change> {
+fn believe(by_reporter: BTreeMap<(&Pair, bool), Change>) -> BTreeMap<&Pair, Change> {
     let mut out: BTreeMap<&Pair, Change> = BTreeMap::new();
     for ((pair, _), change) in by_reporter {
         // The destination's comes first in this order.
