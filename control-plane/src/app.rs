@@ -41,6 +41,7 @@ use crate::{
     problem::Problem,
     review::TokenReviews,
     source::kubernetes::{Feed, Objects},
+    status::Sink,
     tls::{self, Certificate, CertificateError},
     token::{TokenKey, TokenKeyError},
 };
@@ -291,8 +292,9 @@ async fn open(config: &Config, pipeline: Pipeline, metrics: &Metrics) -> Result<
             let keeper = Arc::new(Keeper::new(authority, place.into(), metrics.clone()));
             let (authority, problem) = (keeper.authority(), keeper.problem());
             let tokens = Arc::new(TokenReviews::new(client.clone(), pipeline.subscribe(), metrics.clone()));
-            let settings = config.object_settings();
-            let pipeline = ClusterPipeline::new(Objects::new(settings.clone()), pipeline, metrics.clone());
+            let (settings, sink) = (config.object_settings(), Arc::new(Sink::default()));
+            let pipeline =
+                ClusterPipeline::new(Objects::new(settings.clone()), pipeline, sink.clone(), metrics.clone());
             let leases = Api::namespaced(client.clone(), &config.namespace);
             let (identity, metrics, signer) = (identity.clone(), metrics.clone(), authority.clone());
             let run = move |tasks: &mut Tasks, drain: &DrainWatcher| {
@@ -303,7 +305,9 @@ async fn open(config: &Config, pipeline: Pipeline, metrics: &Metrics) -> Result<
                     None => tasks.spawn(secret::follow(keeper, secrets, drain.clone())),
                 };
                 tasks.spawn(lease::run(leases, identity, leading, metrics.clone(), drain.clone()));
-                tasks.spawn(keeper::roots::publish(client, signer, leads, metrics, drain.clone()));
+                let (of_roots, of_status) = (leads.clone(), leads);
+                tasks.spawn(sink.write(client.clone(), of_status, metrics.clone(), drain.clone()));
+                tasks.spawn(keeper::roots::publish(client, signer, of_roots, metrics, drain.clone()));
             };
             Ok(Opened { authority, problem, tokens, run: Box::new(run) })
         }

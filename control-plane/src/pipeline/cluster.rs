@@ -1,6 +1,6 @@
 //! The pipeline of a Kubernetes cluster.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use mesh_runtime::drain::DrainWatcher;
 use tokio::{sync::mpsc, task::JoinError, time::Instant};
@@ -10,6 +10,7 @@ use crate::{
     app::TaskFailed,
     metrics::Metrics,
     source::kubernetes::{Feed, Objects, Told, Turn},
+    status::{self, Sink},
 };
 
 /// What happens within this time of an event is published with it: a burst costs one step.
@@ -20,12 +21,13 @@ const BATCH: usize = 1024;
 pub(crate) struct ClusterPipeline {
     objects: Objects,
     pipeline: Pipeline,
+    sink: Arc<Sink>,
     metrics: Metrics,
 }
 
 impl ClusterPipeline {
-    pub(crate) fn new(objects: Objects, pipeline: Pipeline, metrics: Metrics) -> Self {
-        let mut new = Self { objects, pipeline, metrics };
+    pub(crate) fn new(objects: Objects, pipeline: Pipeline, sink: Arc<Sink>, metrics: Metrics) -> Self {
+        let mut new = Self { objects, pipeline, sink, metrics };
         new.await_lists();
         new
     }
@@ -57,6 +59,7 @@ impl ClusterPipeline {
         if complete {
             let changes = self.objects.changes();
             self.pipeline.apply(changes);
+            self.state();
         }
         self.pipeline.report(self.objects.problems(), Default::default());
         if !complete {
@@ -67,6 +70,20 @@ impl ClusterPipeline {
             self.metrics.event_to_publish.observe(oldest.elapsed().as_secs_f64());
         }
         self
+    }
+
+    /// Has objects be told what came of them, where that is not what they say already.
+    fn state(&mut self) {
+        let mut keys = self.pipeline.index.take_evaluated();
+        keys.extend(self.objects.take_restated());
+        let now = status::now();
+        for key in keys {
+            let told = self.objects.stated(&key).and_then(|(stated, problems)| {
+                let wanted = status::wanted(&key, stated, problems, &self.pipeline.index);
+                status::difference(&wanted, &stated.status, &now)
+            });
+            self.sink.set(key, told);
+        }
     }
 
     fn await_lists(&mut self) {

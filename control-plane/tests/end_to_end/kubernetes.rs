@@ -413,6 +413,45 @@ async fn a_ca_that_changes_in_its_secret_takes_effect_on_everything_at_once() {
 }
 
 #[tokio::test]
+async fn objects_are_told_what_came_of_them_once() {
+    const ENTRIES: &str = "apis/networking.istio.io/v1/serviceentries";
+    let api = ApiServer::start().await;
+    api.put(POLICIES, policy("good", json!([{}])));
+    api.put(POLICIES, policy("wrong", json!([{"form": []}])));
+    api.put(ENTRIES, json!({
+        "apiVersion": "networking.istio.io/v1", "kind": "ServiceEntry", "metadata": {"namespace": "demo", "name": "e"},
+        "spec": {"hosts": ["api.example.com"], "resolution": "DNS", "ports": [{"number": 443, "name": "tls"}]},
+    }));
+    let running = run(&api).await;
+    let told = |name: &str| {
+        let condition = api.get(POLICIES, "demo", name).unwrap()["status"]["conditions"][0].clone();
+        [condition["type"].clone(), condition["status"].clone(), condition["reason"].clone()]
+    };
+    eventually("good", async || told("good") == ["ZtunnelAccepted", "True", "Accepted"]).await;
+    eventually("wrong", async || told("wrong") == ["ZtunnelAccepted", "False", "UnsupportedValue"]).await;
+    let addresses = || api.get(ENTRIES, "demo", "e").unwrap()["status"]["addresses"].clone();
+    eventually("addresses", async || addresses().as_array().is_some_and(|all| all.len() == 2)).await;
+    let first = addresses();
+
+    let mut corrected = api.get(POLICIES, "demo", "wrong").unwrap();
+    corrected["spec"] = json!({"rules": [{}]});
+    api.put(POLICIES, corrected);
+    eventually("corrected", async || told("wrong") == ["ZtunnelAccepted", "True", "Accepted"]).await;
+    // One write for each thing there was to tell: good, wrong, its correction, and the addresses.
+    let writes = || api.requests().iter().filter(|request| request.contains("/status?")).count();
+    assert_eq!(writes(), 4);
+    running.stop().await;
+
+    let again = run_as(&api, "b").await;
+    support::ready(again.admin_address).await;
+    eventually("b leads", async || holder(&api).as_deref() == Some("b")).await;
+    api.put(POLICIES, policy("another", json!([{}])));
+    eventually("another", async || told("another") == ["ZtunnelAccepted", "True", "Accepted"]).await;
+    assert_eq!((writes(), addresses()), (5, first), "a restart shuffles nothing and tells nothing twice");
+    again.stop().await;
+}
+
+#[tokio::test]
 async fn a_mounted_ca_comes_before_the_secret_and_is_followed() {
     let (old, new) =
         (SigningAuthority::generate("cluster.local").unwrap(), SigningAuthority::generate("cluster.local").unwrap());
