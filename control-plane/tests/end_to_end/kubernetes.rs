@@ -190,7 +190,11 @@ async fn a_kind_is_empty_until_it_is_installed_and_nobody_connects_before_all_is
     api.put(SERVICES, json!({"metadata": {"namespace": "demo", "name": "web"}, "spec": {"clusterIP": "10.2.0.1", "ports": [{"port": 80}]}}));
     let running = run(&api).await;
     support::ready(running.admin_address).await;
-    assert!(admin(running.admin_address, "/metrics").await.contains("pilot_services 1"));
+    let counts = async |what: &str| admin(running.admin_address, "/metrics").await.contains(what);
+    assert!(counts("pilot_services 1").await);
+    api.put(POLICIES, policy("p", json!([{}])));
+    api.know(POLICIES, true);
+    eventually("the kind is found", async || counts("fairwayd_policies 1").await).await;
     running.stop().await;
 }
 
@@ -449,6 +453,57 @@ async fn objects_are_told_what_came_of_them_once() {
     eventually("another", async || told("another") == ["ZtunnelAccepted", "True", "Accepted"]).await;
     assert_eq!((writes(), addresses()), (5, first), "a restart shuffles nothing and tells nothing twice");
     again.stop().await;
+}
+
+/// Runs `fairwayd ca rotate` as an operator does; what it says, and whether it did.
+async fn rotate(api: &ApiServer, step: &str) -> (bool, String) {
+    let folder = tempfile::tempdir().unwrap();
+    let kubeconfig = folder.path().join("config");
+    let config = json!({
+        "apiVersion": "v1", "kind": "Config", "current-context": "c",
+        "clusters": [{"name": "c", "cluster": {"server": format!("http://{}", api.address)}}],
+        "users": [{"name": "u", "user": {}}],
+        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+    });
+    fs::write(&kubeconfig, config.to_string()).unwrap();
+    let output = tokio::process::Command::new(env!("CARGO_BIN_EXE_fairwayd"))
+        .args(["ca", "rotate", "--step", step])
+        .env("KUBECONFIG", &kubeconfig)
+        .env_remove("KUBERNETES_SERVICE_HOST")
+        .output()
+        .await
+        .unwrap();
+    let told = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8(told).unwrap())
+}
+
+#[tokio::test]
+async fn an_operator_rotates_the_ca_in_three_steps_and_a_step_out_of_order_is_refused() {
+    let api = ApiServer::start().await;
+    let (done, told) = rotate(&api, "prepare").await;
+    assert!(!done && told.contains("istio-ca-secret does not exist"), "{told}");
+    api.put(NAMESPACES, namespace("demo"));
+    let running = run(&api).await;
+    let old = String::from_utf8(roots(&api)).unwrap();
+    let trusted = async |count: usize| {
+        eventually("roots", async || {
+            published(&api, "demo").is_some_and(|roots| roots.matches("BEGIN CERTIFICATE").count() == count)
+        })
+        .await;
+    };
+    trusted(1).await;
+    let (done, told) = rotate(&api, "finish").await;
+    assert!(!done && told.contains("no rotation is under way; the next step is prepare"), "{told}");
+    for (step, roots) in [("prepare", 2), ("switch", 2), ("finish", 1)] {
+        let (done, told) = rotate(&api, step).await;
+        assert!(done, "{told}");
+        trusted(roots).await;
+    }
+    let new = String::from_utf8(roots(&api)).unwrap();
+    assert_ne!(old, new);
+    eventually("the new CA signs", async || is_vouched_for(&running, &new).await).await;
+    assert!(!is_vouched_for(&running, &old).await);
+    running.stop().await;
 }
 
 #[tokio::test]
