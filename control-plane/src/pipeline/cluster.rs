@@ -93,31 +93,20 @@ impl ClusterPipeline {
 
     fn note(&self, turn: &Turn) {
         match turn {
-            Turn::Failed(kind, why) => {
-                let kind = kind.name();
-                self.metrics.watch_failures.with_label_values(&[kind]).inc();
-                let since = self.metrics.watch_failing_since.with_label_values(&[kind]);
-                if since.get() == 0.0 {
-                    since.set(unix_now());
-                    tracing::warn!(kind, why, "the watch failed; what was read stays in force");
-                } else {
-                    tracing::debug!(kind, why, "the watch failed again");
-                }
-            }
+            Turn::Failed(kind, why) => match self.metrics.watch_failed(kind.name()) {
+                true => tracing::warn!(kind = kind.name(), why, "the watch failed; what was read stays in force"),
+                false => tracing::debug!(kind = kind.name(), why, "the watch failed again"),
+            },
             Turn::Recovered(kind) => {
-                self.metrics.watch_failing_since.with_label_values(&[kind.name()]).set(0.0);
+                self.metrics.watch_recovered(kind.name());
                 tracing::info!(kind = kind.name(), "the watch goes on");
             }
             Turn::Unknown(kind) => {
-                self.metrics.watch_failing_since.with_label_values(&[kind.name()]).set(0.0);
+                self.metrics.watch_recovered(kind.name());
                 tracing::info!(kind = kind.name(), "the cluster does not know this kind; it is looked for again");
             }
         }
     }
-}
-
-fn unix_now() -> f64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 /// The next events: first those of pods, then the others. `None` when the watches have ended.
