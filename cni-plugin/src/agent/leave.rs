@@ -20,8 +20,8 @@ use tokio::{
 use super::{
     host::Host,
     install::{self, conf_files, place, plan},
-    source::{kubernetes::WatchedPod, object::REDIRECTION},
-    status::{AnnotationStatus, StatusWriter},
+    source::kubernetes::WatchedPod,
+    status::{AnnotationStatus, REDIRECTION, StatusWriter},
 };
 use crate::{decision::Decisions, eligibility::Labels, request::socket_path, rules};
 
