@@ -37,6 +37,15 @@ fn main() -> ExitCode {
         ("the_end_of_the_daemon_set_leaves_nothing_behind", || {
             run(the_end_of_the_daemon_set_leaves_nothing_behind());
         }),
+        ("a_pod_that_stays_uncaptured_gets_an_event_and_one_without_sandbox_does_not", || {
+            run(a_pod_that_stays_uncaptured_gets_an_event_and_one_without_sandbox_does_not());
+        }),
+        ("the_taint_goes_when_the_agent_is_ready_and_not_before", || {
+            run(the_taint_goes_when_the_agent_is_ready_and_not_before());
+        }),
+        ("a_node_that_lacks_something_is_refused_with_all_reasons", || {
+            run(a_node_that_lacks_something_is_refused_with_all_reasons());
+        }),
         ("without_an_answer_only_the_chain_is_freed", || run(without_an_answer_only_the_chain_is_freed())),
     ])
 }
@@ -77,15 +86,14 @@ impl Node {
             fs::create_dir_all(Path::new("/run").join(folder)).expect("mkdir");
         }
         fs::write("/run/image/fairway-cni", "program").expect("write");
-        self.start_with(&[
-            ("FAIRWAY_CNI_BINARY", "/run/image/fairway-cni"),
-            ("MOUNTED_CNI_BIN_DIR", "/run/bin"),
-            ("MOUNTED_CNI_NET_DIR", "/run/net.d"),
-        ])
-        .await
+        self.start_with(&INSTALL).await
     }
 
     async fn start_with(&self, more: &[(&str, &str)]) -> Agent {
+        self.try_start(more).await.expect("start")
+    }
+
+    async fn try_start(&self, more: &[(&str, &str)]) -> anyhow::Result<Agent> {
         let vars = [
             ("NODE_NAME", "n1"),
             ("ZTUNNEL_UDS_ADDRESS", "/run/ztunnel/ztunnel.sock"),
@@ -96,10 +104,12 @@ impl Node {
             ("FAIRWAY_ADMIN_ADDR", "127.0.0.1:0"),
             ("FAIRWAY_HEALTH_ADDR", "127.0.0.1:0"),
             ("FAIRWAY_UNENROL_GRACE", "100ms"),
+            ("FAIRWAY_UNCAPTURED_AFTER", "300ms"),
+            ("FAIRWAY_TAINT", "cni.istio.io/not-ready"),
         ];
         let vars = vars.iter().chain(more);
         let vars: HashMap<String, String> = vars.map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        Agent::start(Config::from_env(&vars).expect("configuration")).await.expect("start")
+        Agent::start(Config::from_env(&vars).expect("configuration")).await
     }
 
     fn namespace(&self, mode: &str) {
@@ -142,6 +152,12 @@ impl Node {
         eventually("the annotation", async || self.annotation(name).as_deref() == value).await;
     }
 }
+
+const INSTALL: [(&str, &str); 3] = [
+    ("FAIRWAY_CNI_BINARY", "/run/image/fairway-cni"),
+    ("MOUNTED_CNI_BIN_DIR", "/run/bin"),
+    ("MOUNTED_CNI_NET_DIR", "/run/net.d"),
+];
 
 /// What the annotation says is asked of the API server, not here.
 fn nowhere() -> bool {
@@ -368,4 +384,56 @@ async fn without_an_answer_only_the_chain_is_freed() {
     agent.leave().await;
     assert!(!chain().contains("fairway-cni"), "a plugin without an agent would let no pod start");
     rules::verify(&ns, &Options::default()).expect("still captured");
+}
+
+async fn a_pod_that_stays_uncaptured_gets_an_event_and_one_without_sandbox_does_not() {
+    let node = Node::new().await;
+    node.namespace("ambient");
+    node.pod("lost", "uid-lost", "10.0.0.8", json!({}));
+    node.pod("pulling", "uid-pulling", "", json!({}));
+    let agent = node.start().await;
+    let events = || node.api.asked().into_iter().filter(|asked| asked.contains("/events")).collect::<Vec<_>>();
+    eventually("an event", async || !events().is_empty()).await;
+    let shown = get(&agent, "/debug/pods").await;
+    assert!(shown.contains(r#""state": "uncaptured""#) && shown.contains(r#""state": "awaited""#), "{shown}");
+    agent.stop().await;
+    let events = events();
+    assert_eq!(events.len(), 1, "{events:?}");
+    for wanted in ["POST", "FairwayNotCaptured", "uid-lost", "no process of the pod"] {
+        assert!(events[0].contains(wanted), "{wanted} is missing in {events:?}");
+    }
+}
+
+async fn the_taint_goes_when_the_agent_is_ready_and_not_before() {
+    let node = Node::new().await;
+    let taints =
+        json!([{"key": "a", "effect": "NoSchedule"}, {"key": "cni.istio.io/not-ready", "effect": "NoSchedule"}]);
+    let metadata = json!({"name": "n1"});
+    node.api
+        .put("nodes", json!({"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": {"taints": taints}}));
+    let agent = node.start_installing().await;
+    eventually("only the chain is missing", async || {
+        let answer = get(&agent, "/readyz").await;
+        answer.contains("installation of the CNI plugin") && !answer.contains("first pass")
+    })
+    .await;
+    let keys = || {
+        let found = node.api.object("nodes", "/n1").expect("node")["spec"]["taints"].clone();
+        found.as_array().expect("a list").iter().map(|t| t["key"].as_str().expect("key").to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(keys(), ["a", "cni.istio.io/not-ready"]);
+    fs::write("/run/net.d/10-net.conflist", PRIMARY).expect("write");
+    eventually("the taint is gone", async || keys() == ["a"]).await;
+    ready(&agent).await;
+    agent.stop().await;
+}
+
+async fn a_node_that_lacks_something_is_refused_with_all_reasons() {
+    let node = Node::new().await;
+    fs::remove_file("/run/proc/1/ns/net").expect("remove");
+    let error = node.try_start(&INSTALL).await.err().expect("refused");
+    let text = format!("{error:#}");
+    for wanted in ["HOST_PROC", "MOUNTED_CNI_BIN_DIR", "MOUNTED_CNI_NET_DIR", "FAIRWAY_CNI_BINARY"] {
+        assert!(text.contains(wanted), "{wanted} is missing in {text}");
+    }
 }

@@ -58,6 +58,10 @@ pub struct Kubernetes {
     /// The agent's own namespace and DaemonSet: while that stands, stopping is an upgrade.
     pub namespace: String,
     pub daemon_set: String,
+    /// The key of a taint to take from the node once the agent is ready.
+    pub taint: Option<String>,
+    /// How long a pod may be uncaptured before an Event tells of it.
+    pub patience: Duration,
 }
 
 impl Config {
@@ -126,6 +130,8 @@ fn kubernetes(env: &Reader<'_>, run_dir: &Path, excluded_namespaces: &[String]) 
         install: env.bool("FAIRWAY_INSTALL", true).then_some(install),
         namespace,
         daemon_set: env.string("FAIRWAY_DAEMONSET", "fairway-node"),
+        taint: env.optional("FAIRWAY_TAINT"),
+        patience: env.duration("FAIRWAY_UNCAPTURED_AFTER", Duration::from_secs(30)),
         host_root,
     }
 }

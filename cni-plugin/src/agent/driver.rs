@@ -431,6 +431,9 @@ impl Driver {
         let state = self.machine.get(uid);
         let (shown, reason) = match (self.verdict(pod), state) {
             (Ok(()), Some(state)) if state.is_captured() => (PodState::Enrolled, state.error.clone()),
+            (Ok(()), _) if pod.ips.is_empty() && !self.netns.contains_key(uid) => {
+                (PodState::Awaited, Some("it has no sandbox yet".into()))
+            }
             (Ok(()), state) => {
                 let why = state.and_then(|s| s.error.clone()).unwrap_or_else(|| "enrolment is under way".into());
                 (PodState::Uncaptured, Some(why))
