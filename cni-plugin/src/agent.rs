@@ -50,7 +50,7 @@ use config::{Kubernetes, World};
 use driver::{Driver, Settings};
 use enroll::Pace;
 use host::Host;
-use leave::{Done, Fate, Traces};
+use leave::{Done, Fate, Standing, Traces};
 use probes::Probes;
 use report::{Metrics, Reports};
 use sandbox::Sandboxes;
@@ -242,7 +242,7 @@ impl Agent {
     /// Stops for good or for a successor, whichever the API server says; see [`leave::fate`].
     pub async fn leave(mut self) {
         let Some(own) = self.own.take() else { return self.stop().await };
-        let standing = leave::standing(&own.client, &own.namespace, &own.daemon_set, &own.traces.node).await;
+        let standing = own.standing().await;
         let fate = leave::fate(&standing, own.traces.install.as_ref().map(|install| &install.mode));
         tracing::info!(?standing, ?fate, "what becomes of what is on this node");
         self.work.drain(STOP_LIMIT).await;
@@ -276,9 +276,19 @@ struct Own {
     client: kube::Client,
     taint: Option<String>,
     patience: Duration,
+    safe_upgrade: bool,
     namespace: String,
     daemon_set: String,
     traces: Traces,
+}
+
+impl Own {
+    async fn standing(&self) -> Standing {
+        if !self.safe_upgrade {
+            return Standing::Ends("AMBIENT_DISABLE_SAFE_UPGRADE is set");
+        }
+        leave::standing(&self.client, &self.namespace, &self.daemon_set, &self.traces.node).await
+    }
 }
 
 impl Node {
@@ -299,6 +309,7 @@ impl Node {
                     client: client.clone(),
                     taint: kubernetes.taint.clone(),
                     patience: kubernetes.patience,
+                    safe_upgrade: kubernetes.safe_upgrade,
                     namespace: kubernetes.namespace.clone(),
                     daemon_set: kubernetes.daemon_set.clone(),
                     traces: traces(config, host.clone(), kubernetes),

@@ -46,6 +46,7 @@ fn main() -> ExitCode {
         ("a_node_that_lacks_something_is_refused_with_all_reasons", || {
             run(a_node_that_lacks_something_is_refused_with_all_reasons());
         }),
+        ("an_account_that_is_gone_is_the_end_too", || run(an_account_that_is_gone_is_the_end_too())),
         ("without_an_answer_only_the_chain_is_freed", || run(without_an_answer_only_the_chain_is_freed())),
     ])
 }
@@ -375,6 +376,16 @@ async fn the_end_of_the_daemon_set_leaves_nothing_behind() {
     for folder in ["/run/bin", "/run/cni", "/run/ztunnel"] {
         assert!(left(folder).is_empty(), "{folder}: {:?}", left(folder));
     }
+}
+
+async fn an_account_that_is_gone_is_the_end_too() {
+    let node = Node::new().await;
+    node.daemon_set();
+    let (agent, ns, _ztunnel) = with_a_captured_pod(&node).await;
+    node.api.set(Mood::Refusing(401));
+    agent.leave().await;
+    assert!(!chain().contains("fairway-cni") && !fs::exists("/run/bin/fairway-cni").expect("stat"));
+    assert!(!rules::verify_installed(&ns).expect("readable"), "whoever may not annotate may still clean up");
 }
 
 async fn without_an_answer_only_the_chain_is_freed() {
