@@ -1,6 +1,12 @@
 //! The agent as Kubernetes sees it: a small API server around real pods.
 
-use std::{collections::HashMap, fs, os::unix::fs::symlink, path::Path, process::ExitCode};
+use std::{
+    collections::HashMap,
+    fs,
+    os::unix::fs::symlink,
+    path::Path,
+    process::{Command, ExitCode},
+};
 
 use cni_plugin::{
     agent::{Agent, Config},
@@ -8,6 +14,7 @@ use cni_plugin::{
 };
 use mesh_net::{NetNs, isolate::test_main, link::Netlink};
 use serde_json::{Value, json};
+use tokio::task::spawn_blocking;
 
 #[path = "support/api.rs"]
 mod api;
@@ -46,6 +53,7 @@ fn main() -> ExitCode {
         ("a_node_that_lacks_something_is_refused_with_all_reasons", || {
             run(a_node_that_lacks_something_is_refused_with_all_reasons());
         }),
+        ("a_node_without_an_agent_is_cleaned_by_hand", || run(a_node_without_an_agent_is_cleaned_by_hand())),
         ("an_account_that_is_gone_is_the_end_too", || run(an_account_that_is_gone_is_the_end_too())),
         ("without_an_answer_only_the_chain_is_freed", || run(without_an_answer_only_the_chain_is_freed())),
     ])
@@ -94,7 +102,7 @@ impl Node {
         self.try_start(more).await.expect("start")
     }
 
-    async fn try_start(&self, more: &[(&str, &str)]) -> anyhow::Result<Agent> {
+    fn vars(&self, more: &[(&str, &str)]) -> HashMap<String, String> {
         let vars = [
             ("NODE_NAME", "n1"),
             ("ZTUNNEL_UDS_ADDRESS", "/run/ztunnel/ztunnel.sock"),
@@ -108,9 +116,20 @@ impl Node {
             ("FAIRWAY_UNCAPTURED_AFTER", "300ms"),
             ("FAIRWAY_TAINT", "cni.istio.io/not-ready"),
         ];
-        let vars = vars.iter().chain(more);
-        let vars: HashMap<String, String> = vars.map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        Agent::start(Config::from_env(&vars).expect("configuration")).await
+        vars.iter().chain(more).map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+    }
+
+    async fn try_start(&self, more: &[(&str, &str)]) -> anyhow::Result<Agent> {
+        Agent::start(Config::from_env(&self.vars(more)).expect("configuration")).await
+    }
+
+    /// `fairway-node cleanup` as somebody runs it; what it printed.
+    async fn cleanup(&self) -> String {
+        let vars = self.vars(&INSTALL);
+        let run = || Command::new(env!("CARGO_BIN_EXE_fairway-node")).arg("cleanup").env_clear().envs(vars).output();
+        let output = spawn_blocking(run).await.expect("ran").expect("started");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("text")
     }
 
     fn namespace(&self, mode: &str) {
@@ -376,6 +395,21 @@ async fn the_end_of_the_daemon_set_leaves_nothing_behind() {
     for folder in ["/run/bin", "/run/cni", "/run/ztunnel"] {
         assert!(left(folder).is_empty(), "{folder}: {:?}", left(folder));
     }
+}
+
+async fn a_node_without_an_agent_is_cleaned_by_hand() {
+    let node = Node::new().await;
+    let (agent, ns, _ztunnel) = with_a_captured_pod(&node).await;
+    agent.stop().await;
+    rules::verify(&ns, &Options::default()).expect("captured");
+    let printed = node.cleanup().await;
+    for wanted in ["our entry in /run/net.d/10-net.conflist", "rules in /var/run/netns/app", "annotations", "fairway-host"]
+    {
+        assert!(printed.contains(wanted), "{wanted} is missing in {printed}");
+    }
+    assert!(!chain().contains("fairway-cni") && !rules::verify_installed(&ns).expect("readable"));
+    assert_eq!(node.annotation("app"), None);
+    assert_eq!(node.cleanup().await, "0 removed, 0 failed\n", "and again");
 }
 
 async fn an_account_that_is_gone_is_the_end_too() {
