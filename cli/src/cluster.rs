@@ -8,12 +8,15 @@ mod forward;
 mod kinds;
 pub(crate) mod rollout;
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::Context as _;
 use http::{
     Method, Request, StatusCode,
-    header::{ACCEPT, CONTENT_TYPE},
+    header::{ACCEPT, CONTENT_TYPE, DATE},
 };
 use http_body_util::{BodyExt as _, Limited};
 use kube::{Client, client::Body};
@@ -126,6 +129,17 @@ impl Cluster {
                 _ => return Ok(items),
             }
         }
+    }
+
+    /// The server's version, and the time it has.
+    pub(crate) async fn version(&self) -> anyhow::Result<(Value, Option<SystemTime>)> {
+        let (status, body, headers) = self.ask(Method::GET, "/version", JSON, None).await?;
+        let version = serde_json::from_slice(&body).unwrap_or_default();
+        if !status.is_success() {
+            let said = String::from_utf8_lossy(&body).chars().take(200).collect();
+            return Err(self.refused(&Method::GET, "/version", Some(status), said).into());
+        }
+        Ok((version, headers.get(DATE).and_then(|date| http_date(date.to_str().ok()?))))
     }
 
     /// Server-side apply, which takes over fields that somebody else has set. With `dry_run` the server only says what would become.
@@ -258,6 +272,15 @@ pub(crate) fn escape(text: &str) -> String {
     out
 }
 
+/// `Sat, 21 Nov 2026 17:13:25 GMT`, the only form that is sent.
+fn http_date(text: &str) -> Option<SystemTime> {
+    const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let parts: Vec<&str> = text.split(' ').collect();
+    let [_, day, month, year, time, "GMT"] = parts.as_slice() else { return None };
+    let month = MONTHS.iter().position(|name| name == month)? + 1;
+    humantime::parse_rfc3339(&format!("{year}-{month:02}-{day}T{time}Z")).ok()
+}
+
 /// An error and what is behind it, each said once.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
@@ -287,6 +310,13 @@ mod tests {
         assert_eq!(essence(&before), essence(&after));
         after["spec"]["x"] = json!(2);
         assert_ne!(essence(&before), essence(&after));
+    }
+
+    #[test]
+    fn the_servers_clock_is_read() {
+        let time = http_date("Sat, 21 Nov 2026 17:13:25 GMT").unwrap();
+        assert_eq!(humantime::format_rfc3339_seconds(time).to_string(), "2026-11-21T17:13:25Z");
+        assert_eq!([http_date(""), http_date("Sat, 21 Foo 2026 17:13:25 GMT")], [None, None]);
     }
 
     #[test]
