@@ -81,8 +81,8 @@ pub(crate) struct Place {
     #[arg(long, alias = "name", value_name = "NAME", conflicts_with_all = ["kubeconfig", "context"])]
     pub(crate) lab: Option<String>,
     /// Where the mesh is installed in a cluster.
-    #[arg(short, long, default_value = SYSTEM, value_parser = namespace)]
-    pub(crate) namespace: String,
+    #[arg(long, default_value = SYSTEM, value_parser = namespace)]
+    pub(crate) mesh_namespace: String,
     #[command(flatten)]
     pub(crate) connection: Connection,
 }
@@ -93,6 +93,9 @@ pub(crate) struct Why {
     pub(crate) source: String,
     /// A service or pod `namespace/name`, with a port: `demo/server:80`.
     pub(crate) destination: String,
+    /// Of a caller without one; else the context's, and in a lab `default`.
+    #[arg(short, long, value_parser = namespace)]
+    pub(crate) namespace: Option<String>,
     #[arg(short, long, value_enum, default_value_t)]
     pub(crate) output: Output,
     #[command(flatten)]

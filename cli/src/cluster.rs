@@ -4,6 +4,8 @@
 //! an error says what was asked of which server.
 
 mod connection;
+#[cfg(test)]
+pub(crate) mod fake;
 mod forward;
 mod kinds;
 pub(crate) mod rollout;
@@ -260,7 +262,7 @@ fn essence(object: &Value) -> Value {
     object
 }
 
-/// For a query parameter's value.
+/// For a value in a query (RFC 3986 §3.4): all but what never means anything else there.
 pub(crate) fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for byte in text.bytes() {
@@ -299,7 +301,37 @@ fn chain(error: &dyn std::error::Error) -> String {
 mod tests {
     use serde_json::json;
 
-    use super::*;
+    use super::{fake::FakeApi, *};
+
+    #[tokio::test]
+    async fn lists_are_whole_however_many_pages_they_come_in() {
+        let api = FakeApi::start().await;
+        for n in 0..(PAGE + 7) {
+            let name = format!("c{n:04}");
+            api.put(json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "namespace": "n"}}));
+        }
+        let cluster = api.cluster();
+        assert_eq!(cluster.list("/api/v1/configmaps", "").await.unwrap().len(), PAGE + 7);
+        assert_eq!(
+            cluster.list("/api/v1/namespaces/n/configmaps", "fieldSelector=metadata.name%3Dc0003").await.unwrap().len(),
+            1
+        );
+        assert!(cluster.list("/apis/none.example/v1/things", "").await.unwrap().is_empty(), "a kind that is not there");
+    }
+
+    #[tokio::test]
+    async fn an_error_says_what_was_asked_of_whom_and_what_to_do() {
+        let api = FakeApi::start().await;
+        let cluster = api.cluster();
+        api.forbid("/api/v1/namespaces/n/secrets/s");
+        let error = cluster.get("/api/v1/namespaces/n/secrets/s").await.unwrap_err().to_string();
+        for part in [cluster.server.as_str(), "403", "GET /api/v1/namespaces/n/secrets/s", "ask for this permission"] {
+            assert!(error.contains(part), "{part}: {error}");
+        }
+        drop(api);
+        let error = cluster.get("/api/v1/nodes").await.unwrap_err().to_string();
+        assert!(error.contains("does not answer") && error.contains("--context"), "{error}");
+    }
 
     #[test]
     fn what_the_server_does_to_an_object_is_no_change_of_it() {
@@ -320,7 +352,8 @@ mod tests {
     }
 
     #[test]
-    fn selectors_survive_the_query() {
+    fn a_value_with_signs_of_its_own_does_not_change_the_query() {
+        assert_eq!(escape("a+b c&d#e%f=g"), "a%2Bb%20c%26d%23e%25f%3Dg");
         assert_eq!(escape("fairway.dev/install=a b"), "fairway.dev%2Finstall%3Da%20b");
     }
 }

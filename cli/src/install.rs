@@ -8,6 +8,8 @@ mod ownership;
 mod ready;
 mod record;
 mod settings;
+#[cfg(test)]
+mod tests;
 mod uninstall;
 mod upgrade;
 

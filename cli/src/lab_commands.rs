@@ -62,14 +62,9 @@ fn up(name: &str, options: &Options, files: &[PathBuf]) -> anyhow::Result<ExitCo
     let texts: Vec<(String, String)> = files.iter().map(|f| read(f)).collect::<anyhow::Result<_>>()?;
     let started = Instant::now();
     let lab = Running::start(name, options)?;
-    for (file, text) in texts {
-        let outcome = lab.ask(&Request::Apply { file: file.clone(), text }).and_then(|_| lab.problems(&file));
-        let told = match outcome {
-            Ok(problems) if problems.is_empty() => continue,
-            Ok(problems) => problems.join("\n"),
-            Err(error) => format!("fairway: {error}"),
-        };
-        eprintln!("{told}");
+    let wrong = apply_all(&lab, texts, |_| ());
+    if !wrong.is_empty() {
+        wrong.iter().for_each(|line| eprintln!("{line}"));
         eprintln!("  the lab stays up; correct the file and `fairway lab apply -f` it, or `fairway lab down`");
         return Ok(ExitCode::FAILURE);
     }
@@ -83,18 +78,31 @@ pub(crate) fn read(file: &Path) -> anyhow::Result<(String, String)> {
     Ok((file.display().to_string(), text))
 }
 
-/// Fails when the control plane finds fault with a file, though the rest of it is in force.
+/// Fails when a file is refused or the control plane finds fault with one, though the rest is in force.
 fn apply(lab: &Running, files: &[PathBuf]) -> anyhow::Result<ExitCode> {
-    let mut wrong = false;
-    for file in files {
-        let (file, text) = read(file)?;
-        crate::output::say!("{}", lab.ask(&Request::Apply { file: file.clone(), text })?.text);
-        for problem in lab.problems(&file)? {
-            eprintln!("{problem}");
-            wrong = true;
+    let texts: Vec<(String, String)> = files.iter().map(|f| read(f)).collect::<anyhow::Result<_>>()?;
+    let wrong = apply_all(lab, texts, |report| crate::output::say!("{report}"));
+    wrong.iter().for_each(|line| eprintln!("{line}"));
+    Ok(if wrong.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Applies every file before it asks what is wrong with any: what one lacks may be in the next. Answers with what is wrong.
+fn apply_all(lab: &Running, texts: Vec<(String, String)>, report: impl Fn(&str)) -> Vec<String> {
+    let told = |error: &dyn std::error::Error| vec![format!("fairway: {error}")];
+    let (mut wrong, mut applied) = (Vec::new(), Vec::new());
+    for (file, text) in texts {
+        match lab.ask(&Request::Apply { file: file.clone(), text }) {
+            Ok(reply) => {
+                report(&reply.text);
+                applied.push(file);
+            }
+            Err(error) => wrong.extend(told(&error)),
         }
     }
-    Ok(if wrong { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+    for file in applied {
+        wrong.extend(lab.problems(&file).unwrap_or_else(|error| told(&error)));
+    }
+    wrong
 }
 
 fn label_request(object: &str, label: &str) -> anyhow::Result<Request> {

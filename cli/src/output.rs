@@ -75,6 +75,17 @@ fn colours() -> bool {
     std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
 }
 
+/// `demo/web` of `web.demo.svc.cluster.local`, also where `demo/` is written before it; other services stay whole.
+pub(crate) fn short_name(service: &str) -> String {
+    let (said, host) = service.split_once('/').map_or((None, service), |(namespace, host)| (Some(namespace), host));
+    match host.split_once(".svc.").and_then(|(short, _)| short.split_once('.')) {
+        Some((name, namespace)) if said.is_none_or(|said| said == namespace) && !namespace.contains('.') => {
+            format!("{namespace}/{name}")
+        }
+        _ => service.to_owned(),
+    }
+}
+
 /// `12 ms`, `1.3 s`.
 pub(crate) fn took(duration: Duration) -> String {
     if duration < Duration::from_secs(1) {
@@ -87,4 +98,19 @@ pub(crate) fn took(duration: Duration) -> String {
 /// `1.2 ms`, `340 µs`.
 pub(crate) fn microseconds(us: u64) -> String {
     if us < 1000 { format!("{us} µs") } else { format!("{:.1} ms", us as f64 / 1000.0) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn services_of_kubernetes_have_a_short_name_and_others_none() {
+        assert_eq!(short_name("web.demo.svc.cluster.local"), "demo/web");
+        assert_eq!(short_name("demo/web.demo.svc.cluster.local"), "demo/web");
+        for whole in ["demo/web.other.svc.cluster.local", "demo/api.example.com", "api.example.com", "a.b.c.svc.d", ""]
+        {
+            assert_eq!(short_name(whole), whole);
+        }
+    }
 }

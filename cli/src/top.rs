@@ -74,22 +74,48 @@ struct Row {
     bytes_to_client_per_second: f64,
 }
 
-type Look = BTreeMap<Pair, Totals>;
+impl Totals {
+    fn join(self, other: Self, each: impl Fn(f64, f64) -> f64) -> Self {
+        Self {
+            opened: each(self.opened, other.opened),
+            closed: each(self.closed, other.closed),
+            failed: each(self.failed, other.failed),
+            received: each(self.received, other.received),
+            sent: each(self.sent, other.sent),
+        }
+    }
+
+    /// A counter that fell belongs to a new process: all it says is new.
+    fn since(self, old: Self) -> Self {
+        self.join(old, |new, old| if new >= old { new - old } else { new })
+    }
+}
+
+/// What a ztunnel counts, by whom it is about and whether the source's end says so.
+type Counts = BTreeMap<(Pair, bool), Totals>;
+/// By node: each counts by itself, and starts anew by itself.
+type Look = BTreeMap<String, Counts>;
 
 fn look(mesh: &dyn Mesh) -> anyhow::Result<Look> {
-    let mut by_reporter: BTreeMap<(Pair, bool), Totals> = BTreeMap::new();
+    let mut nodes = Look::new();
     let programs: Vec<Program> = mesh.nodes()?.into_iter().map(|node| Program::Ztunnel(node.name)).collect();
     for (program, answer) in programs.iter().zip(mesh.ask_all(&programs, Page::Metrics)) {
         match answer {
-            Ok((200, body)) => counters::parse(&body).for_each(|sample| add(&mut by_reporter, &sample)),
+            Ok((200, body)) => drop(nodes.insert(program.to_string(), counts(&body))),
             Ok((code, _)) => eprintln!("fairway: {program} says {code}: what follows is without it"),
             Err(error) => eprintln!("fairway: {program} does not answer: {error:#}: what follows is without it"),
         }
     }
-    Ok(believe(by_reporter))
+    Ok(nodes)
 }
 
-fn add(totals: &mut BTreeMap<(Pair, bool), Totals>, sample: &Sample<'_>) {
+fn counts(body: &str) -> Counts {
+    let mut counts = Counts::new();
+    counters::parse(body).for_each(|sample| add(&mut counts, &sample));
+    counts
+}
+
+fn add(counts: &mut Counts, sample: &Sample<'_>) {
     let Some(field) = field_of(sample.name) else { return };
     let label = |name: &str| sample.label(name);
     let party = |side: &str| match (label(&format!("{side}_workload_namespace")), label(&format!("{side}_workload"))) {
@@ -103,7 +129,7 @@ fn add(totals: &mut BTreeMap<(Pair, bool), Totals>, sample: &Sample<'_>) {
         mutual_tls: label("connection_security_policy") == "mutual_tls",
     };
     let by_source = label("reporter") == "source";
-    *field(totals.entry((pair, by_source)).or_default()) += sample.value;
+    *field(counts.entry((pair, by_source)).or_default()) += sample.value;
 }
 
 fn field_of(family: &str) -> Option<fn(&mut Totals) -> &mut f64> {
@@ -117,37 +143,52 @@ fn field_of(family: &str) -> Option<fn(&mut Totals) -> &mut f64> {
     })
 }
 
+/// All that is counted of one pair, and what of it is new.
+#[derive(Clone, Copy, Debug, Default)]
+struct Change {
+    all: Totals,
+    new: Totals,
+}
+
+fn changes<'a>(before: &Look, now: &'a Look) -> BTreeMap<(&'a Pair, bool), Change> {
+    let mut changes: BTreeMap<(&Pair, bool), Change> = BTreeMap::new();
+    for (node, counts) in now {
+        let old = before.get(node);
+        for (key, all) in counts {
+            // What a ztunnel had counted while it did not answer is anybody's guess.
+            let new = old.map(|old| all.since(old.get(key).copied().unwrap_or_default())).unwrap_or_default();
+            let held = changes.entry((&key.0, key.1)).or_default();
+            held.all = held.all.join(*all, |a, b| a + b);
+            held.new = held.new.join(new, |a, b| a + b);
+        }
+    }
+    changes
+}
+
 /// The source's word, else the destination's; failures are told by whichever end saw more of them.
-fn believe(by_reporter: BTreeMap<(Pair, bool), Totals>) -> Look {
-    let mut out = Look::new();
-    for ((pair, by_source), totals) in by_reporter {
+fn believe(by_reporter: BTreeMap<(&Pair, bool), Change>) -> BTreeMap<&Pair, Change> {
+    let mut out: BTreeMap<&Pair, Change> = BTreeMap::new();
+    for ((pair, _), change) in by_reporter {
         // The destination's comes first in this order.
         let held = out.entry(pair).or_default();
-        let failed = held.failed.max(totals.failed);
-        if by_source || held.opened == 0.0 {
-            *held = totals;
-        }
-        held.failed = failed;
+        let failed = held.new.failed.max(change.new.failed);
+        *held = change;
+        held.new.failed = failed;
     }
     out
 }
 
 fn rows(before: &Look, now: &Look, took: Duration) -> Vec<Row> {
     let seconds = took.as_secs_f64().max(f64::EPSILON);
-    let mut rows: Vec<Row> = now
-        .iter()
-        .map(|(pair, totals)| {
-            let old = before.get(pair).copied().unwrap_or_default();
-            // A counter that fell belongs to a new process: all it says is new.
-            let gain = |old: f64, new: f64| if new >= old { new - old } else { new };
-            Row {
-                pair: pair.clone(),
-                open: (totals.opened - totals.closed).max(0.0),
-                connections_per_second: gain(old.opened, totals.opened) / seconds,
-                failed: gain(old.failed, totals.failed),
-                bytes_to_server_per_second: gain(old.received, totals.received) / seconds,
-                bytes_to_client_per_second: gain(old.sent, totals.sent) / seconds,
-            }
+    let mut rows: Vec<Row> = believe(changes(before, now))
+        .into_iter()
+        .map(|(pair, Change { all, new })| Row {
+            pair: pair.clone(),
+            open: (all.opened - all.closed).max(0.0),
+            connections_per_second: new.opened / seconds,
+            failed: new.failed,
+            bytes_to_server_per_second: new.received / seconds,
+            bytes_to_client_per_second: new.sent / seconds,
         })
         .filter(|row| row.open > 0.0 || row.connections_per_second > 0.0 || row.failed > 0.0)
         .collect();
@@ -181,12 +222,11 @@ fn show(rows: &[Row], query: &Top) -> anyhow::Result<()> {
     }
     let line = |row: &Row| {
         let Pair { source, destination, service, mutual_tls } = &row.pair;
-        let short = service.split_once(".svc.").map_or(service.as_str(), |(short, _)| short);
         let failed = if row.failed > 0.0 { output::bad(&format!("{:.0}", row.failed)) } else { "0".to_owned() };
         vec![
             source.clone(),
             destination.clone(),
-            short.to_owned(),
+            output::short_name(service),
             if *mutual_tls { "mTLS".to_owned() } else { output::bad("clear") },
             format!("{:.0}", row.open),
             format!("{:.1}", row.connections_per_second),
@@ -218,9 +258,7 @@ mod tests {
     use super::*;
 
     fn look_at(text: &str) -> Look {
-        let mut totals = BTreeMap::new();
-        counters::parse(text).for_each(|sample| add(&mut totals, &sample));
-        believe(totals)
+        [("node1".to_owned(), counts(text))].into()
     }
 
     fn line(family: &str, reporter: &str, source: &str, flags: &str, value: u32) -> String {
@@ -255,6 +293,19 @@ mod tests {
         let opened = |n| line("istio_tcp_connections_opened_total", "source", "a", "-", n);
         let rows = rows(&look_at(&opened(100)), &look_at(&opened(4)), Duration::from_secs(1));
         assert_eq!(rows[0].connections_per_second, 4.0);
+    }
+
+    #[test]
+    fn each_ztunnel_is_compared_with_itself() {
+        let opened = |n| counts(&line("istio_tcp_connections_opened_total", "source", "a", "-", n));
+        let look = |nodes: &[(&str, u32)]| nodes.iter().map(|(node, n)| ((*node).to_owned(), opened(*n))).collect();
+        let per_second = |before: &[(&str, u32)], now: &[(&str, u32)]| {
+            let (before, now): (Look, Look) = (look(before), look(now));
+            rows(&before, &now, Duration::from_secs(1))[0].connections_per_second
+        };
+        assert_eq!(per_second(&[("n1", 100), ("n2", 50)], &[("n1", 4), ("n2", 60)]), 14.0, "one started anew");
+        assert_eq!(per_second(&[("n1", 100)], &[("n1", 101), ("n2", 60)]), 1.0, "one did not answer before");
+        assert_eq!(per_second(&[("n1", 100), ("n2", 50)], &[("n1", 101)]), 1.0, "one does not answer any more");
     }
 
     #[test]

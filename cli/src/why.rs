@@ -29,7 +29,11 @@ pub(crate) struct Explanation {
 
 pub(crate) fn run(query: &Why) -> anyhow::Result<ExitCode> {
     let mesh = mesh::find(&query.place)?;
-    let explanation = explain(&*mesh, &query.source, &query.destination)?;
+    let source = match &query.namespace {
+        Some(namespace) if !query.source.contains('/') => format!("{namespace}/{}", query.source),
+        _ => query.source.clone(),
+    };
+    let explanation = explain(&*mesh, &source, &query.destination)?;
     crate::output::say!("{}", query.output.render(&explanation.json(), || explanation.text())?);
     Ok(if explanation.allowed() { ExitCode::SUCCESS } else { ExitCode::from(CANNOT) })
 }

@@ -32,6 +32,9 @@ pub mod config;
 pub mod driver;
 pub mod enroll;
 pub mod host;
+pub mod install;
+pub mod leave;
+pub mod probes;
 pub mod report;
 pub mod sandbox;
 pub mod server;
@@ -40,25 +43,35 @@ pub mod status;
 pub mod zds;
 
 pub use config::Config;
-use config::World;
+use config::{Kubernetes, World};
 use driver::{Driver, Settings};
 use enroll::Pace;
 use host::Host;
+use leave::{Done, Fate, Traces};
+use probes::Probes;
 use report::{Metrics, Reports};
 use sandbox::Sandboxes;
 use source::{FolderSource, KubernetesSource, PodSource};
 use status::{AnnotationStatus, FolderStatus, StatusWriter};
 
 const STOP_LIMIT: Duration = Duration::from_secs(5);
+/// Of captured flows when everything is removed: well within the grace period of a pod.
+const LAST_GRACE: Duration = Duration::from_secs(10);
 const QUEUED_CALLS: usize = 64;
 
-/// The agent as a program; it takes no arguments but is configured by its environment.
+/// The agent as a program, configured by its environment. With the argument `cleanup` it removes from the node what an agent left
+/// behind, says what, and ends.
 pub fn agent_main(args: Vec<OsString>) -> ExitCode {
-    if let Some(argument) = args.first() {
-        eprintln!("unexpected argument `{}`: the agent is configured by its environment", argument.display());
-        return ExitCode::from(2);
-    }
-    match Config::from_env(&ProcessEnv).map_err(anyhow::Error::from).and_then(start) {
+    let act = match args.first() {
+        None => start,
+        Some(command) if command == "cleanup" && args.len() == 1 => cleanup,
+        Some(argument) => {
+            let argument = argument.display();
+            eprintln!("unexpected argument `{argument}`: there is only `cleanup`; all else is in the environment");
+            return ExitCode::from(2);
+        }
+    };
+    match Config::from_env(&ProcessEnv).map_err(anyhow::Error::from).and_then(act) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("{error:#}");
@@ -75,21 +88,64 @@ fn start(config: Config) -> anyhow::Result<()> {
         let mut agent = Agent::start(config).await?;
         let failed = tokio::select! {
             signal = shutdown.recv() => {
-                tracing::info!(signal, "stopping; enrolled pods stay enrolled");
+                tracing::info!(signal, "stopping");
                 false
             }
             () = agent.failed() => true,
         };
-        agent.stop().await;
+        if failed {
+            agent.stop().await;
+        } else {
+            agent.leave().await;
+        }
         // The supervisor starts a new one, which finds everything as it is.
         anyhow::ensure!(!failed, "a task of the agent ended by itself; its reason is in the log");
         Ok(())
     })
 }
 
+fn cleanup(config: Config) -> anyhow::Result<()> {
+    telemetry::init(&config.log_filter, config.log_format).map_err(|e| anyhow::anyhow!("RUST_LOG: {e}"))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let World::Kubernetes(kubernetes) = &config.world else {
+            anyhow::bail!("FAIRWAY_MANIFESTS is set: in the lab, `fairway lab down` removes everything");
+        };
+        let client = kubernetes.api.client().await;
+        let client = client.inspect_err(|error| eprintln!("annotations stay as they are: {error:#}")).ok();
+        let done = traces(&config, host(kubernetes)?, kubernetes).remove(client.as_ref()).await;
+        done.removed.iter().for_each(|what| println!("removed {what}"));
+        println!("{} removed, {} failed", done.removed.len(), done.failed.len());
+        anyhow::ensure!(done.failed.is_empty(), "not everything could be removed:\n  {}", done.failed.join("\n  "));
+        Ok(())
+    })
+}
+
+fn host(kubernetes: &Kubernetes) -> anyhow::Result<Host> {
+    Host::mounted(kubernetes.host_root.clone(), kubernetes.host_proc.clone()).with_context(|| {
+        let proc = kubernetes.host_proc.display();
+        format!("HOST_PROC: {proc}/1/ns/net: mount the node's /proc there, and grant CAP_SYS_PTRACE")
+    })
+}
+
+fn traces(config: &Config, host: Host, kubernetes: &Kubernetes) -> Traces {
+    Traces {
+        host,
+        install: kubernetes.install.clone(),
+        run_dir: config.run_dir.clone(),
+        zds_socket: config.zds_socket.clone(),
+        node: config.node.clone(),
+        grace: config.grace.min(LAST_GRACE),
+    }
+}
+
 /// A running agent.
 pub struct Agent {
-    drain: drain::DrainTrigger,
+    /// Of everything that acts; the ports and the sessions of ztunnels outlive it.
+    work: drain::DrainTrigger,
+    ports: drain::DrainTrigger,
+    zds: zds::Zds,
+    own: Option<Own>,
     tasks: JoinSet<()>,
     /// Where the admin port is, also when the configuration left the port to the kernel.
     pub admin: SocketAddr,
@@ -110,13 +166,13 @@ impl Agent {
         let health_listener = config.health.map(|address| listen("FAIRWAY_HEALTH_ADDR", address)).transpose()?;
 
         let (registry, readiness, zds) = (Registry::new(), Readiness::default(), zds::Zds::default());
-        let (trigger, watcher) = drain::channel();
+        let ((work, watcher), (ports, ports_watcher)) = (drain::channel(), drain::channel());
         let (views_tx, views) = watch::channel(None);
         let (calls_tx, calls) = mpsc::channel(QUEUED_CALLS);
         let (reports_tx, reports) = watch::channel(Reports::default());
         let (synced_tx, synced) = oneshot::channel();
         let metrics = Metrics::new(&registry);
-        let Node { host, source, sandboxes, status } = Node::of(&config, &metrics).await?;
+        let Node { host, source, sandboxes, status, own } = Node::of(&config, &metrics).await?;
         let settings = Settings {
             pace: Pace { grace: config.grace, ..Pace::default() },
             node: config.node,
@@ -128,24 +184,34 @@ impl Agent {
             host,
         };
         let pending = readiness.pending("first pass over the pods of the node");
-        let driver = Driver::new(settings, zds.clone(), metrics, reports_tx, pending, synced_tx);
-
         let mut tasks = JoinSet::new();
+        if let Some(install) = own.as_ref().and_then(|own| own.traces.install.clone()) {
+            let (installs, installed) = (metrics.installs.clone(), metrics.installed.clone());
+            tasks.spawn(install::run(install, readiness.clone(), installs, installed, watcher.clone()));
+        }
+        let probes = own.is_some().then(|| {
+            let (wanted, wanted_rx) = watch::channel(probes::Wanted::default());
+            let (marked_tx, marked) = watch::channel(Arc::default());
+            let (host, options) = (settings.host.clone(), settings.options.clone());
+            tasks.spawn(probes::run(host, options, wanted_rx, marked_tx, watcher.clone()));
+            Probes { wanted, marked }
+        });
+        let driver = Driver::new(settings, zds.clone(), probes, metrics, reports_tx, pending, synced_tx);
         tasks.spawn(source.run(views_tx, watcher.clone()));
         tasks.spawn(driver.run(views, calls, watcher.clone()));
-        tasks.spawn(server::serve(plugin_socket, calls_tx, watcher.clone()));
-        let zds_drain = watcher.clone();
+        tasks.spawn(server::serve(plugin_socket, calls_tx, watcher));
+        let (sessions, zds_drain) = (zds.clone(), ports_watcher.clone());
         tasks.spawn(async move {
             // A ztunnel that connects earlier waits in the backlog: its first snapshot must be whole.
             if synced.await.is_ok() {
-                zds.serve(ztunnels, zds_drain).await;
+                sessions.serve(ztunnels, zds_drain).await;
             }
         });
         if let Some(listener) = health_listener {
-            tasks.spawn(serve("health", health_routes(&readiness), listener, watcher.clone()));
+            tasks.spawn(serve("health", health_routes(&readiness), listener, ports_watcher.clone()));
         }
-        tasks.spawn(serve("admin", admin_routes(&registry, &readiness, reports), admin_listener, watcher));
-        Ok(Self { drain: trigger, tasks, admin })
+        tasks.spawn(serve("admin", admin_routes(&registry, &readiness, reports), admin_listener, ports_watcher));
+        Ok(Self { work, ports, zds, own, tasks, admin })
     }
 
     /// Completes when a task has ended although nobody asked it to. Cancel safe.
@@ -157,7 +223,30 @@ impl Agent {
 
     /// Stops every task and waits for it. Enrolled pods stay enrolled.
     pub async fn stop(mut self) {
-        self.drain.drain(STOP_LIMIT).await;
+        self.work.drain(STOP_LIMIT).await;
+        self.ports.drain(STOP_LIMIT).await;
+        self.tasks.shutdown().await;
+    }
+
+    /// Stops for good or for a successor, whichever the API server says; see [`leave::fate`].
+    pub async fn leave(mut self) {
+        let Some(own) = self.own.take() else { return self.stop().await };
+        let standing = leave::standing(&own.client, &own.namespace, &own.daemon_set, &own.traces.node).await;
+        let fate = leave::fate(&standing, own.traces.install.as_ref().map(|install| &install.mode));
+        tracing::info!(?standing, ?fate, "what becomes of what is on this node");
+        self.work.drain(STOP_LIMIT).await;
+        let done = match fate {
+            Fate::Stay => Done::default(),
+            Fate::Unchain => own.traces.unchain(),
+            Fate::Remove => {
+                let done = own.traces.remove(Some(&own.client)).await;
+                self.zds.withdraw_all().await;
+                done
+            }
+        };
+        done.removed.iter().for_each(|what| tracing::info!(what, "removed"));
+        done.failed.iter().for_each(|what| tracing::warn!(what, "could not be removed"));
+        self.ports.drain(STOP_LIMIT).await;
         self.tasks.shutdown().await;
     }
 }
@@ -168,6 +257,15 @@ struct Node {
     source: Box<dyn PodSource>,
     sandboxes: Sandboxes,
     status: Box<dyn StatusWriter>,
+    own: Option<Own>,
+}
+
+/// What it takes to leave a node of Kubernetes.
+struct Own {
+    client: kube::Client,
+    namespace: String,
+    daemon_set: String,
+    traces: Traces,
 }
 
 impl Node {
@@ -179,19 +277,23 @@ impl Node {
                 source: Box::new(FolderSource::new(manifests.clone(), node.clone())),
                 sandboxes: Sandboxes::Records(sandboxes.clone()),
                 status: Box::new(FolderStatus { manifests: manifests.clone(), node }),
+                own: None,
             },
             World::Kubernetes(kubernetes) => {
                 let client = kubernetes.api.client().await?;
-                let host = Host::mounted(kubernetes.host_root.clone(), kubernetes.host_proc.clone());
-                let host = host.with_context(|| {
-                    let proc = kubernetes.host_proc.display();
-                    format!("HOST_PROC: {proc}/1/ns/net: mount the node's /proc there, and grant CAP_SYS_PTRACE")
-                })?;
+                let host = host(kubernetes)?;
+                let own = Own {
+                    client: client.clone(),
+                    namespace: kubernetes.namespace.clone(),
+                    daemon_set: kubernetes.daemon_set.clone(),
+                    traces: traces(config, host.clone(), kubernetes),
+                };
                 Self {
                     host,
                     source: Box::new(KubernetesSource::new(client.clone(), node, metrics.watch_failures.clone())),
                     sandboxes: Sandboxes::Processes,
                     status: Box::new(AnnotationStatus(client)),
+                    own: Some(own),
                 }
             }
         })

@@ -4,9 +4,9 @@ use std::{collections::HashMap, fs, os::unix::fs::symlink, path::Path, process::
 
 use cni_plugin::{
     agent::{Agent, Config},
-    rules::{self, Options},
+    rules::{self, Options, host},
 };
-use mesh_net::{isolate::test_main, link::Netlink};
+use mesh_net::{NetNs, isolate::test_main, link::Netlink};
 use serde_json::{Value, json};
 
 #[path = "support/api.rs"]
@@ -28,6 +28,16 @@ fn main() -> ExitCode {
         ("nothing_is_decided_before_both_lists_are_complete", || {
             run(nothing_is_decided_before_both_lists_are_complete());
         }),
+        ("the_plugin_is_installed_and_kept_and_readiness_waits_for_it", || {
+            run(the_plugin_is_installed_and_kept_and_readiness_waits_for_it());
+        }),
+        ("stopping_is_an_upgrade_while_the_daemon_set_stands", || {
+            run(stopping_is_an_upgrade_while_the_daemon_set_stands());
+        }),
+        ("the_end_of_the_daemon_set_leaves_nothing_behind", || {
+            run(the_end_of_the_daemon_set_leaves_nothing_behind());
+        }),
+        ("without_an_answer_only_the_chain_is_freed", || run(without_an_answer_only_the_chain_is_freed())),
     ])
 }
 
@@ -58,6 +68,24 @@ impl Node {
     }
 
     async fn start(&self) -> Agent {
+        self.start_with(&[("FAIRWAY_INSTALL", "false")]).await
+    }
+
+    /// With a container runtime whose chain is there to be joined.
+    async fn start_installing(&self) -> Agent {
+        for folder in ["image", "bin", "net.d"] {
+            fs::create_dir_all(Path::new("/run").join(folder)).expect("mkdir");
+        }
+        fs::write("/run/image/fairway-cni", "program").expect("write");
+        self.start_with(&[
+            ("FAIRWAY_CNI_BINARY", "/run/image/fairway-cni"),
+            ("MOUNTED_CNI_BIN_DIR", "/run/bin"),
+            ("MOUNTED_CNI_NET_DIR", "/run/net.d"),
+        ])
+        .await
+    }
+
+    async fn start_with(&self, more: &[(&str, &str)]) -> Agent {
         let vars = [
             ("NODE_NAME", "n1"),
             ("ZTUNNEL_UDS_ADDRESS", "/run/ztunnel/ztunnel.sock"),
@@ -69,7 +97,8 @@ impl Node {
             ("FAIRWAY_HEALTH_ADDR", "127.0.0.1:0"),
             ("FAIRWAY_UNENROL_GRACE", "100ms"),
         ];
-        let vars: HashMap<String, String> = vars.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+        let vars = vars.iter().chain(more);
+        let vars: HashMap<String, String> = vars.map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
         Agent::start(Config::from_env(&vars).expect("configuration")).await.expect("start")
     }
 
@@ -92,6 +121,18 @@ impl Node {
         );
     }
 
+    fn daemon_set(&self) {
+        let spec = json!({
+            "selector": {"matchLabels": {"k8s-app": "fairway-node"}},
+            "template": {"metadata": {}, "spec": {"containers": []}},
+        });
+        let metadata = json!({"name": "fairway-node", "namespace": "istio-system"});
+        self.api.put(
+            "daemonsets",
+            json!({"apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": metadata, "spec": spec}),
+        );
+    }
+
     fn annotation(&self, name: &str) -> Option<String> {
         let pod = self.api.object("pods", &format!("demo/{name}"))?;
         Some(pod["metadata"]["annotations"]["ambient.istio.io/redirection"].as_str()?.to_owned())
@@ -105,6 +146,12 @@ impl Node {
 /// What the annotation says is asked of the API server, not here.
 fn nowhere() -> bool {
     false
+}
+
+/// The pods that the node's probes are marked for.
+fn probed() -> Vec<String> {
+    let node = NetNs::current().expect("namespace");
+    host::members(&node, &Options::default()).expect("readable").iter().map(ToString::to_string).collect()
 }
 
 async fn ready(agent: &Agent) {
@@ -122,12 +169,14 @@ async fn a_new_pod_is_captured_and_annotated() {
     assert!(!outcome.failed, "{}", outcome.stdout);
     assert!(ztunnel.next().await.starts_with("add uid-app"));
     rules::verify(&ns, &Options::default()).expect("captured");
+    assert_eq!(probed(), ["10.0.0.7"], "before the kubelet has anything to probe");
     node.annotated("app", Some("enabled")).await;
     // The namespace leaves the mesh, and with it the pod.
     node.namespace("none");
     assert_eq!(ztunnel.next().await, "del uid-app");
     node.annotated("app", None).await;
     assert!(!rules::verify_installed(&ns).expect("readable"));
+    eventually("its probes are as any other's", async || probed().is_empty()).await;
     agent.stop().await;
 }
 
@@ -240,4 +289,83 @@ async fn nothing_is_decided_before_both_lists_are_complete() {
     node.api.set(Mood::Working);
     ready(&agent).await;
     agent.stop().await;
+}
+
+const PRIMARY: &str = r#"{"cniVersion":"1.0.0","name":"net","plugins":[{"type":"bridge"}]}"#;
+
+fn chain() -> String {
+    fs::read_to_string("/run/net.d/10-net.conflist").unwrap_or_default()
+}
+
+async fn the_plugin_is_installed_and_kept_and_readiness_waits_for_it() {
+    let node = Node::new().await;
+    node.daemon_set();
+    let agent = node.start_installing().await;
+    eventually("the binary is there", async || fs::exists("/run/bin/fairway-cni").expect("stat")).await;
+    eventually("only the chain is missing", async || {
+        let answer = get(&agent, "/readyz").await;
+        answer.contains("installation of the CNI plugin") && !answer.contains("first pass")
+    })
+    .await;
+    fs::write("/run/net.d/10-net.conflist", PRIMARY).expect("write");
+    ready(&agent).await;
+    assert!(chain().contains("fairway-cni"));
+    fs::write("/run/net.d/10-net.conflist", PRIMARY).expect("overwritten by its owner");
+    eventually("healed", async || chain().contains("fairway-cni")).await;
+    let metrics = get(&agent, "/metrics").await;
+    assert!(metrics.contains("istio_cni_installs_total{result=\"SUCCESS\"}"), "{metrics}");
+    agent.stop().await;
+    assert!(chain().contains("fairway-cni"));
+}
+
+/// An agent with one captured pod.
+async fn with_a_captured_pod(node: &Node) -> (Agent, NetNs, Ztunnel) {
+    node.namespace("ambient");
+    node.pod("app", "uid-app", "", json!({}));
+    let agent = node.start_installing().await;
+    fs::write("/run/net.d/10-net.conflist", PRIMARY).expect("write");
+    ready(&agent).await;
+    let mut ztunnel = Ztunnel::connect(nowhere).await;
+    assert_eq!(ztunnel.next().await, "snapshot");
+    let ns = sandbox("app", "10.0.0.7");
+    assert!(!cni("ADD", "app").await.failed);
+    assert!(ztunnel.next().await.starts_with("add uid-app"));
+    node.annotated("app", Some("enabled")).await;
+    node.process(100, "0::/", &netns_path("app"));
+    (agent, ns, ztunnel)
+}
+
+async fn stopping_is_an_upgrade_while_the_daemon_set_stands() {
+    let node = Node::new().await;
+    node.daemon_set();
+    let (agent, ns, _ztunnel) = with_a_captured_pod(&node).await;
+    agent.leave().await;
+    assert!(chain().contains("fairway-cni") && fs::exists("/run/bin/fairway-cni").expect("stat"));
+    rules::verify(&ns, &Options::default()).expect("still captured");
+    assert_eq!(node.annotation("app").as_deref(), Some("enabled"));
+}
+
+async fn the_end_of_the_daemon_set_leaves_nothing_behind() {
+    let node = Node::new().await;
+    let (agent, ns, mut ztunnel) = with_a_captured_pod(&node).await;
+    agent.leave().await;
+    assert!(!chain().contains("fairway-cni") && chain().contains("bridge"), "{}", chain());
+    assert!(!rules::verify_installed(&ns).expect("readable"));
+    assert_eq!(node.annotation("app"), None);
+    assert_eq!(ztunnel.next().await, "del uid-app");
+    let left =
+        |folder: &str| fs::read_dir(folder).expect("list").map(|e| e.expect("entry").file_name()).collect::<Vec<_>>();
+    assert!(!host::remove(&NetNs::current().expect("namespace")).expect("readable"), "the node's table is gone");
+    for folder in ["/run/bin", "/run/cni", "/run/ztunnel"] {
+        assert!(left(folder).is_empty(), "{folder}: {:?}", left(folder));
+    }
+}
+
+async fn without_an_answer_only_the_chain_is_freed() {
+    let node = Node::new().await;
+    let (agent, ns, _ztunnel) = with_a_captured_pod(&node).await;
+    node.api.set(Mood::Refusing(500));
+    agent.leave().await;
+    assert!(!chain().contains("fairway-cni"), "a plugin without an agent would let no pod start");
+    rules::verify(&ns, &Options::default()).expect("still captured");
 }

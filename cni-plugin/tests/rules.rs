@@ -1,7 +1,7 @@
 //! The rules in a real namespace: what is captured, what is left alone, and what remains after leaving (nothing).
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fs,
     io::{Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
@@ -12,7 +12,7 @@ use std::{
 use cni_plugin::{
     plugin,
     rules::{
-        Options, RulesError, apply, captured_flows, flush_redirects, model, older_flows, remove, verify,
+        Options, RulesError, apply, captured_flows, flush_redirects, host, model, older_flows, remove, verify,
         verify_installed,
     },
 };
@@ -47,6 +47,10 @@ fn main() -> ExitCode {
             a_pod_without_ipv6_is_captured_for_ipv4_and_half_of_it_is_refused,
         ),
         ("bypassing_inbound_capture_leaves_inbound_alone", bypassing_inbound_capture_leaves_inbound_alone),
+        (
+            "probes_of_the_node_pass_by_and_its_other_traffic_does_not",
+            probes_of_the_node_pass_by_and_its_other_traffic_does_not,
+        ),
     ])
 }
 
@@ -297,4 +301,45 @@ fn bypassing_inbound_capture_leaves_inbound_alone() {
     passes_both_ways(&mut client, &mut served);
     let _client = dial(&pod, "10.1.1.2:80");
     accept(&outbound);
+}
+
+/// The peer plays the node; what it sends as root to marked pods are probes.
+fn probes_of_the_node_pass_by_and_its_other_traffic_does_not() {
+    let (pod, node) = pod_and_peer();
+    let mut netlink = Netlink::in_ns(&node).expect("netlink");
+    let index = netlink.index("eth0").expect("eth0");
+    // A node has no such address: its kernel knows the way back.
+    netlink.delete_address(index, "169.254.7.127/32".parse().expect("net")).expect("remove");
+    let via = Some("fd00::2".parse().expect("ip"));
+    let default = Route { via, ..Route::new("::/0".parse().expect("net")) };
+    Netlink::in_ns(&pod).expect("netlink").add_route(&default).expect("route");
+    let options = Options::default();
+    assert!(apply(&pod, &options).expect("rules"));
+    let (app, ztunnel) = (listen(&pod, &format!("{POD}:8080")), proxy(&pod, model::INBOUND_PORT));
+    let app_v6 = listen(&pod, "[fd00::1]:8080");
+    let marked = |ips: &[&str]| -> BTreeSet<IpAddr> { ips.iter().map(|ip| ip.parse().expect("ip")).collect() };
+    let both = marked(&[POD, "fd00::1"]);
+    host::write(&node, &options, 0, &both).expect("write");
+    assert_eq!(host::read(&node, &options, 0).expect("read"), Some(both.clone()));
+    assert_eq!(host::read(&node, &options, 1000).expect("read"), None, "another kubelet's rules");
+    for (to, listener, seen) in [
+        (format!("{POD}:8080"), &app, IpAddr::from(model::PROBE_V4)),
+        ("[fd00::1]:8080".into(), &app_v6, model::PROBE_V6.into()),
+    ] {
+        let mut probe = dial(&node, &to);
+        let mut answered = accept(listener);
+        assert_eq!(answered.peer_addr().expect("peer").ip(), seen);
+        passes_both_ways(&mut probe, &mut answered);
+    }
+    // Another user's traffic, and that to a pod which is not marked.
+    for (user, addresses) in [(1000, both), (0, marked(&["10.9.9.9"]))] {
+        host::write(&node, &options, user, &addresses).expect("write");
+        let _other = dial(&node, &format!("{POD}:8080"));
+        assert_eq!(
+            accept(&ztunnel).peer_addr().expect("peer").ip().to_canonical(),
+            PEER.parse::<IpAddr>().expect("ip")
+        );
+    }
+    assert!(host::remove(&node).expect("remove") && !host::remove(&node).expect("again"));
+    assert_eq!(Nft::in_ns(&node).expect("netlink").tables(model::FAMILY).expect("tables"), Vec::<String>::new());
 }

@@ -30,10 +30,15 @@ use crate::{
     ca::{CertificateService, IssuePolicy},
     callers::{Bearers, Tokens},
     index,
-    keeper::secret::{self, SecretError},
+    keeper::{
+        self, Keeper, KeeperError,
+        secret::{self, SecretError},
+    },
+    lease,
     metrics::Metrics,
     objects, pages,
     pipeline::{Pipeline, cluster::ClusterPipeline, folder::FolderPipeline},
+    problem::Problem,
     review::TokenReviews,
     source::kubernetes::{Feed, Objects},
     tls::{self, Certificate, CertificateError},
@@ -81,8 +86,14 @@ pub enum Source {
         /// Of keys and certificates; made when missing.
         state: PathBuf,
     },
-    /// An API server, and how it is reached.
-    Kubernetes(Box<kube::Config>),
+    Kubernetes {
+        /// How the API server is reached.
+        api_server: Box<kube::Config>,
+        /// Where a CA may be mounted; without one it is kept in a Secret.
+        ca_folder: PathBuf,
+        /// This replica, among those that stand for election.
+        identity: String,
+    },
 }
 
 impl Config {
@@ -149,6 +160,12 @@ pub enum StartError {
     Authority(#[source] AuthorityError),
     #[error("the CA cannot be opened")]
     Secret(#[from] SecretError),
+    #[error("the CA in {folder} is not usable; correct it, or do not mount it to have one kept in a Secret", folder = folder.display())]
+    Folder {
+        folder: PathBuf,
+        #[source]
+        source: KeeperError,
+    },
     #[error("the API server cannot be used")]
     ApiServer(#[source] Box<kube::Error>),
     #[error("the token key in the state folder cannot be opened")]
@@ -200,8 +217,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     let state = pipeline.subscribe();
     let (trigger, drain) = drain::channel();
     let mut tasks = JoinSet::new();
-    let Opened { authority, tokens, run } = open(&config, pipeline, &metrics).await?;
-    metrics.root_expiry.set(unix_seconds(authority.borrow().not_after()));
+    let Opened { authority, problem, tokens, run } = open(&config, pipeline, &metrics).await?;
     let bearers = Bearers { tokens, metrics: metrics.clone() };
     let certificate = Certificate::new(authority.clone(), config.server_names(), SystemTime::now())?;
 
@@ -224,21 +240,25 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
         .add_service(IstioCertificateServiceServer::new(certificates));
 
     tasks.spawn(serve(router, listener, certificate, drain.clone()));
-    let (pages, watcher) = (pages::server(&registry, &readiness, state), drain.clone());
+    let (pages, watcher) = (pages::server(&registry, &readiness, state, problem), drain.clone());
     tasks.spawn(async move { pages.serve(admin, watcher).await.map_err(TaskFailed::of("the admin server")) });
-    tasks.spawn(run(drain));
+    run(&mut tasks, &drain);
+    drop(drain);
     tracing::info!(%address, admin = %admin_address, source = %config.source, "control plane started");
     Ok(Running { address, admin_address, trigger, tasks })
 }
 
-type Task = std::pin::Pin<Box<dyn Future<Output = Result<(), TaskFailed>> + Send>>;
+type Tasks = JoinSet<Result<(), TaskFailed>>;
+type Start = Box<dyn FnOnce(&mut Tasks, &DrainWatcher) + Send>;
 
 /// What depends on the source.
 struct Opened {
     authority: watch::Receiver<Arc<SigningAuthority>>,
+    /// What is wrong with the CA as it is kept.
+    problem: watch::Receiver<Option<Problem>>,
     tokens: Arc<dyn Tokens>,
-    /// Reads the source, until the drain.
-    run: Box<dyn FnOnce(DrainWatcher) -> Task + Send>,
+    /// Starts what reads the source, and writes to it, until the drain.
+    run: Start,
 }
 
 async fn open(config: &Config, pipeline: Pipeline, metrics: &Metrics) -> Result<Opened, StartError> {
@@ -246,20 +266,46 @@ async fn open(config: &Config, pipeline: Pipeline, metrics: &Metrics) -> Result<
         Source::Folder { manifests, state } => {
             let authority = SigningAuthority::open(state, &config.trust_domain).map_err(StartError::Authority)?;
             let tokens = Arc::new(TokenKey::open(state)?);
+            metrics.show_authority(&authority);
             let pipeline = FolderPipeline::new(manifests.clone(), config.object_settings(), pipeline);
-            let run = move |drain| -> Task { Box::pin(pipeline.run(drain)) };
-            Ok(Opened { authority: watch::channel(Arc::new(authority)).1, tokens, run: Box::new(run) })
+            let run = move |tasks: &mut Tasks, drain: &DrainWatcher| drop(tasks.spawn(pipeline.run(drain.clone())));
+            let (authority, problem) = (watch::channel(Arc::new(authority)).1, watch::channel(None).1);
+            Ok(Opened { authority, problem, tokens, run: Box::new(run) })
         }
-        Source::Kubernetes(api_server) => {
+        Source::Kubernetes { api_server, ca_folder, identity } => {
             let client = Client::try_from((**api_server).clone());
             let client = client.map_err(|error| StartError::ApiServer(Box::new(error)))?;
             let secrets = Api::namespaced(client.clone(), &config.namespace);
-            let authority = secret::open(&secrets, &config.namespace, &config.trust_domain).await?;
+            let mounted = keeper::folder::is_mounted(ca_folder).then(|| ca_folder.clone());
+            let (authority, place) = match &mounted {
+                Some(folder) => {
+                    let read = keeper::folder::authority(folder, SystemTime::now());
+                    let read = read.map_err(|source| StartError::Folder { folder: folder.clone(), source })?;
+                    (read, folder.display().to_string())
+                }
+                None => {
+                    let opened = secret::open(&secrets, &config.namespace, &config.trust_domain).await?;
+                    (opened, format!("Secret {}/{}", config.namespace, secret::NAME))
+                }
+            };
+            let keeper = Arc::new(Keeper::new(authority, place.into(), metrics.clone()));
+            let (authority, problem) = (keeper.authority(), keeper.problem());
             let tokens = Arc::new(TokenReviews::new(client.clone(), pipeline.subscribe(), metrics.clone()));
             let settings = config.object_settings();
             let pipeline = ClusterPipeline::new(Objects::new(settings.clone()), pipeline, metrics.clone());
-            let run = move |drain| -> Task { Box::pin(pipeline.run(Feed::start(&client, &settings), drain)) };
-            Ok(Opened { authority: watch::channel(Arc::new(authority)).1, tokens, run: Box::new(run) })
+            let leases = Api::namespaced(client.clone(), &config.namespace);
+            let (identity, metrics, signer) = (identity.clone(), metrics.clone(), authority.clone());
+            let run = move |tasks: &mut Tasks, drain: &DrainWatcher| {
+                let (leading, leads) = watch::channel(false);
+                tasks.spawn(pipeline.run(Feed::start(&client, &settings), drain.clone()));
+                match mounted {
+                    Some(folder) => tasks.spawn(keeper::folder::follow(keeper, folder, drain.clone())),
+                    None => tasks.spawn(secret::follow(keeper, secrets, drain.clone())),
+                };
+                tasks.spawn(lease::run(leases, identity, leading, metrics.clone(), drain.clone()));
+                tasks.spawn(keeper::roots::publish(client, signer, leads, metrics, drain.clone()));
+            };
+            Ok(Opened { authority, problem, tokens, run: Box::new(run) })
         }
     }
 }
@@ -268,7 +314,7 @@ impl std::fmt::Display for Source {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Folder { manifests, .. } => write!(f, "{}", manifests.display()),
-            Self::Kubernetes(config) => write!(f, "{}", config.cluster_url),
+            Self::Kubernetes { api_server, .. } => write!(f, "{}", api_server.cluster_url),
         }
     }
 }
@@ -294,10 +340,6 @@ impl Running {
 
 fn listen_error(address: SocketAddr, flag: &'static str) -> impl FnOnce(io::Error) -> StartError {
     move |source| StartError::Listen { address, flag, source }
-}
-
-fn unix_seconds(at: SystemTime) -> f64 {
-    at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 type Router = tonic::transport::server::Router;

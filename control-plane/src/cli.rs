@@ -19,6 +19,7 @@ use crate::{
     apiserver,
     app::{self, Config, Source},
     index::ClusterIndex,
+    keeper::{self, rotate::Step},
     source::Folder,
     token::{Subject, TokenKey},
 };
@@ -35,8 +36,11 @@ struct Cli {
 enum Command {
     /// Serve discovery and certificates, for a Kubernetes cluster or a folder of manifests.
     Run(Run),
-    /// Print a token for a node's proxy.
+    /// Print a token for a node's proxy, of a folder of manifests.
     Token(Token),
+    /// Look after the CA of a Kubernetes cluster.
+    #[command(subcommand)]
+    Ca(Ca),
     /// Validate manifests: prints each problem with its place and remedy, and exits 1 if there is any.
     Check(Check),
 }
@@ -52,6 +56,10 @@ struct Run {
     /// Folder of keys and certificates; made when missing, and worth keeping. With --manifests only.
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
+    /// Where a CA may be mounted: Istio's cacerts, or a Secret of cert-manager. Without one it is kept in Secret istio-ca-secret. With
+    /// --kubernetes only.
+    #[arg(long, value_name = "DIR", default_value = "/etc/cacerts")]
+    ca_folder: PathBuf,
     /// Where this runs; also the root namespace, whose policies apply to the whole mesh.
     #[arg(long, value_name = "NAMESPACE", default_value = app::NAMESPACE)]
     namespace: String,
@@ -107,6 +115,24 @@ struct Token {
     ttl: Duration,
 }
 
+#[derive(Debug, Subcommand)]
+enum Ca {
+    /// Replace the CA in Secret istio-ca-secret, root included, without an outage: prepare, switch, finish.
+    Rotate(Rotate),
+}
+
+#[derive(Debug, Args)]
+struct Rotate {
+    /// The next step; one that does not come next is refused.
+    #[arg(long)]
+    step: Step,
+    /// Where the control plane runs.
+    #[arg(long, value_name = "NAMESPACE", default_value = app::NAMESPACE)]
+    namespace: String,
+    #[arg(long, value_name = "DOMAIN", default_value = mesh_core::identity::DEFAULT_TRUST_DOMAIN)]
+    trust_domain: String,
+}
+
 #[derive(Debug, Args)]
 struct Check {
     #[arg(long, env = "FAIRWAY_MANIFESTS", value_name = "DIR")]
@@ -137,6 +163,7 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
     let outcome = match cli.command {
         Command::Run(run) => self::run(run),
         Command::Token(token) => self::token(token),
+        Command::Ca(Ca::Rotate(rotate)) => self::rotate(rotate),
         Command::Check(check) => return self::check(check),
     };
     match outcome {
@@ -167,7 +194,8 @@ async fn config(run: Run) -> Result<Config, String> {
         Chosen::Folder { manifests, state } => Source::Folder { manifests, state },
         Chosen::Kubernetes => {
             let config = apiserver::configuration().await.map_err(|error| error_chain(&error))?;
-            Source::Kubernetes(Box::new(config))
+            let (api_server, ca_folder) = (Box::new(config), run.ca_folder);
+            Source::Kubernetes { api_server, ca_folder, identity: identity() }
         }
     };
     let mut trusted_accounts = run.trusted_accounts;
@@ -188,6 +216,13 @@ async fn config(run: Run) -> Result<Config, String> {
         trusted_accounts,
         default_allow_from_waypoint: run.default_allow_from_waypoint,
     })
+}
+
+/// Of this replica: its pod's name, which is its host's where nobody says otherwise.
+fn identity() -> String {
+    let told = std::env::var("POD_NAME").ok().filter(|name| !name.is_empty());
+    let host = || std::fs::read_to_string("/proc/sys/kernel/hostname").map(|name| name.trim().to_owned());
+    told.or_else(|| host().ok()).filter(|name| !name.is_empty()).unwrap_or_else(|| "fairwayd".to_owned())
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -237,6 +272,20 @@ fn token(token: Token) -> Result<(), String> {
     let subject = Subject { node, namespace, service_account, pod, pod_uid };
     let issued = TokenKey::open(&state).and_then(|key| key.issue(&subject, ttl, SystemTime::now()));
     println!("{}", issued.map_err(|error| error_chain(&error))?);
+    Ok(())
+}
+
+fn rotate(rotate: Rotate) -> Result<(), String> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| format!("cannot start: {error}"))?;
+    let Rotate { step, namespace, trust_domain } = rotate;
+    let told = runtime.block_on(async {
+        let config = apiserver::configuration().await.map_err(|error| error_chain(&error))?;
+        let client = kube::Client::try_from(config).map_err(|error| error_chain(&error))?;
+        let secrets = kube::Api::namespaced(client, &namespace);
+        keeper::rotate::rotate(&secrets, &namespace, step, &trust_domain).await.map_err(|error| error_chain(&error))
+    });
+    println!("{}", told?);
     Ok(())
 }
 

@@ -1,17 +1,33 @@
 //! Where the CA's key is kept on Kubernetes, and which authority signs now.
 //!
-//! A mounted folder comes first; without one, a Secret, which is made when there is none. Either may change while we run.
+//! A mounted folder comes first; without one, a Secret, which is made when there is none. Either may change while we run: what can be
+//! used takes effect at once, on certificates for workloads as on the server's own; what cannot leaves the last good authority in force.
 
+pub(crate) mod folder;
+pub(crate) mod roots;
+pub(crate) mod rotate;
 pub(crate) mod secret;
 
-use std::time::SystemTime;
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
 use mesh_identity::authority::{AuthorityError, Material, SigningAuthority};
+use mesh_runtime::telemetry::error_chain;
+use tokio::sync::watch;
+
+use crate::{
+    metrics::Metrics,
+    problem::{Place, Problem},
+};
 
 /// Names of the parts, in the order certificates, key, roots: Istio's, and those of cert-manager.
 const LAYOUTS: [[&str; 3]; 2] = [["ca-cert.pem", "ca-key.pem", "root-cert.pem"], ["tls.crt", "tls.key", "ca.crt"]];
 /// Istio's certificates above the CA's own.
 const CHAIN: &str = "cert-chain.pem";
+/// For one answer of the API server.
+const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Why what is kept is not an authority.
 #[derive(Debug, thiserror::Error)]
@@ -42,3 +58,69 @@ pub(crate) fn authority(
     authority.check(now)?;
     Ok(authority)
 }
+
+/// Holds the authority in force, and replaces it.
+pub(crate) struct Keeper {
+    authority: watch::Sender<Arc<SigningAuthority>>,
+    /// What is wrong with the newest version of it.
+    problem: watch::Sender<Option<Problem>>,
+    /// What it is kept in, as people call it.
+    place: Arc<str>,
+    metrics: Metrics,
+}
+
+impl Keeper {
+    pub(crate) fn new(authority: SigningAuthority, place: Arc<str>, metrics: Metrics) -> Self {
+        metrics.show_authority(&authority);
+        let (authority, problem) = (watch::Sender::new(Arc::new(authority)), watch::Sender::new(None));
+        Self { authority, problem, place, metrics }
+    }
+
+    pub(crate) fn authority(&self) -> watch::Receiver<Arc<SigningAuthority>> {
+        self.authority.subscribe()
+    }
+
+    pub(crate) fn problem(&self) -> watch::Receiver<Option<Problem>> {
+        self.problem.subscribe()
+    }
+
+    /// Takes what is kept now.
+    fn offer(&self, kept: Result<SigningAuthority, KeeperError>) {
+        let new = match kept {
+            Ok(new) => new,
+            Err(error) => return self.keep_last_good(error_chain(&error)),
+        };
+        self.problem.send_replace(None);
+        let current = self.authority.borrow().clone();
+        if new.is_same(&current) {
+            return;
+        }
+        self.metrics.show_authority(&new);
+        let (roots, signer) =
+            (new.root_pem() != current.root_pem(), new.certificate_pem() != current.certificate_pem());
+        tracing::info!(place = %self.place, roots, signer, "the CA changed");
+        self.authority.send_replace(Arc::new(new));
+    }
+
+    fn keep_last_good(&self, why: String) {
+        self.metrics.ca_rejected.inc();
+        let remedy = "correct it; the last good CA stays in force".to_owned();
+        let problem = Problem { place: Place::object(&self.place), field: String::new(), message: why, remedy };
+        let known = self.problem.borrow().as_ref() == Some(&problem);
+        if !known {
+            tracing::error!(place = %self.place, why = problem.message, "the CA cannot be used as it is kept; the last good one stays in force");
+            self.problem.send_replace(Some(problem));
+        }
+    }
+}
+
+/// An answer of the API server, or why there is none.
+async fn within<T>(answer: impl Future<Output = kube::Result<T>>) -> Result<T, String> {
+    match tokio::time::timeout(DEADLINE, answer).await {
+        Ok(answer) => answer.map_err(|error| error_chain(&error)),
+        Err(_) => Err(format!("the API server did not answer within {DEADLINE:?}")),
+    }
+}
+
+#[cfg(test)]
+mod tests;

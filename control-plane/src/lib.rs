@@ -18,6 +18,7 @@ mod cli;
 mod fields;
 mod index;
 mod keeper;
+mod lease;
 mod metrics;
 mod objects;
 mod pages;

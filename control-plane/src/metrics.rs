@@ -1,5 +1,8 @@
 //! What the control plane counts, under the names dashboards know.
 
+use std::time::SystemTime;
+
+use mesh_identity::authority::SigningAuthority;
 use mesh_runtime::metrics::Registry;
 use mesh_xds::server::Event;
 use prometheus::{
@@ -18,7 +21,11 @@ pub(crate) struct Metrics {
     pub(crate) csr_sign_errors: IntCounter,
     pub(crate) issued: IntCounter,
     pub(crate) refusals: IntCounterVec,
-    pub(crate) root_expiry: Gauge,
+    root_expiry: Gauge,
+    chain_expiry: Gauge,
+    pub(crate) ca_rejected: IntCounter,
+    pub(crate) leader: IntGauge,
+    pub(crate) writes: IntCounterVec,
     pub(crate) problems: IntGauge,
     pub(crate) services: IntGauge,
     pub(crate) workloads: IntGauge,
@@ -61,8 +68,21 @@ impl Metrics {
             refusals: by("fairwayd_ca_refusals_total", "Identities refused to a caller, by reason", "reason"),
             root_expiry: registry.add(Gauge::new(
                 "citadel_server_root_cert_expiry_timestamp",
-                "Unix time at which the root certificate expires",
+                "Unix time at which the first root certificate expires",
             )),
+            chain_expiry: registry.add(Gauge::new(
+                "citadel_server_cert_chain_expiry_timestamp",
+                "Unix time at which the CA's own certificate expires",
+            )),
+            ca_rejected: counter(
+                "fairwayd_ca_material_rejected_total",
+                "Times the CA could not be used as it was kept, and the last good one stayed in force",
+            ),
+            writes: registry.add(IntCounterVec::new(
+                Opts::new("fairwayd_writes_total", "Objects the leader wrote, by what they are and what came of it"),
+                &["what", "outcome"],
+            )),
+            leader: gauge("fairway_leader", "Whether this replica writes what only one may write"),
             problems: gauge("fairwayd_manifest_problems", "Problems found in the manifests as they are now"),
             services: gauge("pilot_services", "Services known"),
             workloads: gauge("fairwayd_workloads", "Workloads known"),
@@ -95,6 +115,13 @@ impl Metrics {
                 "type",
             ),
         }
+    }
+
+    /// Shows when the authority in force ends.
+    pub(crate) fn show_authority(&self, authority: &SigningAuthority) {
+        let seconds = |at: SystemTime| at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+        self.root_expiry.set(authority.roots_not_after().map_or(0.0, seconds));
+        self.chain_expiry.set(seconds(authority.not_after()));
     }
 
     /// Counts and logs what happens on discovery streams.

@@ -9,17 +9,24 @@ use mesh_runtime::{
 };
 use tokio::sync::watch;
 
-use crate::{pipeline::Snapshot, source::Version, state};
+use crate::{pipeline::Snapshot, problem::Problem, source::Version, state};
 
 /// Who asks for the problems of a version of a file waits this long for it to be read.
 const READ_WITHIN: Duration = Duration::from_secs(4);
 
-pub(crate) fn server(registry: &Registry, readiness: &Readiness, state: watch::Receiver<Snapshot>) -> AdminServer {
+pub(crate) fn server(
+    registry: &Registry,
+    readiness: &Readiness,
+    state: watch::Receiver<Snapshot>,
+    of_ca: watch::Receiver<Option<Problem>>,
+) -> AdminServer {
     let (problems, model) = (state.clone(), state);
     AdminServer::new()
         .metrics(registry)
         .readiness("/healthz/ready", readiness)
-        .route("/debug/problems", move |request| problems_page(problems.clone(), request, READ_WITHIN))
+        .route("/debug/problems", move |request| {
+            problems_page(problems.clone(), of_ca.borrow().clone(), request, READ_WITHIN)
+        })
         .route("/debug/state", move |_| {
             let described = state::describe(&model.borrow().index.clone());
             std::future::ready(admin::json(http::StatusCode::OK, described.to_string()))
@@ -29,6 +36,7 @@ pub(crate) fn server(registry: &Registry, readiness: &Readiness, state: watch::R
 /// With `?version=<inode>-<seconds>-<nanoseconds>`, the change time of a manifest: not before that version of it has been read.
 async fn problems_page(
     mut state: watch::Receiver<Snapshot>,
+    of_ca: Option<Problem>,
     request: admin::Request,
     within: Duration,
 ) -> admin::Response {
@@ -43,8 +51,9 @@ async fn problems_page(
             return admin::text(http::StatusCode::GATEWAY_TIMEOUT, told);
         }
     }
-    let problems: Arc<[_]> = state.borrow().problems.clone();
-    admin::json(http::StatusCode::OK, serde_json::json!(*problems).to_string())
+    let problems: Arc<[Problem]> = state.borrow().problems.clone();
+    let all: Vec<&Problem> = of_ca.iter().chain(&*problems).collect();
+    admin::json(http::StatusCode::OK, serde_json::json!(all).to_string())
 }
 
 fn version(text: &str) -> Option<Version> {
@@ -70,7 +79,7 @@ mod tests {
             let query = [("version".to_owned(), version.to_owned())].into();
             let (method, path) = (http::Method::GET, "/debug/problems".to_owned());
             let request = admin::Request { method, path, query, headers: http::HeaderMap::default() };
-            problems_page(sender.subscribe(), request, within)
+            problems_page(sender.subscribe(), None, request, within)
         };
         assert_eq!(ask("12", READ_WITHIN).await.status(), 400);
         assert_eq!(ask("1-2-3", Duration::ZERO).await.status(), 200);

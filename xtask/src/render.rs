@@ -10,10 +10,13 @@ use std::{
 
 use anyhow::{Context as _, bail, ensure};
 use clap::Args;
+use serde_json::Value;
 
 const CHART: &str = "deploy/charts/fairway";
 const PLATFORMS: &str = "deploy/charts/fairway/files/platforms.yaml";
 const RENDERED: &str = "deploy/rendered";
+/// Every switch on. Nobody installs that; it has to render.
+const EVERYTHING: &str = "deploy/charts/fairway/ci/everything-values.yaml";
 /// What the chart may take for granted in these files; a cluster's own version is asked by `helm install` alone.
 const KUBERNETES: &str = "1.34.0";
 
@@ -29,26 +32,25 @@ pub(crate) struct Render {
 impl Render {
     pub(crate) fn run(&self, root: &Path) -> anyhow::Result<()> {
         let rendered = self.rendered(root)?;
+        parse(&self.template(root, &["--values", EVERYTHING])?).context(EVERYTHING)?;
         let folder = root.join(RENDERED);
         if self.check { check(&folder, &rendered) } else { write(&folder, &rendered) }
     }
 
     /// File name to content.
     fn rendered(&self, root: &Path) -> anyhow::Result<BTreeMap<String, String>> {
-        let mut files = BTreeMap::from([("default.yaml".to_owned(), self.template(root, None)?)]);
+        let mut files = BTreeMap::from([("default.yaml".to_owned(), self.template(root, &[])?)]);
         for platform in platforms(root)? {
-            files.insert(format!("{platform}.yaml"), self.template(root, Some(&platform))?);
+            let values = format!("global.platform={platform}");
+            files.insert(format!("{platform}.yaml"), self.template(root, &["--set", &values])?);
         }
         Ok(files)
     }
 
-    fn template(&self, root: &Path, platform: Option<&str>) -> anyhow::Result<String> {
+    fn template(&self, root: &Path, values: &[&str]) -> anyhow::Result<String> {
         let mut helm = Command::new(&self.helm);
         helm.args(["template", "fairway", CHART, "--namespace", "istio-system", "--kube-version", KUBERNETES]);
-        if let Some(platform) = platform {
-            helm.args(["--set", &format!("global.platform={platform}")]);
-        }
-        let output = helm.current_dir(root).output().with_context(|| {
+        let output = helm.args(values).current_dir(root).output().with_context(|| {
             format!("cannot run `{}`: install Helm 3, or say with --helm where it is", self.helm.display())
         })?;
         ensure!(output.status.success(), "helm template: {}", String::from_utf8_lossy(&output.stderr).trim());
@@ -63,9 +65,20 @@ fn tidy(text: &str) -> String {
     lines.join("\n") + "\n"
 }
 
+fn parse(text: &str) -> anyhow::Result<Vec<Value>> {
+    let mut objects = Vec::new();
+    for document in text.split("\n---\n") {
+        let object: Value = serde_saphyr::from_str(document).with_context(|| format!("no YAML:\n{document}"))?;
+        if !object.is_null() {
+            objects.push(object);
+        }
+    }
+    Ok(objects)
+}
+
 fn platforms(root: &Path) -> anyhow::Result<Vec<String>> {
     let text = fs::read_to_string(root.join(PLATFORMS)).context(PLATFORMS)?;
-    let table: BTreeMap<String, serde_json::Value> = serde_saphyr::from_str(&text).context(PLATFORMS)?;
+    let table: BTreeMap<String, Value> = serde_saphyr::from_str(&text).context(PLATFORMS)?;
     Ok(table.into_keys().collect())
 }
 

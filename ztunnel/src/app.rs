@@ -3,14 +3,7 @@
 //! Up: certificates and workers, then admin ports (so that a start that hangs can be looked at), then discovery, then pods. Down: leave
 //! readiness, stop accepting, tell peers, wait, cut what is left; discovery and certificates serve until the last flow has ended.
 
-use std::{
-    ffi::OsString,
-    io,
-    net::{SocketAddr, TcpListener},
-    process::ExitCode,
-    sync::Arc,
-    time::Duration,
-};
+use std::{ffi::OsString, net::SocketAddr, process::ExitCode, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result};
 use mesh_identity::{CaClient, GrpcCa, GrpcCaConfig, KeyStore, Manager as Identities, Trust};
@@ -39,6 +32,7 @@ use crate::{
     metrics::ControlMetrics,
     outcome::Outcomes,
     pods::{self, Shared},
+    proxy::listeners,
     state::State,
 };
 
@@ -46,7 +40,6 @@ const HELP: &str = "usage: ztunnel [proxy | version | help]\n\n\
     proxy    run the node proxy (the default); configured by environment variables\n\
     version  say which version this is\n\
     help     say this\n";
-const BACKLOG: i32 = 128;
 /// Threads of the control runtime: discovery must not wait for a configuration dump.
 const CONTROL_THREADS: usize = 2;
 /// Pods cut their own flows at the deadline; this much later the process stops waiting for them.
@@ -338,7 +331,8 @@ struct PortServer<'a> {
 
 impl PortServer<'_> {
     fn serve(&mut self, name: &'static str, address: SocketAddr, server: AdminServer) -> Result<SocketAddr> {
-        let listener = bind(address).with_context(|| format!("failed to bind to address {address} for {name}"))?;
+        let listening = listeners::listen(None, address, &SocketOptions::default());
+        let (listener, _) = listening.with_context(|| format!("failed to bind to address {address} for {name}"))?;
         let bound = listener.local_addr()?;
         tracing::info!(address = %bound, "{name} port");
         let drain = self.drain.clone();
@@ -349,23 +343,6 @@ impl PortServer<'_> {
         });
         Ok(bound)
     }
-}
-
-/// Kernels without IPv6 cannot bind its wildcard, and lose nothing by IPv4's.
-fn bind(address: SocketAddr) -> io::Result<TcpListener> {
-    let listen = |address| sockets::listen_tcp(None, address, BACKLOG, &SocketOptions::default()).map(|(l, _)| l);
-    match listen(address) {
-        Err(error) if address.is_ipv6() && address.ip().is_unspecified() && no_ipv6(&error) => {
-            listen(SocketAddr::from(([0; 4], address.port())))
-        }
-        bound => bound,
-    }
-}
-
-fn no_ipv6(error: &io::Error) -> bool {
-    // EAFNOSUPPORT has no stable `ErrorKind`.
-    const EAFNOSUPPORT: i32 = 97;
-    error.kind() == io::ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(EAFNOSUPPORT)
 }
 
 #[cfg(test)]

@@ -73,8 +73,12 @@ impl Lookups {
             tracing::warn!(%host, limit = FLIGHTS, "too many names are being looked up");
             return std::future::ready(Found::default()).boxed().shared();
         }
-        let landing = Landing(self.clone(), host.clone());
-        let task = self.0.runtime.spawn(async move { landing.0.look_up(&landing.1).await });
+        let (lookups, name) = (self.clone(), host.clone());
+        // The landing is made by the task: a runtime that has ended drops its tasks here and now, under our lock.
+        let task = self.0.runtime.spawn(async move {
+            let landing = Landing(lookups, name);
+            landing.0.look_up(&landing.1).await
+        });
         let flight = async move { task.await.unwrap_or_default() }.boxed().shared();
         flights.insert(host.clone(), flight.clone());
         flight
@@ -140,5 +144,18 @@ mod tests {
         assert_eq!(*first.await, [IpAddr::from([127, 0, 0, 1])]);
         second.await;
         assert!(lookups.flights().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_runtime_that_has_ended_finds_nothing_and_stops_nobody() {
+        let (tell, told) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let ended = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let lookups = ended.block_on(async { Lookups::new(false) });
+            drop(ended);
+            drop(tell.send(lookups.flight(&"localhost".into())));
+        });
+        let flight = told.recv_timeout(DEADLINE).expect("an answer");
+        assert!(flight.await.is_empty());
     }
 }

@@ -42,10 +42,15 @@ pub(super) async fn run(cluster: &Cluster, query: &Check, namespace: &str) -> an
         .filter_map(|pod| pod["metadata"]["name"].as_str().map(str::to_owned))
         .collect();
     anyhow::ensure!(!names.is_empty(), "no ztunnel is ready in namespace {} of {}", query.namespace, cluster.server);
-    let mut counts = look(cluster, &query.namespace, &names, namespace).await?;
+    let mut looks = look(cluster, &query.namespace, &names, namespace).await?;
     if let Some(watched) = query.watch {
         tokio::time::sleep(watched).await;
-        counts = gained(&counts, &look(cluster, &query.namespace, &names, namespace).await?);
+        let after = look(cluster, &query.namespace, &names, namespace).await?;
+        looks = looks.iter().zip(&after).map(|(before, after)| gained(before, after)).collect();
+    }
+    let mut counts = Counts::new();
+    for (pair, count) in looks.into_iter().flatten() {
+        *counts.entry(pair).or_default() += count;
     }
     let all = cluster.list(&format!("/api/v1/namespaces/{namespace}/pods"), "").await?;
     let open = open(cluster, &query.namespace, &names, namespace).await?;
@@ -56,12 +61,10 @@ pub(super) async fn run(cluster: &Cluster, query: &Check, namespace: &str) -> an
     Ok(if callers.is_empty() && unseen.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-async fn look(cluster: &Cluster, system: &str, ztunnels: &[String], namespace: &str) -> anyhow::Result<Counts> {
-    let mut counts = Counts::new();
-    for body in ask(cluster, system, ztunnels, 15020, "/metrics").await? {
-        plaintext(&body, namespace, &mut counts);
-    }
-    Ok(counts)
+/// What each ztunnel has counted, in their order.
+async fn look(cluster: &Cluster, system: &str, ztunnels: &[String], namespace: &str) -> anyhow::Result<Vec<Counts>> {
+    let bodies = ask(cluster, system, ztunnels, 15020, "/metrics").await?;
+    Ok(bodies.iter().map(|body| plaintext(body, namespace)).collect())
 }
 
 /// One that does not answer could be the one that knows: it is an error.
@@ -81,7 +84,8 @@ async fn ask(
     answers.into_iter().collect()
 }
 
-fn plaintext(metrics: &str, namespace: &str, counts: &mut Counts) {
+fn plaintext(metrics: &str, namespace: &str) -> Counts {
+    let mut counts = Counts::new();
     for sample in counters::parse(metrics).filter(|sample| sample.name == OPENED && sample.value > 0.0) {
         let into = sample.label("destination_workload_namespace") == namespace;
         let clear = sample.label("connection_security_policy") != "mutual_tls";
@@ -96,6 +100,7 @@ fn plaintext(metrics: &str, namespace: &str, counts: &mut Counts) {
             *counts.entry((party("source"), party("destination"))).or_default() += sample.value;
         }
     }
+    counts
 }
 
 /// What happened between two looks. A counter that fell belongs to a new process: all it says is new.
@@ -198,8 +203,7 @@ mod tests {
             + &line("source", "a", "d", "unknown", 9)
             + &line("destination", "a", "other", "unknown", 9)
             + &line("destination", "unknown", "d", "unknown", 2);
-        let mut counts = Counts::new();
-        plaintext(&text, "d", &mut counts);
+        let counts = plaintext(&text, "d");
         let pair = |source: &str| (source.to_owned(), "d/b".to_owned());
         assert_eq!(counts, [(pair("(unknown)"), 2.0), (pair("t/a"), 3.0)].into());
         assert_eq!(

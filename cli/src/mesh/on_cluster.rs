@@ -32,7 +32,7 @@ impl OnCluster {
     pub(super) fn open(place: &Place) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let cluster = runtime.block_on(place.connection.open())?;
-        Ok(Self { runtime, cluster, system: place.namespace.clone(), programs: OnceLock::new() })
+        Ok(Self { runtime, cluster, system: place.mesh_namespace.clone(), programs: OnceLock::new() })
     }
 
     fn get(&self, path: &str) -> anyhow::Result<Option<Value>> {

@@ -6,7 +6,10 @@ use anyhow::{Context as _, ensure};
 use lab::protocol::PodStatus;
 use serde_json::Value;
 
-use crate::mesh::{Mesh, Page, Program};
+use crate::{
+    cluster::escape,
+    mesh::{Mesh, Page, Program},
+};
 
 /// How many ztunnels are asked in the place of one that does not explain itself.
 const OTHERS: usize = 3;
@@ -265,12 +268,10 @@ impl std::error::Error for ForeignName {}
 
 /// `None`: this ztunnel has no such page.
 fn ask(mesh: &dyn Mesh, node: &str, end: &str, parameters: &[(&str, &str)]) -> anyhow::Result<Option<Value>> {
-    let query: Vec<String> =
-        parameters.iter().map(|(k, v)| format!("{k}={}", v.replace('%', "%25").replace('&', "%26"))).collect();
+    let query: Vec<String> = parameters.iter().map(|(k, v)| format!("{k}={}", escape(v))).collect();
     let path = format!("/debug/why/{end}?{}", query.join("&"));
     let (status, body) = mesh.ask(&Program::Ztunnel(node.to_owned()), Page::Admin(&path))?;
-    // Ours says what it does not know; who does not know the page says nothing of the kind.
-    // Ours begins with a reason of the list.
+    // Ours begins with a reason of the list; who does not know the page says nothing of the kind.
     match body.split(':').next() {
         Some("lookup") if status == 404 => return Err(ForeignName.into()),
         Some(reason) if status == 404 && reason != "unknown_workload" => return Ok(None),

@@ -4,6 +4,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::facts::{End, Facts};
+use crate::output::short_name;
 
 const MODE: &str = "metadata.labels[istio.io/dataplane-mode]";
 
@@ -335,15 +336,6 @@ fn problem_of(problem: &Value) -> Finding {
 
 fn port_of(address: &str) -> String {
     format!("port {}", address.rsplit(':').next().unwrap_or_default())
-}
-
-/// `demo/web` of `demo/web.demo.svc.cluster.local`; other hosts stay whole.
-fn short_name(key: &str) -> String {
-    let Some((namespace, host)) = key.split_once('/') else { return key.to_owned() };
-    match host.split_once(&format!(".{namespace}.svc.")) {
-        Some((name, _)) => format!("{namespace}/{name}"),
-        None => key.to_owned(),
-    }
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::Duration,
 };
 
@@ -11,7 +11,11 @@ use mesh_runtime::{
     telemetry,
 };
 
-use super::{api::ApiServer, enroll::Pace};
+use super::{
+    api::ApiServer,
+    enroll::Pace,
+    install::{self, kubeconfig::Credentials, plan::Mode},
+};
 use crate::rules::{Options, model};
 
 #[derive(Clone, Debug)]
@@ -39,7 +43,7 @@ pub enum World {
         manifests: PathBuf,
         sandboxes: Option<PathBuf>,
     },
-    Kubernetes(Kubernetes),
+    Kubernetes(Box<Kubernetes>),
 }
 
 /// A node of Kubernetes, seen from the agent's container.
@@ -49,6 +53,11 @@ pub struct Kubernetes {
     /// What stands before the paths of the node.
     pub host_root: PathBuf,
     pub host_proc: PathBuf,
+    /// None where somebody else installs the plugin.
+    pub install: Option<install::Settings>,
+    /// The agent's own namespace and DaemonSet: while that stands, stopping is an upgrade.
+    pub namespace: String,
+    pub daemon_set: String,
 }
 
 impl Config {
@@ -57,12 +66,14 @@ impl Config {
         let env = Reader::new(vars);
         let path = |name: &str, default: &str| PathBuf::from(env.string(name, default));
         let json = env.string("LOG_FORMAT", "plain") == "json";
+        let run_dir = path("CNI_AGENT_RUN_DIR", "/var/run/istio-cni");
+        let excluded_namespaces = list(&env.raw("EXCLUDE_NAMESPACES").unwrap_or_else(|| "kube-system".into()));
         let world = match env.optional("FAIRWAY_MANIFESTS") {
             Some(manifests) => World::Folder {
                 manifests: manifests.into(),
                 sandboxes: env.optional("FAIRWAY_SANDBOXES").map(PathBuf::from),
             },
-            None => World::Kubernetes(kubernetes(&env)),
+            None => World::Kubernetes(Box::new(kubernetes(&env, &run_dir, &excluded_namespaces))),
         };
         let on_kubernetes = matches!(world, World::Kubernetes(_));
         let any = |port| SocketAddr::from((Ipv6Addr::UNSPECIFIED, port));
@@ -71,8 +82,8 @@ impl Config {
         let config = Self {
             node: env.required("NODE_NAME", "the name of this node"),
             zds_socket: path("ZTUNNEL_UDS_ADDRESS", "/var/run/ztunnel/ztunnel.sock"),
-            run_dir: path("CNI_AGENT_RUN_DIR", "/var/run/istio-cni"),
-            excluded_namespaces: list(&env.raw("EXCLUDE_NAMESPACES").unwrap_or_else(|| "kube-system".into())),
+            run_dir,
+            excluded_namespaces,
             options: Options {
                 dns: env.bool("AMBIENT_DNS_CAPTURE", true),
                 ipv6: env.bool("AMBIENT_IPV6", true),
@@ -91,13 +102,67 @@ impl Config {
     }
 }
 
-fn kubernetes(env: &Reader<'_>) -> Kubernetes {
+fn kubernetes(env: &Reader<'_>, run_dir: &Path, excluded_namespaces: &[String]) -> Kubernetes {
     let host_root = PathBuf::from(env.string("FAIRWAY_HOST_ROOT", "/host"));
+    let namespace = env.string("POD_NAMESPACE", "istio-system");
+    let below = |name: &str, path: &str| env.optional(name).map_or_else(|| host_root.join(path), PathBuf::from);
+    let new_mode = if env.bool("CNI_CONF_GROUP_READ", false) { 0o640 } else { 0o600 };
+    let install = install::Settings {
+        binary: env.string("FAIRWAY_CNI_BINARY", "/opt/cni/bin/fairway-cni").into(),
+        bin_dir: below("MOUNTED_CNI_BIN_DIR", "opt/cni/bin"),
+        net_dir: below("MOUNTED_CNI_NET_DIR", "etc/cni/net.d"),
+        run_dir: run_dir.to_owned(),
+        mode: mode(env),
+        primary: env.optional("CNI_CONF_NAME"),
+        conf_mode: new_mode,
+        kubeconfig_mode: octal(env, "KUBECONFIG_MODE", 0o600),
+        credentials: credentials(env),
+        excluded_namespaces: excluded_namespaces.to_vec(),
+        pod_namespace: namespace.clone(),
+    };
     Kubernetes {
         api: ApiServer::from_env(env),
-        host_proc: env.optional("HOST_PROC").map_or_else(|| host_root.join("proc"), PathBuf::from),
+        host_proc: below("HOST_PROC", "proc"),
+        install: env.bool("FAIRWAY_INSTALL", true).then_some(install),
+        namespace,
+        daemon_set: env.string("FAIRWAY_DAEMONSET", "fairway-node"),
         host_root,
     }
+}
+
+fn mode(env: &Reader<'_>) -> Mode {
+    let either = |ours: &str, upstream: &str| env.optional(ours).or_else(|| env.optional(upstream));
+    let owned = env.bool("FAIRWAY_OWNED_CNI_CONFIG", env.bool("ISTIO_OWNED_CNI_CONFIG", false));
+    if !env.bool("CHAINED_CNI_PLUGIN", true) {
+        return Mode::Standalone { file: env.string("CNI_CONF_NAME", "YYY-fairway-cni.conf") };
+    }
+    if !owned {
+        return Mode::Chained;
+    }
+    let file = either("FAIRWAY_OWNED_CNI_CONF_FILENAME", "ISTIO_OWNED_CNI_CONF_FILENAME");
+    let file = file.unwrap_or_else(|| "02-fairway-cni.conflist".into());
+    if !file.ends_with(".conflist") || file.contains('/') {
+        env.problem("FAIRWAY_OWNED_CNI_CONF_FILENAME", &file, "a file name that ends in .conflist");
+    }
+    Mode::Owned { file }
+}
+
+fn credentials(env: &Reader<'_>) -> Option<Credentials> {
+    Some(Credentials {
+        host: env.optional("KUBERNETES_SERVICE_HOST")?,
+        port: env.parse("KUBERNETES_SERVICE_PORT", 443, "a port"),
+        service_account: "/var/run/secrets/kubernetes.io/serviceaccount".into(),
+        ca: env.optional("KUBE_CA_FILE").map(PathBuf::from),
+        skip_verify: env.bool("SKIP_TLS_VERIFY", false),
+    })
+}
+
+fn octal(env: &Reader<'_>, name: &str, default: u32) -> u32 {
+    let Some(value) = env.optional(name) else { return default };
+    u32::from_str_radix(&value, 8).ok().filter(|mode| *mode <= 0o777).unwrap_or_else(|| {
+        env.problem(name, &value, "a file mode such as 0600");
+        default
+    })
 }
 
 fn list(text: &str) -> Vec<String> {
@@ -153,6 +218,29 @@ mod tests {
         let outside = Config::from_env(&vars(&[("NODE_NAME", "n"), ("KUBECONFIG", "/k")])).expect("valid");
         let World::Kubernetes(kubernetes) = outside.world else { panic!("no folder was given") };
         assert_eq!(kubernetes.api, ApiServer::Kubeconfig("/k".into()));
+    }
+
+    #[test]
+    fn the_ways_into_the_chain_have_upstreams_names() {
+        let mode = |given: &[(&str, &str)]| {
+            let config = Config::from_env(&vars(&[&[("NODE_NAME", "n")], given].concat())).expect("valid");
+            let World::Kubernetes(kubernetes) = config.world else { panic!("no folder was given") };
+            kubernetes.install.map(|install| (install.mode, install.primary, install.kubeconfig_mode))
+        };
+        let owned = |file: &str| Mode::Owned { file: file.into() };
+        assert_eq!(mode(&[]), Some((Mode::Chained, None, 0o600)));
+        assert_eq!(mode(&[("FAIRWAY_INSTALL", "false")]), None);
+        let (found, ..) = mode(&[("ISTIO_OWNED_CNI_CONFIG", "true")]).expect("installs");
+        assert_eq!(found, owned("02-fairway-cni.conflist"));
+        let names = [("FAIRWAY_OWNED_CNI_CONFIG", "1"), ("ISTIO_OWNED_CNI_CONF_FILENAME", "00-x.conflist")];
+        assert_eq!(mode(&names).expect("installs").0, owned("00-x.conflist"));
+        let alone = [("CHAINED_CNI_PLUGIN", "false"), ("KUBECONFIG_MODE", "0640")];
+        let standalone = Mode::Standalone { file: "YYY-fairway-cni.conf".into() };
+        assert_eq!(mode(&alone), Some((standalone, None, 0o640)));
+        let bad = [("NODE_NAME", "n"), ("KUBECONFIG_MODE", "rw"), ("FAIRWAY_OWNED_CNI_CONFIG", "1")];
+        let bad = [&bad[..], &[("ISTIO_OWNED_CNI_CONF_FILENAME", "x.conf")]].concat();
+        let problems = Config::from_env(&vars(&bad)).expect_err("problems").to_string();
+        assert!(problems.contains("KUBECONFIG_MODE") && problems.contains(".conflist"), "{problems}");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use mesh_runtime::telemetry::error_chain;
 use std::{
     collections::HashMap,
+    net::IpAddr,
     path::PathBuf,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -19,6 +20,7 @@ use tokio::{
 use super::{
     enroll::{Machine, Outcome, Pace, Redirection, State, Step, Uid, Wanted},
     host::Host,
+    probes::{self, Probes},
     report::{Metrics, PodReport, PodState, Reports},
     sandbox::{SandboxError, Sandboxes},
     server::AddCall,
@@ -62,6 +64,10 @@ pub struct Driver {
     /// Pods the machine has to do with, also those that the view no longer has.
     pods: HashMap<Uid, Arc<Pod>>,
     netns: HashMap<Uid, NetNs>,
+    /// As the runtime told them; the API shows them later.
+    addresses: HashMap<Uid, Vec<IpAddr>>,
+    /// None where nobody probes.
+    probes: Option<Probes>,
     older_flows: HashMap<Uid, usize>,
     steps: JoinSet<Vec<Finished>>,
     /// Pods whose namespace is to be found, all in one search; one search at a time.
@@ -98,6 +104,7 @@ impl Driver {
     pub fn new(
         settings: Settings,
         zds: Zds,
+        probes: Option<Probes>,
         metrics: Metrics,
         reports: watch::Sender<Reports>,
         pending: Pending,
@@ -110,6 +117,8 @@ impl Driver {
             view: Arc::default(),
             pods: HashMap::new(),
             netns: HashMap::new(),
+            addresses: HashMap::new(),
+            probes,
             older_flows: HashMap::new(),
             steps: JoinSet::new(),
             to_find: Vec::new(),
@@ -154,6 +163,7 @@ impl Driver {
                     finished.into_iter().flatten().for_each(|finished| self.take_finished(finished));
                 }
                 () = zds.synced() => self.machine.ztunnel_connected(),
+                () = marked(&mut self.probes) => {}
                 () = sleep_until(wake) => {}
             }
         }
@@ -229,7 +239,10 @@ impl Driver {
                 self.reply(reply, Err(format!("pod {who} is not to be captured: {why}")));
             }
             Ok(()) => match self.settings.host.open_netns(request.netns.as_ref()) {
-                Ok(ns) => self.enrol(uid, pod, ns, reply),
+                Ok(ns) => {
+                    self.addresses.insert(uid.clone(), request.addresses());
+                    self.enrol(uid, pod, ns, reply);
+                }
                 Err(error) => self.reply(reply, Err(error_chain(&error))),
             },
         }
@@ -298,8 +311,10 @@ impl Driver {
         for uid in self.machine.forget_finished() {
             self.pods.remove(&uid);
             self.netns.remove(&uid);
+            self.addresses.remove(&uid);
             self.older_flows.remove(&uid);
         }
+        self.want_probes();
         self.answer_waiting(now);
         if self.machine.has_tried_everything()
             && let Some((pending, synced)) = self.first_pass.take()
@@ -318,6 +333,34 @@ impl Driver {
         questions.chain(waiting).chain(self.machine.wakes_at()).fold(self.decisions_due, Instant::min)
     }
 
+    /// Of every pod that should be captured, sooner than it is: the node's probes pass a pod without rules as well.
+    fn want_probes(&mut self) {
+        let Some(probes) = &self.probes else { return };
+        let mut wanted = probes::Wanted { complete: true, ..probes::Wanted::default() };
+        for (uid, pod) in &self.pods {
+            if self.machine.get(uid).is_some_and(|state| state.wanted == Wanted::Enrolled) {
+                let addresses = self.addresses_of(uid, pod);
+                wanted.complete &= !addresses.is_empty();
+                wanted.addresses.extend(addresses);
+            }
+        }
+        probes.wanted.send_if_modified(|now| {
+            let differs = *now != wanted;
+            *now = wanted;
+            differs
+        });
+    }
+
+    fn addresses_of<'a>(&'a self, uid: &Uid, pod: &'a Pod) -> &'a [IpAddr] {
+        let told = || self.addresses.get(uid).map(Vec::as_slice).unwrap_or_default();
+        if pod.ips.is_empty() { told() } else { &pod.ips }
+    }
+
+    fn are_probes_marked(&self, uid: &Uid) -> bool {
+        let (Some(probes), Some(pod)) = (&self.probes, self.pods.get(uid)) else { return true };
+        probes.marked.borrow().is_settled(self.addresses_of(uid, pod))
+    }
+
     fn answer_waiting(&mut self, now: Instant) {
         let mut answers = Vec::new();
         for (request, reply, deadline) in std::mem::take(&mut self.unknown) {
@@ -329,18 +372,23 @@ impl Driver {
             let why = format!("pod {pod_namespace}/{pod_name} is not among the pods of node {}", self.settings.node);
             answers.push((reply, Err(why)));
         }
-        for (uid, waiting) in &mut self.waiting {
+        let mut all_waiting = std::mem::take(&mut self.waiting);
+        for (uid, waiting) in &mut all_waiting {
             let state = self.machine.get(uid);
+            let is_marked = self.are_probes_marked(uid);
             for (reply, deadline) in std::mem::take(waiting) {
                 match state {
-                    Some(state) if state.is_captured() => answers.push((reply, Ok(AddAnswer { enrolled: true }))),
+                    Some(state) if state.is_captured() && is_marked => {
+                        answers.push((reply, Ok(AddAnswer { enrolled: true })))
+                    }
                     Some(State { error: Some(why), .. }) => answers.push((reply, Err(why.clone()))),
                     Some(_) if deadline > now => waiting.push((reply, deadline)),
                     _ => answers.push((reply, Err("the pod could not be captured in time".into()))),
                 }
             }
         }
-        self.waiting.retain(|_, waiting| !waiting.is_empty());
+        all_waiting.retain(|_, waiting| !waiting.is_empty());
+        self.waiting = all_waiting;
         answers.into_iter().for_each(|(reply, answer)| self.reply(reply, answer));
     }
 
@@ -453,6 +501,16 @@ impl Driver {
             finished.collect()
         });
     }
+}
+
+/// Completes when more probes are marked. Cancel safe.
+async fn marked(probes: &mut Option<Probes>) {
+    if let Some(probes) = probes
+        && probes.marked.changed().await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
 }
 
 async fn take_step(

@@ -52,6 +52,8 @@ pub struct Metrics {
     pub requests: IntCounterVec,
     pub steps: IntCounterVec,
     pub watch_failures: IntCounterVec,
+    pub installs: IntCounterVec,
+    pub installed: IntGauge,
 }
 
 impl Metrics {
@@ -69,6 +71,8 @@ impl Metrics {
                 "Failures to list or watch objects of the API server",
                 "watched",
             ),
+            installs: counter("istio_cni_installs_total", "Installations of the CNI plugin", "result"),
+            installed: gauge("istio_cni_install_ready", "Whether the CNI plugin is installed"),
         }
     }
 

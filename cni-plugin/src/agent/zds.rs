@@ -179,6 +179,14 @@ impl Zds {
         }
     }
 
+    /// Makes every ztunnel let go of every workload.
+    pub async fn withdraw_all(&self) {
+        let uids: Vec<Uid> = self.lock().workloads.keys().cloned().collect();
+        for uid in uids {
+            self.withdraw(&uid).await;
+        }
+    }
+
     /// Accepts ztunnels until the drain starts. Call it only when the workloads to be kept are all remembered: a ztunnel drops those
     /// that its snapshot does not mention.
     pub async fn serve(self, listener: SeqListener, drain: DrainWatcher) {

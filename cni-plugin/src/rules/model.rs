@@ -192,7 +192,7 @@ fn named(name: &str, ip: IpAddr) -> String {
     format!("{name}-{}", if ip.is_ipv4() { "v4" } else { "v6" })
 }
 
-fn probes(options: &Options) -> impl Iterator<Item = IpAddr> {
+pub(super) fn probes(options: &Options) -> impl Iterator<Item = IpAddr> {
     let v6 = options.ipv6.then_some(options.probe_v6.into());
     [Some(options.probe_v4.into()), v6].into_iter().flatten()
 }
@@ -291,7 +291,7 @@ fn reply_route(lo: u32, any: IpAddr) -> link::Route {
 }
 
 /// FNV-1a, folded: tells versions of a rule apart, no defence against forgery.
-fn digest(text: &str) -> u32 {
+pub(super) fn digest(text: &str) -> u32 {
     text.bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 

@@ -81,6 +81,11 @@ pub fn verify_installed(ns: &NetNs) -> Result<bool> {
     verify_routing(ns, ipv6).map(|()| true)
 }
 
+/// Whether there are rules that we have put there, complete or not. Those of others have no manifest.
+pub fn is_ours(ns: &NetNs) -> Result<bool> {
+    Ok(installed_manifest(ns)?.is_some())
+}
+
 fn verify_routing(ns: &NetNs, ipv6: bool) -> Result<()> {
     let mut netlink = Netlink::in_ns(ns)?;
     let lo = netlink.index("lo")?;

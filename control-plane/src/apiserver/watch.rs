@@ -49,6 +49,20 @@ pub(crate) enum Event<K> {
     Recovered,
 }
 
+impl<K> Event<K> {
+    pub(crate) fn map<T>(self, of: impl FnOnce(K) -> T) -> Event<T> {
+        match self {
+            Self::Listing => Event::Listing,
+            Self::Set(object) => Event::Set(of(object)),
+            Self::Listed => Event::Listed,
+            Self::Gone(object) => Event::Gone(of(object)),
+            Self::Unknown => Event::Unknown,
+            Self::Failing(why) => Event::Failing(why),
+            Self::Recovered => Event::Recovered,
+        }
+    }
+}
+
 /// Why a watch stopped.
 enum Stopped {
     /// Nobody listens any more.

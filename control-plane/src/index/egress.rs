@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use ipnet::IpNet;
 use mesh_core::{
     addr::NetworkAddress,
-    service::{HealthPolicy, LoadBalancing, LoadBalancingMode, Service, ServicePort},
+    service::{self, HealthPolicy, LoadBalancing, LoadBalancingMode, Service, ServicePort},
     workload::{PortMapping, TunnelProtocol, Workload},
 };
 
@@ -59,7 +59,7 @@ impl ClusterIndex {
         if entry.resolution == Resolution::Dns && entry.endpoints.is_empty() && entry.selector.is_empty() {
             let implicit = |host: &Arc<str>| {
                 let ports = entry.ports.iter().map(|port| mapping(port, None)).collect();
-                let services = [(service_key(key, host), ports)].into();
+                let services = [(service::key(&key.namespace, host), ports)].into();
                 let workload = Workload { hostname: host.clone(), services, ..self.entry_workload(key, entry, host) };
                 self.bind_workload(key, &Binding::default(), &entry.labels, workload)
             };
@@ -67,7 +67,7 @@ impl ClusterIndex {
         }
         let explicit = |endpoint: &Endpoint| {
             let ports: Ports = entry.ports.iter().map(|p| mapping(p, endpoint.ports.get(&p.name))).collect();
-            let services = hosts.iter().map(|host| (service_key(key, host), ports.clone())).collect();
+            let services = hosts.iter().map(|host| (service::key(&key.namespace, host), ports.clone())).collect();
             let address = match &endpoint.address {
                 EndpointAddress::Host(host) => host.to_string(),
                 EndpointAddress::Ip(ip) => ip.to_string(),
@@ -126,7 +126,7 @@ impl ClusterIndex {
                 mapping(port, named.filter(|_| member.pod_uid.is_none() || port.target.is_none()))
             };
             let ports: Ports = entry.ports.iter().map(own).collect();
-            self.won(key, entry).map(|host| (service_key(key, host), ports.clone())).collect::<Vec<_>>()
+            self.won(key, entry).map(|host| (service::key(&key.namespace, host), ports.clone())).collect::<Vec<_>>()
         };
         selecting.flat_map(of).collect()
     }
@@ -146,10 +146,6 @@ fn placed(workload: Workload, endpoint: &Endpoint) -> Workload {
         service_account: endpoint.service_account.clone().unwrap_or(workload.service_account),
         ..workload
     }
-}
-
-fn service_key(key: &ObjectKey, host: &str) -> Arc<str> {
-    format!("{}/{host}", key.namespace).into()
 }
 
 fn mapping(port: &EntryPort, own: Option<&u16>) -> PortMapping {

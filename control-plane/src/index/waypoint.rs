@@ -7,6 +7,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use mesh_core::{
     addr::NetworkAddress,
+    identity::Identity,
     policy::{Action, Clause, Match, Policy, Rule, Scope, StringMatch},
     select::HBONE_PORT,
     service::{Service, Visibility},
@@ -211,8 +212,10 @@ impl ClusterIndex {
             _ => None,
         });
         let accounts: BTreeSet<&Arc<str>> = pods.map(|pod| &pod.service_account).collect();
+        let (domain, namespace) = (&self.settings.trust_domain, &key.namespace);
         let principal = |account: &Arc<str>| {
-            StringMatch::Exact(format!("{}/ns/{}/sa/{account}", self.settings.trust_domain, key.namespace).into())
+            let identity = Identity::new(domain.clone(), namespace.clone(), account.clone());
+            StringMatch::Exact(identity.principal().into())
         };
         let principals: Vec<StringMatch> = accounts.into_iter().map(principal).collect();
         let object = self.objects.get(key)?;

@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use mesh_core::workload::{Health, Locality, NetworkMode, OutboundPolicy, PortMapping, TunnelProtocol, Workload};
+use mesh_core::{
+    service,
+    workload::{Health, Locality, NetworkMode, OutboundPolicy, PortMapping, TunnelProtocol, Workload},
+};
 
 use super::{ClusterIndex, matches};
 use crate::objects::{Binding, EndpointSlice, Kind, Labels, ObjectKey, Pod, Service, Spec, TargetPort, mesh_config};
@@ -131,7 +134,7 @@ impl ClusterIndex {
     }
 
     fn service_key(&self, key: &ObjectKey) -> Arc<str> {
-        format!("{}/{}", key.namespace, self.hostname(key)).into()
+        service::key(&key.namespace, &self.hostname(key))
     }
 
     /// The ports of a service without selector that a slice gives this very pod; addresses alone never link the two.

@@ -2,22 +2,25 @@
 
 use std::{
     collections::BTreeMap,
+    sync::Arc,
     time::{Duration, SystemTime},
 };
 
 use k8s_openapi::{ByteString, api::core::v1::Secret, apimachinery::pkg::apis::meta::v1::ObjectMeta};
 use kube::{Api, api::PostParams};
 use mesh_identity::authority::SigningAuthority;
-use mesh_runtime::telemetry::error_chain;
+use mesh_runtime::drain::DrainWatcher;
 use mesh_xds::backoff::Backoff;
-use tokio::time::Instant;
+use tokio::{sync::mpsc, time::Instant};
 
-use super::KeeperError;
+use super::{Keeper, KeeperError, within};
+use crate::{
+    apiserver::watch::{self, Event},
+    app::TaskFailed,
+};
 
 pub(crate) const NAME: &str = "istio-ca-secret";
 const TYPE: &str = "istio.io/ca-root";
-/// For one answer of the API server.
-const DEADLINE: Duration = Duration::from_secs(10);
 /// A start without the Secret is given up after this.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -89,14 +92,40 @@ async fn found_or_made(
     }
 }
 
-pub(crate) async fn within<T>(answer: impl Future<Output = kube::Result<T>>) -> Result<T, String> {
-    match tokio::time::timeout(DEADLINE, answer).await {
-        Ok(answer) => answer.map_err(|error| error_chain(&error)),
-        Err(_) => Err(format!("no answer within {DEADLINE:?}")),
+/// Follows the Secret until the drain. One that is deleted leaves the authority in force: who deletes it by mistake can put it back.
+pub(crate) async fn follow(keeper: Arc<Keeper>, api: Api<Secret>, drain: DrainWatcher) -> Result<(), TaskFailed> {
+    let (sender, mut events) = mpsc::channel(4);
+    let fields = format!("metadata.name={NAME}");
+    let watching = watch::watch(api, &fields, sender, std::convert::identity);
+    let following = async {
+        let mut listed = None;
+        while let Some(event) = events.recv().await {
+            match event {
+                Event::Listing => listed = Some(false),
+                Event::Set(secret) => {
+                    listed = listed.map(|_| true);
+                    keeper.offer(authority(&secret, SystemTime::now()));
+                }
+                Event::Listed if listed.take() == Some(false) => keeper.keep_last_good(gone()),
+                Event::Gone(_) | Event::Unknown => keeper.keep_last_good(gone()),
+                Event::Failing(why) => tracing::debug!(why, "the CA's Secret cannot be watched"),
+                Event::Listed | Event::Recovered => {}
+            }
+        }
+    };
+    tokio::select! {
+        ((), ()) = async { tokio::join!(watching, following) } => {
+            Err(TaskFailed::of("watching the CA's Secret")("it ended without being told to"))
+        }
+        _ = drain.signalled() => Ok(()),
     }
 }
 
-fn secret(namespace: &str, authority: &SigningAuthority) -> Secret {
+fn gone() -> String {
+    "the Secret is gone; the next start would make a new CA".to_owned()
+}
+
+pub(super) fn secret(namespace: &str, authority: &SigningAuthority) -> Secret {
     let parts = [
         ("ca-cert.pem", authority.certificate_pem()),
         ("ca-key.pem", authority.key_pem()),

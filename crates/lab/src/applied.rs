@@ -31,7 +31,7 @@ impl Applied {
         self.places.retain(|_, place| place.file != file);
         if has_documents(&parts.rest) {
             let place = Place { file: file.to_owned(), line: None };
-            self.places.insert(Path::new("applied").join(name_of(file)), place);
+            self.places.insert(path_of(file), place);
         }
         for ((kind, namespace, name), line) in &parts.lines {
             let path = match &**kind {
@@ -41,6 +41,11 @@ impl Applied {
             };
             self.places.insert(path.into(), Place { file: file.to_owned(), line: Some(*line) });
         }
+    }
+
+    /// What is at `path` is there no more.
+    pub(crate) fn forget(&mut self, path: &Path) {
+        self.places.remove(path);
     }
 
     /// The versions of what a file put there, as the control plane names them.
@@ -70,10 +75,11 @@ impl Applied {
     }
 }
 
-/// The name under which the control plane reads what is not the lab's own of a file.
-pub(crate) fn name_of(file: &str) -> String {
+/// Where, below the manifests' folder, the control plane reads what is not the lab's own of a file.
+pub(crate) fn path_of(file: &str) -> PathBuf {
     let name = file.rsplit('/').next().unwrap_or("applied.yaml");
-    if name.ends_with(".yaml") || name.ends_with(".yml") { name.to_owned() } else { format!("{name}.yaml") }
+    let suffix = if name.ends_with(".yaml") || name.ends_with(".yml") { "" } else { ".yaml" };
+    Path::new("applied").join(format!("{name}{suffix}"))
 }
 
 pub(crate) fn has_documents(rest: &str) -> bool {
@@ -121,6 +127,13 @@ mod tests {
         assert_eq!(versions.len(), 3);
         assert!(versions.iter().all(|version| version.split('-').count() == 3), "{versions:?}");
         assert!(applied.versions("mine", &folder).is_err());
+        applied.places.retain(|path, _| *path == path_of("mine"));
+        applied.forget(&path_of("dir/mine"));
+        assert_eq!(
+            applied.versions("mine", &folder).unwrap(),
+            Vec::<String>::new(),
+            "what was deleted is not asked for"
+        );
         assert_eq!(applied.versions("other", &folder).unwrap(), Vec::<String>::new());
     }
 }

@@ -261,7 +261,6 @@ impl Cluster {
     pub async fn apply(&mut self, file: &str, text: &str) -> Result<String> {
         let parts = split(file, text)?;
         self.applied.take(file, &parts);
-        let name = applied::name_of(file);
         let mut report = Vec::new();
         for namespace in parts.namespaces {
             self.put_namespace(namespace)?;
@@ -273,8 +272,9 @@ impl Cluster {
             }
         }
         if applied::has_documents(&parts.rest) {
-            write_whole(&self.paths.manifests().join("applied").join(&name), &parts.rest)?;
-            report.push(format!("{name} applied"));
+            let path = applied::path_of(file);
+            write_whole(&self.paths.manifests().join(&path), &parts.rest)?;
+            report.push(format!("{} applied", path.file_name().unwrap_or_default().display()));
         }
         for service in parts.services {
             let (namespace, name) = key(&service);
@@ -306,13 +306,16 @@ impl Cluster {
         Ok(self.applied.told(file, &found).join("\n"))
     }
 
-    /// Takes back what `apply` of a file left in the manifests' folder.
+    /// Takes back what `apply` of a file left in the manifests' folder: all but namespaces, pods and services.
     ///
     /// # Errors
     /// When no such file was applied.
     pub fn delete_file(&mut self, file: &str) -> Result<()> {
-        let name = file.rsplit('/').next().unwrap_or(file);
-        Ok(fs::remove_file(self.paths.manifests().join("applied").join(name))?)
+        let path = applied::path_of(file);
+        fs::remove_file(self.paths.manifests().join(&path))
+            .with_context(|| format!("{file} was not applied, or holds nothing but namespaces, pods and services"))?;
+        self.applied.forget(&path);
+        Ok(())
     }
 
     /// Sets or removes a label.

@@ -7,8 +7,8 @@ use smallvec::SmallVec;
 
 use crate::{
     index::Index,
-    service::{HealthPolicy, LoadBalancingMode, Scope, Service},
-    workload::{Health, Workload},
+    service::{LoadBalancingMode, Scope, Service},
+    workload::Workload,
 };
 
 /// What the endpoint is wanted for.
@@ -99,8 +99,7 @@ fn eligible(
     port: u16,
     purpose: Purpose,
 ) -> Result<(u16, usize), Ineligible> {
-    let any_health = service.load_balancing.as_ref().is_some_and(|lb| lb.health_policy == HealthPolicy::AllowAll);
-    if !any_health && workload.health != Health::Healthy {
+    if !service.health_policy().takes(workload.health) {
         return Err(Ineligible::Unhealthy);
     }
     let via_gateway = workload.network != source.network && workload.network_gateway.is_some();
@@ -179,8 +178,8 @@ mod tests {
     use super::*;
     use crate::{
         index::{Delta, Provenance, Resource},
-        service::{AppProtocol, LoadBalancing, ServicePort},
-        workload::{ApplicationTunnel, PortMapping},
+        service::{AppProtocol, HealthPolicy, LoadBalancing, ServicePort},
+        workload::{ApplicationTunnel, Health, PortMapping},
     };
 
     fn service(load_balancing: Option<LoadBalancing>) -> Service {

@@ -432,7 +432,7 @@ fn addresses(workload: &Workload) -> impl Iterator<Item = NetworkAddress> {
 /// Among the services of one key that the client may see: its own namespace's, then the canonical, then the smallest key.
 fn best<'a>(services: &'a [Arc<Service>], client_namespace: &str) -> Option<&'a Arc<Service>> {
     let visible = services.iter().filter(|s| s.is_visible_to(client_namespace));
-    visible.min_by_key(|s| (*s.namespace != *client_namespace, !s.canonical))
+    visible.min_by_key(|s| s.rank_for(client_namespace))
 }
 
 fn scope_key(policy: &Policy) -> Option<Arc<str>> {

@@ -12,11 +12,7 @@
 
 use std::{net::IpAddr, sync::Arc};
 
-use crate::{
-    index::Index,
-    service::{HealthPolicy, IpFamilies, Service},
-    workload::{Health, Workload},
-};
+use crate::{index::Index, service::Service, workload::Workload};
 
 /// Who asks, and what short names mean to it.
 #[derive(Clone, Copy, Debug)]
@@ -154,7 +150,7 @@ impl<'a> Finder<'a> {
             candidates.filter(|s| s.is_visible_to(namespace) && (!is_headless(s) || self.in_cluster(host)));
         answerable.min_by_key(|s| {
             let preferred = preferred_namespace.is_some_and(|preferred| *s.namespace == *preferred);
-            (*s.namespace != *namespace, !s.canonical, !preferred)
+            (s.rank_for(namespace), !preferred)
         })
     }
 
@@ -164,18 +160,16 @@ impl<'a> Finder<'a> {
 
     /// Those that connections to the service would be given, on the client's network.
     fn endpoints(&self, service: &Service) -> impl Iterator<Item = &'a Arc<Workload>> + use<'a> {
-        let all = service.load_balancing.as_ref().is_some_and(|lb| lb.health_policy == HealthPolicy::AllowAll);
-        let network = self.client.network;
-        let usable = move |w: &&Arc<Workload>| *w.network == *network && (all || w.health == Health::Healthy);
+        let (policy, network) = (service.health_policy(), self.client.network);
+        let usable = move |w: &&Arc<Workload>| *w.network == *network && policy.takes(w.health);
         self.index.endpoints(&service.key()).filter(usable)
     }
 
     fn answer(&self, found: Found<'a>, alias_of: Option<String>, family: Family) -> Answer {
         let Found { service, pod } = found;
-        let of_family = |ip: &IpAddr| Family::of(*ip) == family;
+        let of_family = |ip: &IpAddr| Family::of(*ip) == family && service.ip_families.allow(*ip);
         let first = |workload: &Workload| workload.addresses.iter().copied().find(of_family);
         let mut addresses: Vec<IpAddr> = match pod {
-            _ if !has_family(service, family) => Vec::new(),
             Some(pod) => first(pod).into_iter().collect(),
             None if is_headless(service) => self.endpoints(service).filter_map(|w| first(w)).collect(),
             None => virtual_addresses(service, self.client.network).filter(of_family).collect(),
@@ -183,14 +177,6 @@ impl<'a> Finder<'a> {
         addresses.sort_unstable();
         addresses.dedup();
         Answer { alias_of, addresses, service: service.clone() }
-    }
-}
-
-fn has_family(service: &Service, family: Family) -> bool {
-    match service.ip_families {
-        IpFamilies::Automatic | IpFamilies::Dual => true,
-        IpFamilies::Ipv4Only => family == Family::Ipv4,
-        IpFamilies::Ipv6Only => family == Family::Ipv6,
     }
 }
 

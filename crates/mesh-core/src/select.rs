@@ -317,11 +317,7 @@ impl<'a, R: rand::Rng> Selector<'a, R> {
         if workload.addresses.contains(&asked) {
             return Ok(asked);
         }
-        let fits = |ip: &&IpAddr| match families {
-            IpFamilies::Automatic | IpFamilies::Dual => true,
-            IpFamilies::Ipv4Only => ip.is_ipv4(),
-            IpFamilies::Ipv6Only => ip.is_ipv6(),
-        };
+        let fits = |ip: &&IpAddr| families.allow(**ip);
         let same_family = |ip: &&IpAddr| ip.is_ipv4() == asked.is_ipv4();
         if workload.addresses.is_empty() && !workload.hostname.is_empty() {
             let host = &workload.hostname;

@@ -1,12 +1,12 @@
 //! Services: names and virtual addresses in front of workloads.
 
-use std::sync::Arc;
+use std::{net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 
 use crate::{
     addr::NetworkAddress,
-    workload::{GatewayAddress, PortMapping},
+    workload::{GatewayAddress, Health, PortMapping},
 };
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,14 +31,25 @@ pub struct Service {
 }
 
 impl Service {
-    /// Primary key `namespace/hostname`.
+    /// See [`key`].
     pub fn key(&self) -> Arc<str> {
-        format!("{}/{}", self.namespace, self.hostname).into()
+        key(&self.namespace, &self.hostname)
     }
 
     /// Whether clients of this namespace are told of it.
     pub fn is_visible_to(&self, namespace: &str) -> bool {
         self.visibility == Visibility::Public || *self.namespace == *namespace
+    }
+
+    /// Among the visible services of one name or address, a client of `namespace` means the one of the least rank: its own namespace's,
+    /// then the canonical one.
+    pub fn rank_for(&self, namespace: &str) -> (bool, bool) {
+        (*self.namespace != *namespace, !self.canonical)
+    }
+
+    /// Which endpoints may serve.
+    pub fn health_policy(&self) -> HealthPolicy {
+        self.load_balancing.as_ref().map_or(HealthPolicy::OnlyHealthy, |lb| lb.health_policy)
     }
 
     pub fn new(namespace: impl Into<Arc<str>>, name: impl Into<Arc<str>>, hostname: impl Into<Arc<str>>) -> Self {
@@ -59,6 +70,11 @@ impl Service {
             visibility: Visibility::Public,
         }
     }
+}
+
+/// The primary key of a service.
+pub fn key(namespace: &str, hostname: &str) -> Arc<str> {
+    format!("{namespace}/{hostname}").into()
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -109,12 +125,29 @@ pub enum HealthPolicy {
     OnlyHealthy,
 }
 
+impl HealthPolicy {
+    pub fn takes(self, health: Health) -> bool {
+        self == Self::AllowAll || health == Health::Healthy
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum IpFamilies {
     Automatic,
     Dual,
     Ipv4Only,
     Ipv6Only,
+}
+
+impl IpFamilies {
+    /// Whether the service is served on such an address.
+    pub fn allow(self, ip: IpAddr) -> bool {
+        match self {
+            Self::Automatic | Self::Dual => true,
+            Self::Ipv4Only => ip.is_ipv4(),
+            Self::Ipv6Only => ip.is_ipv6(),
+        }
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

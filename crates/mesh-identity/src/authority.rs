@@ -221,6 +221,18 @@ impl SigningAuthority {
         &self.key_pem
     }
 
+    /// Whether it is made of the same parts.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let parts = |of: &Self| (of.certificate_pem.clone(), of.intermediates.clone(), of.root_pem.clone());
+        self.key_pem == other.key_pem && parts(self) == parts(other)
+    }
+
+    /// When the first of its roots expires.
+    pub fn roots_not_after(&self) -> Option<SystemTime> {
+        let roots = certificates(&self.root_pem, ROOTS_PART).unwrap_or_default();
+        roots.iter().filter_map(|(root, _)| not_after(root)).min()
+    }
+
     /// When its own certificate expires; nothing it signs is valid for longer.
     pub fn not_after(&self) -> SystemTime {
         self.not_after
@@ -465,6 +477,24 @@ pub(crate) mod tests {
         let counts: Vec<usize> = chain.iter().map(|pem| pem.matches("BEGIN").count()).collect();
         assert_eq!(counts, [1, 1, 1, 1, 2], "leaf, signing, two intermediates, two roots");
         assert!(chain.iter().all(|pem| pem.ends_with("-----\n")));
+    }
+
+    /// As OpenSSL and Istio's self-signed CA write them.
+    #[test]
+    fn keys_of_every_form_are_read() {
+        let rsa = include_str!("../testdata/rsa-cert.pem");
+        let ec = include_str!("../testdata/ec-cert.pem");
+        let table = [
+            ("RSA, PKCS #1", include_str!("../testdata/rsa-pkcs1-key.pem"), rsa),
+            ("RSA, PKCS #8", include_str!("../testdata/rsa-pkcs8-key.pem"), rsa),
+            ("EC, SEC 1", include_str!("../testdata/ec-sec1-key.pem"), ec),
+        ];
+        for (form, key, certificate) in table {
+            let material = Material { certificates: certificate, key, roots: certificate };
+            let authority = SigningAuthority::from_pem(material).unwrap_or_else(|error| panic!("{form}: {error}"));
+            // The certificates of the test are valid from the day they were made.
+            authority.check(authority.not_after() - Duration::from_secs(24 * 3600)).expect(form);
+        }
     }
 
     #[test]

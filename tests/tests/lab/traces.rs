@@ -1,11 +1,11 @@
 //! A lab leaves nothing behind, however it ends.
 
-use std::{collections::BTreeSet, fs};
+use std::{collections::BTreeSet, fs, path::Path};
 
 use anyhow::ensure;
 
-use super::harness::{PODS, PROGRAM, apply, eventually, in_lab, in_mesh, label, wait_enrolment};
-use lab::protocol::Request;
+use super::harness::{PODS, PROGRAM, apply, eventually, fairway, in_lab, in_mesh, label, wait_enrolment};
+use lab::{control::Lab, protocol::Request};
 
 /// What this machine shows of labs: processes of this build's binary, network links, mounts.
 fn inventory() -> BTreeSet<String> {
@@ -83,4 +83,47 @@ fn malformed_manifests_are_refused_whole_with_file_and_line() {
         ensure!(owned.lab.status()?.pods.is_empty(), "half of the file was applied");
         Ok(())
     });
+}
+
+#[test]
+fn files_applied_together_may_need_each_other_in_any_order_and_a_bad_one_stops_none() {
+    in_lab(|owned| {
+        let folder = std::env::temp_dir().join(format!("fairway-{}", owned.lab.name()));
+        fs::create_dir_all(&folder)?;
+        let outcome = apply_together(&owned.lab, &folder);
+        fs::remove_dir_all(&folder)?;
+        outcome
+    });
+}
+
+fn apply_together(lab: &Lab, folder: &Path) -> anyhow::Result<()> {
+    let user = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: t, labels: {istio.io/use-waypoint: wp}}\nspec: {ports: [{port: 80}]}\n";
+    let waypoint = "apiVersion: gateway.networking.k8s.io/v1\nkind: Gateway\nmetadata: {name: wp, namespace: t}\nspec: {gatewayClassName: istio-waypoint, listeners: [{name: mesh, port: 15008, protocol: HBONE}]}\n---\napiVersion: v1\nkind: Service\nmetadata: {name: wp, namespace: t}\nspec: {ports: [{port: 15008}]}\n";
+    let file = |name: &str, text: &str| -> anyhow::Result<String> {
+        let path = folder.join(name);
+        fs::write(&path, text)?;
+        Ok(path.display().to_string())
+    };
+    // One of them without the suffix that manifests have in the folder.
+    let (user, waypoint) = (file("user.yaml", user)?, file("waypoint", waypoint)?);
+    let broken = file("broken.yaml", "kind: Pod\nmetadata: {name: broken}\nspec: {containers: [{name: c}]}\n")?;
+    let together = |files: &[&String]| {
+        let files = files.iter().flat_map(|file| ["-f", file.as_str()]);
+        let arguments: Vec<&str> = ["lab", "apply", "--name", lab.name()].into_iter().chain(files).collect();
+        let output = fairway(&arguments);
+        (output.status.success(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (success, said) = together(&[&user, &broken]);
+    ensure!(!success && said.contains("broken.yaml:") && said.contains("waypoint t/wp does not exist"), "{said}");
+    let (success, said) = together(&[&user, &waypoint]);
+    ensure!(success, "{said}");
+    let (success, said) = together(&[&broken, &waypoint]);
+    ensure!(!success && !said.contains("waypoint"), "{said}");
+    lab.ask(&Request::Delete { pod: None, file: Some(waypoint.clone()) })?;
+    ensure!(lab.problems(&waypoint)?.is_empty());
+    eventually("the waypoint to be missed", || {
+        let said = lab.problems(&user)?.join("\n");
+        ensure!(said.contains("waypoint t/wp does not exist"), "{said}");
+        Ok(())
+    })
 }

@@ -1,6 +1,6 @@
 //! What `deploy/rendered/` must say; `cargo xtask render --check` is what ties it to the chart.
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::*;
 
@@ -161,4 +161,21 @@ fn selectors_find_their_pods_and_every_image_is_ours() {
 #[test]
 fn what_is_tidied_has_no_blanks_at_the_ends() {
     assert_eq!(tidy("a  \n\n b\n\n\n"), "a\n\n b\n");
+}
+
+#[test]
+fn values_and_their_schema_have_the_same_keys_and_no_other_is_taken() {
+    fn compare(path: &str, values: &Value, schema: &Value) {
+        let (Some(values), Some(properties)) = (values.as_object(), schema["properties"].as_object()) else { return };
+        assert_eq!(schema["additionalProperties"], false, "{path}");
+        let keys =
+            |map: &serde_json::Map<String, Value>| map.keys().cloned().collect::<std::collections::BTreeSet<_>>();
+        assert_eq!(keys(values), keys(properties), "{path}");
+        for (key, value) in values {
+            compare(&format!("{path}.{key}"), value, &properties[key]);
+        }
+    }
+    let read = |name: &str| fs::read_to_string(root().join(CHART).join(name)).expect("readable");
+    let values: Value = serde_saphyr::from_str(&read("values.yaml")).expect("YAML");
+    compare("", &values, &serde_json::from_str(&read("values.schema.json")).expect("JSON"));
 }

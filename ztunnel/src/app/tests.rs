@@ -153,7 +153,7 @@ async fn questions_that_cannot_be_answered_say_what_is_wrong() {
 
 #[tokio::test]
 async fn a_port_that_is_taken_is_named() {
-    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let mut config = Config::default_for_tests();
     config.ports.admin = taken.local_addr().unwrap().port();
     let authority = SigningAuthority::generate("cluster.local").unwrap();

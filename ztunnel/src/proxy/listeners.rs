@@ -140,12 +140,14 @@ impl Bound {
 }
 
 fn lacks_ipv6(address: SocketAddr, error: &io::Error) -> bool {
-    let kinds = [io::ErrorKind::AddrNotAvailable, io::ErrorKind::Unsupported];
-    address.is_ipv6() && kinds.contains(&error.kind())
+    // Of a kernel without it; there is no stable `ErrorKind`.
+    const EAFNOSUPPORT: i32 = 97;
+    let lacks = error.kind() == io::ErrorKind::AddrNotAvailable || error.raw_os_error() == Some(EAFNOSUPPORT);
+    address.is_ipv6() && lacks
 }
 
-/// A pod without IPv6 gets an IPv4 listener where a dual-stack one was wanted.
-fn listen(
+/// Without IPv6 there is an IPv4 listener where a dual-stack one was wanted; nothing is lost by it.
+pub(crate) fn listen(
     netns: Option<&NetNs>,
     address: SocketAddr,
     options: &SocketOptions,
@@ -273,6 +275,14 @@ mod tests {
     use mesh_runtime::workers::Workers;
 
     use super::*;
+
+    #[test]
+    fn a_kernel_without_ipv6_is_known_by_its_errors() {
+        let lacks = |address: &str, code| lacks_ipv6(address.parse().unwrap(), &io::Error::from_raw_os_error(code));
+        let (family, address, in_use) = (97, 99, 98);
+        assert!(lacks("[::]:1", family) && lacks("[::]:1", address) && !lacks("[::]:1", in_use));
+        assert!(!lacks("0.0.0.0:1", family) && !lacks("0.0.0.0:1", address));
+    }
 
     #[tokio::test]
     async fn clients_in_the_backlog_are_taken_before_the_listener_closes() {

@@ -86,7 +86,7 @@ impl Resource for WatchedPod {
 }
 
 impl WatchedPod {
-    fn into_pod(self) -> Option<Pod> {
+    pub fn into_pod(self) -> Option<Pod> {
         let ObjectMeta { name, namespace, uid, labels, annotations, deletion_timestamp, .. } = self.metadata;
         let metadata = Metadata {
             name: name?,

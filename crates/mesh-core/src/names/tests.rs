@@ -4,7 +4,8 @@ use super::*;
 use crate::{
     addr::NetworkAddress,
     index::{Delta, Provenance, Resource},
-    service::{LoadBalancing, LoadBalancingMode, Visibility},
+    service::{HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, Visibility},
+    workload::Health,
 };
 
 const DOMAIN: &str = "cluster.local";

@@ -1,0 +1,258 @@
+//! The roots, where every namespace finds them: ConfigMap `istio-ca-root-cert`, as pods mount it. Written by the leader, and put back
+//! when it is edited or deleted.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use futures_util::{StreamExt as _, stream};
+use k8s_openapi::{
+    api::core::v1::{ConfigMap, Namespace},
+    apimachinery::pkg::apis::meta::v1::ObjectMeta,
+};
+use kube::{
+    Api, Client, ResourceExt as _,
+    api::{Patch, PatchParams},
+    core::PartialObjectMeta,
+};
+use mesh_identity::authority::SigningAuthority;
+use mesh_runtime::drain::DrainWatcher;
+use tokio::sync::{mpsc, watch};
+
+use super::within;
+use crate::{
+    apiserver::watch::{self as apiwatch, Event},
+    app::TaskFailed,
+    metrics::Metrics,
+};
+
+const NAME: &str = "istio-ca-root-cert";
+const KEY: &str = "root-cert.pem";
+const LABEL: &str = "istio.io/config";
+/// The field manager.
+const MANAGER: &str = "fairwayd";
+/// Namespaces in which nothing runs that needs them.
+const WITHOUT: [&str; 3] = ["kube-node-lease", "kube-public", "local-path-storage"];
+/// ConfigMaps written at once.
+const AT_ONCE: usize = 8;
+/// After a write failed.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// What namespaces there are, and what they hold.
+#[derive(Debug, Default)]
+struct Held {
+    namespaces: Listed<()>,
+    /// What the ConfigMap says; `None` where its label is missing.
+    roots: Listed<Option<String>>,
+}
+
+/// Objects by the name or namespace that tells them apart.
+#[derive(Debug)]
+struct Listed<T> {
+    objects: BTreeMap<String, T>,
+    /// Not named yet by the list under way.
+    unlisted: Option<BTreeSet<String>>,
+    complete: bool,
+}
+
+impl<T> Default for Listed<T> {
+    fn default() -> Self {
+        Self { objects: BTreeMap::new(), unlisted: None, complete: false }
+    }
+}
+
+impl<T> Listed<T> {
+    fn on(&mut self, event: Event<(String, T)>) {
+        match event {
+            Event::Listing => self.unlisted = Some(self.objects.keys().cloned().collect()),
+            Event::Set((name, object)) => {
+                if let Some(unlisted) = &mut self.unlisted {
+                    unlisted.remove(&name);
+                }
+                self.objects.insert(name, object);
+            }
+            Event::Gone((name, _)) => drop(self.objects.remove(&name)),
+            Event::Listed => {
+                for name in self.unlisted.take().unwrap_or_default() {
+                    self.objects.remove(&name);
+                }
+                self.complete = true;
+            }
+            Event::Unknown | Event::Failing(_) | Event::Recovered => {}
+        }
+    }
+}
+
+enum Seen {
+    Namespace(Event<(String, ())>),
+    Roots(Event<(String, Option<String>)>),
+}
+
+impl Held {
+    fn on(&mut self, seen: Seen) {
+        match seen {
+            Seen::Namespace(event) => self.namespaces.on(event),
+            Seen::Roots(event) => self.roots.on(event),
+        }
+    }
+
+    /// Namespaces whose ConfigMap is not as it must be; none before everything is known.
+    fn wanting(&self, roots: &str) -> Vec<String> {
+        if !self.namespaces.complete || !self.roots.complete {
+            return Vec::new();
+        }
+        let named = self.namespaces.objects.keys().filter(|name| !WITHOUT.contains(&name.as_str()));
+        let is_right = |name: &String| self.roots.objects.get(name).is_some_and(|held| held.as_deref() == Some(roots));
+        named.filter(|name| !is_right(name)).cloned().collect()
+    }
+}
+
+/// Keeps every namespace's ConfigMap as it must be whenever this replica leads, until the drain.
+pub(crate) async fn publish(
+    client: Client,
+    mut authority: watch::Receiver<Arc<SigningAuthority>>,
+    mut leads: watch::Receiver<bool>,
+    metrics: Metrics,
+    drain: DrainWatcher,
+) -> Result<(), TaskFailed> {
+    loop {
+        tokio::select! {
+            led = leads.wait_for(|leads| *leads) => if led.is_err() { return Ok(()) },
+            _ = drain.signalled() => return Ok(()),
+        }
+        tokio::select! {
+            () = lead(&client, &mut authority, &metrics) => {
+                return Err(TaskFailed::of("publishing the roots")("its watches ended without being told to"));
+            }
+            lost = leads.wait_for(|leads| !leads) => if lost.is_err() { return Ok(()) },
+            _ = drain.signalled() => return Ok(()),
+        }
+    }
+}
+
+/// As the leader; dropped when that is lost, with what it was about to write.
+async fn lead(client: &Client, authority: &mut watch::Receiver<Arc<SigningAuthority>>, metrics: &Metrics) {
+    let (sender, mut events) = mpsc::channel(256);
+    let namespaces: Api<PartialObjectMeta<Namespace>> = Api::all(client.clone());
+    let configmaps: Api<ConfigMap> = Api::all(client.clone());
+    let fields = format!("metadata.name={NAME}");
+    let watching = async {
+        tokio::join!(
+            apiwatch::watch(namespaces, "", sender.clone(), |event| {
+                Seen::Namespace(event.map(|namespace| (namespace.name_any(), ())))
+            }),
+            apiwatch::watch(configmaps, &fields, sender.clone(), |event| Seen::Roots(
+                event.map(|map| { (map.namespace().unwrap_or_default(), content(&map)) })
+            )),
+        )
+    };
+    let writing = async {
+        let mut held = Held::default();
+        loop {
+            let roots = authority.borrow_and_update().root_pem().to_owned();
+            let failed = write(client, &mut held, &roots, metrics).await;
+            let retry = async {
+                match failed {
+                    true => tokio::time::sleep(RETRY).await,
+                    false => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                seen = events.recv() => match seen {
+                    Some(seen) => held.on(seen),
+                    None => return,
+                },
+                changed = authority.changed() => if changed.is_err() { return },
+                () = retry => {}
+            }
+            while let Ok(seen) = events.try_recv() {
+                held.on(seen);
+            }
+        }
+    };
+    tokio::select! {
+        _ = watching => {}
+        () = writing => {}
+    }
+}
+
+/// Whether something could not be written.
+async fn write(client: &Client, held: &mut Held, roots: &str, metrics: &Metrics) -> bool {
+    let writes = held.wanting(roots).into_iter().map(|namespace| async move {
+        let api: Api<ConfigMap> = Api::namespaced(client.clone(), &namespace);
+        let params = PatchParams::apply(MANAGER).force();
+        let written = within(api.patch(NAME, &params, &Patch::Apply(configmap(&namespace, roots)))).await;
+        (namespace, written)
+    });
+    let mut writes = stream::iter(writes).buffer_unordered(AT_ONCE);
+    let mut failed = false;
+    while let Some((namespace, written)) = writes.next().await {
+        match written {
+            Ok(map) => {
+                metrics.writes.with_label_values(&["roots", "written"]).inc();
+                held.roots.objects.insert(namespace, content(&map));
+            }
+            // The namespace may be going; then its end is told soon.
+            Err(why) => {
+                metrics.writes.with_label_values(&["roots", "failed"]).inc();
+                tracing::info!(namespace, why, "the roots cannot be written; tried again");
+                failed = true;
+            }
+        }
+    }
+    failed
+}
+
+fn content(map: &ConfigMap) -> Option<String> {
+    let labelled = map.labels().get(LABEL).is_some_and(|value| value == "true");
+    map.data.as_ref().filter(|_| labelled).and_then(|data| data.get(KEY)).cloned()
+}
+
+fn configmap(namespace: &str, roots: &str) -> ConfigMap {
+    ConfigMap {
+        metadata: ObjectMeta {
+            name: Some(NAME.to_owned()),
+            namespace: Some(namespace.to_owned()),
+            labels: Some(BTreeMap::from([(LABEL.to_owned(), "true".to_owned())])),
+            ..ObjectMeta::default()
+        },
+        data: Some(BTreeMap::from([(KEY.to_owned(), roots.to_owned())])),
+        ..ConfigMap::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn set<T>(name: &str, object: T) -> Event<(String, T)> {
+        Event::Set((name.to_owned(), object))
+    }
+
+    #[test]
+    fn nothing_is_wanting_before_all_is_known_then_what_is_missing_or_different() {
+        let mut held = Held::default();
+        for name in ["demo", "edited", "good", "kube-public", "unlabelled"] {
+            held.on(Seen::Namespace(set(name, ())));
+        }
+        held.on(Seen::Namespace(Event::Listed));
+        assert_eq!(held.wanting("new"), Vec::<String>::new());
+        let roots = [("edited", Some("x")), ("good", Some("new")), ("unlabelled", None)];
+        for (name, content) in roots {
+            held.on(Seen::Roots(set(name, content.map(str::to_owned))));
+        }
+        held.on(Seen::Roots(Event::Listed));
+        assert_eq!(held.wanting("new"), ["demo", "edited", "unlabelled"]);
+        assert_eq!(held.wanting("newer"), ["demo", "edited", "good", "unlabelled"]);
+        held.on(Seen::Roots(Event::Gone(("good".to_owned(), None))));
+        held.on(Seen::Namespace(Event::Gone(("demo".to_owned(), ()))));
+        assert_eq!(held.wanting("new"), ["edited", "good", "unlabelled"]);
+        // A list that does not name it any more.
+        held.on(Seen::Namespace(Event::Listing));
+        held.on(Seen::Namespace(set("good", ())));
+        held.on(Seen::Namespace(Event::Listed));
+        assert_eq!(held.wanting("new"), ["good"]);
+    }
+}
