@@ -17,6 +17,8 @@ pub(crate) struct Args {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
+    /// Whether a cluster can run the mesh, before anything is changed; and whether the mesh there is well.
+    Check(Check),
     /// A guided run on this machine: two nodes, pods, the mesh switched on under them, and the evidence.
     Demo(Demo),
     /// Virtual nodes and pods on this machine, with the real mesh on them.
@@ -26,6 +28,8 @@ pub(crate) enum Command {
     Dump(Dump),
     /// Install the mesh into a cluster, and wait until it serves.
     Install(Install),
+    /// Every program of the mesh in a cluster: version, discovery, certificates, captured pods.
+    Status(ClusterStatus),
     /// Live traffic by workload: connections, bytes, failures.
     Top(Top),
     /// Take the mesh out of a cluster again; pods go on without it.
@@ -66,6 +70,21 @@ pub(crate) enum Output {
     Json,
     #[default]
     Text,
+    Yaml,
+}
+
+/// Where the mesh is. What is named counts; else the cluster of KUBECONFIG; else the lab `default` if it runs; else the cluster that
+/// `kubectl` would find.
+#[derive(Clone, Debug, ClapArgs)]
+pub(crate) struct Place {
+    /// A lab of this machine; without it, and without KUBECONFIG or --context, the lab `default` where it runs.
+    #[arg(long, alias = "name", value_name = "NAME", conflicts_with_all = ["kubeconfig", "context"])]
+    pub(crate) lab: Option<String>,
+    /// Where the mesh is installed in a cluster.
+    #[arg(long, default_value = SYSTEM, value_parser = namespace)]
+    pub(crate) mesh_namespace: String,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -74,16 +93,17 @@ pub(crate) struct Why {
     pub(crate) source: String,
     /// A service or pod `namespace/name`, with a port: `demo/server:80`.
     pub(crate) destination: String,
-    #[arg(long, default_value = "default")]
-    pub(crate) name: String,
+    /// Of a caller without one; else the context's, and in a lab `default`.
+    #[arg(short, long, value_parser = namespace)]
+    pub(crate) namespace: Option<String>,
     #[arg(short, long, value_enum, default_value_t)]
     pub(crate) output: Output,
+    #[command(flatten)]
+    pub(crate) place: Place,
 }
 
 #[derive(Debug, ClapArgs)]
 pub(crate) struct Top {
-    #[arg(long, default_value = "default")]
-    pub(crate) name: String,
     /// Between two looks.
     #[arg(long, default_value = "2s", value_parser = interval)]
     pub(crate) interval: Duration,
@@ -92,6 +112,8 @@ pub(crate) struct Top {
     pub(crate) once: bool,
     #[arg(short, long, value_enum, default_value_t)]
     pub(crate) output: Output,
+    #[command(flatten)]
+    pub(crate) place: Place,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -100,8 +122,35 @@ pub(crate) struct Dump {
     pub(crate) program: String,
     /// One part only, such as `workloads`, `services`, `policies`, `certificates` or `workloadState` of a ztunnel.
     pub(crate) part: Option<String>,
-    #[arg(long, default_value = "default")]
-    pub(crate) name: String,
+    #[command(flatten)]
+    pub(crate) place: Place,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct Check {
+    /// Who still talks to this namespace in clear, and would be refused if it were STRICT.
+    #[arg(long, value_name = "NAMESPACE", value_parser = namespace)]
+    pub(crate) strict: Option<String>,
+    /// With --strict: count what happens within this time, instead of everything since the ztunnels started.
+    #[arg(long = "for", value_name = "TIME", value_parser = patience, requires = "strict")]
+    pub(crate) watch: Option<Duration>,
+    /// Where the mesh is, or shall be.
+    #[arg(short, long, default_value = SYSTEM, value_parser = namespace)]
+    pub(crate) namespace: String,
+    #[arg(short, long, value_enum, default_value_t)]
+    pub(crate) output: Output,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
+}
+
+#[derive(Debug, ClapArgs)]
+pub(crate) struct ClusterStatus {
+    #[arg(short, long, default_value = SYSTEM, value_parser = namespace)]
+    pub(crate) namespace: String,
+    #[arg(short, long, value_enum, default_value_t)]
+    pub(crate) output: Output,
+    #[command(flatten)]
+    pub(crate) connection: Connection,
 }
 
 #[derive(Debug, ClapArgs)]
@@ -149,6 +198,9 @@ pub(crate) struct Selection {
     /// How long all components together may take to become ready.
     #[arg(long, default_value = "5m", value_parser = patience)]
     pub(crate) timeout: Duration,
+    /// Go on though `fairway check` finds faults.
+    #[arg(long)]
+    pub(crate) skip_check: bool,
     /// Make objects of the same names ours, whoever made them.
     #[arg(long)]
     pub(crate) take_over: bool,

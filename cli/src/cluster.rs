@@ -4,16 +4,21 @@
 //! an error says what was asked of which server.
 
 mod connection;
+#[cfg(test)]
+pub(crate) mod fake;
 mod forward;
 mod kinds;
 pub(crate) mod rollout;
 
-use std::{fmt, time::Duration};
+use std::{
+    fmt,
+    time::{Duration, SystemTime},
+};
 
 use anyhow::Context as _;
 use http::{
     Method, Request, StatusCode,
-    header::{ACCEPT, CONTENT_TYPE},
+    header::{ACCEPT, CONTENT_TYPE, DATE},
 };
 use http_body_util::{BodyExt as _, Limited};
 use kube::{Client, client::Body};
@@ -126,6 +131,17 @@ impl Cluster {
                 _ => return Ok(items),
             }
         }
+    }
+
+    /// The server's version, and the time it has.
+    pub(crate) async fn version(&self) -> anyhow::Result<(Value, Option<SystemTime>)> {
+        let (status, body, headers) = self.ask(Method::GET, "/version", JSON, None).await?;
+        let version = serde_json::from_slice(&body).unwrap_or_default();
+        if !status.is_success() {
+            let said = String::from_utf8_lossy(&body).chars().take(200).collect();
+            return Err(self.refused(&Method::GET, "/version", Some(status), said).into());
+        }
+        Ok((version, headers.get(DATE).and_then(|date| http_date(date.to_str().ok()?))))
     }
 
     /// Server-side apply, which takes over fields that somebody else has set. With `dry_run` the server only says what would become.
@@ -246,7 +262,7 @@ fn essence(object: &Value) -> Value {
     object
 }
 
-/// For a query parameter's value.
+/// For a value in a query (RFC 3986 §3.4): all but what never means anything else there.
 pub(crate) fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for byte in text.bytes() {
@@ -256,6 +272,15 @@ pub(crate) fn escape(text: &str) -> String {
         }
     }
     out
+}
+
+/// `Sat, 21 Nov 2026 17:13:25 GMT`, the only form that is sent.
+fn http_date(text: &str) -> Option<SystemTime> {
+    const MONTHS: [&str; 12] = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let parts: Vec<&str> = text.split(' ').collect();
+    let [_, day, month, year, time, "GMT"] = parts.as_slice() else { return None };
+    let month = MONTHS.iter().position(|name| name == month)? + 1;
+    humantime::parse_rfc3339(&format!("{year}-{month:02}-{day}T{time}Z")).ok()
 }
 
 /// An error and what is behind it, each said once.
@@ -276,7 +301,37 @@ fn chain(error: &dyn std::error::Error) -> String {
 mod tests {
     use serde_json::json;
 
-    use super::*;
+    use super::{fake::FakeApi, *};
+
+    #[tokio::test]
+    async fn lists_are_whole_however_many_pages_they_come_in() {
+        let api = FakeApi::start().await;
+        for n in 0..(PAGE + 7) {
+            let name = format!("c{n:04}");
+            api.put(json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "namespace": "n"}}));
+        }
+        let cluster = api.cluster();
+        assert_eq!(cluster.list("/api/v1/configmaps", "").await.unwrap().len(), PAGE + 7);
+        assert_eq!(
+            cluster.list("/api/v1/namespaces/n/configmaps", "fieldSelector=metadata.name%3Dc0003").await.unwrap().len(),
+            1
+        );
+        assert!(cluster.list("/apis/none.example/v1/things", "").await.unwrap().is_empty(), "a kind that is not there");
+    }
+
+    #[tokio::test]
+    async fn an_error_says_what_was_asked_of_whom_and_what_to_do() {
+        let api = FakeApi::start().await;
+        let cluster = api.cluster();
+        api.forbid("/api/v1/namespaces/n/secrets/s");
+        let error = cluster.get("/api/v1/namespaces/n/secrets/s").await.unwrap_err().to_string();
+        for part in [cluster.server.as_str(), "403", "GET /api/v1/namespaces/n/secrets/s", "ask for this permission"] {
+            assert!(error.contains(part), "{part}: {error}");
+        }
+        drop(api);
+        let error = cluster.get("/api/v1/nodes").await.unwrap_err().to_string();
+        assert!(error.contains("does not answer") && error.contains("--context"), "{error}");
+    }
 
     #[test]
     fn what_the_server_does_to_an_object_is_no_change_of_it() {
@@ -290,7 +345,15 @@ mod tests {
     }
 
     #[test]
-    fn selectors_survive_the_query() {
+    fn the_servers_clock_is_read() {
+        let time = http_date("Sat, 21 Nov 2026 17:13:25 GMT").unwrap();
+        assert_eq!(humantime::format_rfc3339_seconds(time).to_string(), "2026-11-21T17:13:25Z");
+        assert_eq!([http_date(""), http_date("Sat, 21 Foo 2026 17:13:25 GMT")], [None, None]);
+    }
+
+    #[test]
+    fn a_value_with_signs_of_its_own_does_not_change_the_query() {
+        assert_eq!(escape("a+b c&d#e%f=g"), "a%2Bb%20c%26d%23e%25f%3Dg");
         assert_eq!(escape("fairway.dev/install=a b"), "fairway.dev%2Finstall%3Da%20b");
     }
 }

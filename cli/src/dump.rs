@@ -3,17 +3,16 @@
 use std::process::ExitCode;
 
 use anyhow::{Context as _, bail};
-use lab::{
-    components::{AGENT_ADMIN_PORT, CONTROL_ADMIN_PORT, ZTUNNEL_ADMIN_PORT},
-    control::Lab,
-};
 use serde_json::{Map, Value};
 
-use crate::{args::Dump, pages::fetch};
+use crate::{
+    args::Dump,
+    mesh::{self, Mesh, Program},
+};
 
 pub(crate) fn run(query: &Dump) -> anyhow::Result<ExitCode> {
-    let lab = Lab::find(&query.name)?;
-    let whole = dump(&lab, &query.program)?;
+    let mesh = mesh::find(&query.place)?;
+    let whole = dump(&*mesh, &query.program, query.part.as_deref())?;
     let shown = match &query.part {
         None => whole,
         Some(part) => whole.get(part).cloned().with_context(|| {
@@ -25,18 +24,23 @@ pub(crate) fn run(query: &Dump) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn dump(lab: &Lab, program: &str) -> anyhow::Result<Value> {
-    let page = |target: &str, port: u16, path: &str| fetch(lab, target, port, path);
-    let pages = |target: &str, port: u16, parts: &[(&str, &str)]| {
-        let one = |(name, path): &(&str, &str)| Ok(((*name).to_owned(), fetch(lab, target, port, path)?));
+fn dump(mesh: &dyn Mesh, program: &str, part: Option<&str>) -> anyhow::Result<Value> {
+    let pages = |program: &Program, parts: &[(&str, &str)]| {
+        let one = |(name, path): &(&str, &str)| Ok(((*name).to_owned(), mesh.fetch(program, path)?));
         parts.iter().map(one).collect::<anyhow::Result<Map<String, Value>>>().map(Value::Object)
     };
     match program.split_once('/') {
-        Some(("ztunnel", _)) => page(program, ZTUNNEL_ADMIN_PORT, "/config_dump"),
-        Some(("agent", _)) => pages(program, AGENT_ADMIN_PORT, &[("pods", "/debug/pods")]),
-        None if program == "fairwayd" => {
-            pages("control", CONTROL_ADMIN_PORT, &[("state", "/debug/state"), ("problems", "/debug/problems")])
+        Some(("ztunnel", node)) => {
+            let program = Program::Ztunnel(node.to_owned());
+            // Another implementation answers with everything; so is asked for when there is no such part.
+            let only = part.filter(|part| part.bytes().all(|b| b.is_ascii_alphanumeric()));
+            let only = only.and_then(|part| mesh.fetch(&program, &format!("/config_dump?part={part}")).ok());
+            only.map_or_else(|| mesh.fetch(&program, "/config_dump"), Ok)
         }
-        _ => bail!("`{program}` is none of ztunnel/NODE, agent/NODE, fairwayd; `fairway lab status` lists them"),
+        Some(("agent", node)) => pages(&Program::Agent(node.to_owned()), &[("pods", "/debug/pods")]),
+        None if program == "fairwayd" => {
+            pages(&Program::ControlPlane, &[("state", "/debug/state"), ("problems", "/debug/problems")])
+        }
+        _ => bail!("`{program}` is none of ztunnel/NODE, agent/NODE, fairwayd; `{}` lists nodes", mesh.lister("nodes")),
     }
 }

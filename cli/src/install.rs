@@ -8,6 +8,8 @@ mod ownership;
 mod ready;
 mod record;
 mod settings;
+#[cfg(test)]
+mod tests;
 mod uninstall;
 mod upgrade;
 
@@ -27,8 +29,9 @@ pub(crate) use self::{
 };
 use crate::{
     args::{Install, Selection},
+    check::{self, Level},
     cluster::{self, Applied, Cluster, KINDS, Kind, Object, escape},
-    output::{good, say, took},
+    output::{bad, good, say, took},
 };
 
 /// Which installation an object belongs to; the value is its namespace.
@@ -39,7 +42,7 @@ pub(crate) fn run(options: &Install) -> anyhow::Result<ExitCode> {
     cluster::block_on(async {
         let cluster = options.connection.open().await?;
         let installation = Installation::prepare(cluster, &options.selection).await?;
-        installation.may_go_on(options.selection.take_over).await?;
+        installation.may_go_on(&options.selection).await?;
         if options.dry_run {
             installation.apply(|_| true, true).await?;
             say!("nothing was changed");
@@ -101,8 +104,30 @@ impl Installation {
     }
 
     /// # Errors
-    /// When the cluster is somebody else's already.
-    async fn may_go_on(&self, take_over: bool) -> anyhow::Result<()> {
+    /// When the cluster is not fit for the mesh, or somebody else's already.
+    async fn may_go_on(&self, selection: &Selection) -> anyhow::Result<()> {
+        self.fit(selection.skip_check).await?;
+        self.unclaimed(selection.take_over).await
+    }
+
+    async fn fit(&self, skip: bool) -> anyhow::Result<()> {
+        if skip {
+            return Ok(());
+        }
+        let items = check::preflight(&self.cluster, &self.namespace).await?;
+        let faults = items.iter().filter(|item| item.level == Level::Fault).count();
+        for item in items.iter().filter(|item| item.level >= Level::Warning) {
+            let mark = if item.level == Level::Fault { bad("fault") } else { "warning".to_owned() };
+            say!("{mark}: {}: {} ({})", item.what, item.finding, item.remedy);
+        }
+        anyhow::ensure!(
+            faults == 0,
+            "the cluster is not fit for the mesh ({faults} faults); nothing was changed. Mend them, or go on with --skip-check"
+        );
+        Ok(())
+    }
+
+    async fn unclaimed(&self, take_over: bool) -> anyhow::Result<()> {
         let mut foreign = BTreeMap::new();
         for object in self.objects.iter().filter(|object| object.kind.name != "CustomResourceDefinition") {
             let there = self.cluster.get(&object.path()).await?;

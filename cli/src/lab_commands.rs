@@ -136,8 +136,8 @@ fn fault_request(fault: Fault) -> protocol::Fault {
 }
 
 fn print_pods(status: &Status, output: Output) -> anyhow::Result<()> {
-    if output == Output::Json {
-        crate::output::say!("{}", serde_json::to_string_pretty(&status.pods)?);
+    if output != Output::Text {
+        crate::output::say!("{}", output.render(&status.pods, String::new)?);
         return Ok(());
     }
     if status.pods.is_empty() {
@@ -160,8 +160,8 @@ fn print_pods(status: &Status, output: Output) -> anyhow::Result<()> {
 }
 
 fn print_status(status: &Status, output: Output) -> anyhow::Result<()> {
-    if output == Output::Json {
-        crate::output::say!("{}", serde_json::to_string_pretty(status)?);
+    if output != Output::Text {
+        crate::output::say!("{}", output.render(status, String::new)?);
         return Ok(());
     }
     let programs = status.programs.iter().map(|p| {

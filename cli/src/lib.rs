@@ -7,6 +7,7 @@
 
 mod apps;
 mod args;
+mod check;
 mod cluster;
 mod debug;
 mod demo;
@@ -14,8 +15,9 @@ mod dump;
 mod install;
 mod lab_commands;
 mod loopback;
+mod mesh;
 mod output;
-mod pages;
+mod status;
 mod top;
 mod why;
 
@@ -75,11 +77,13 @@ fn command_line(arguments: Vec<OsString>) -> ExitCode {
     };
     let outcome = match args.command {
         args::Command::App(app) => apps::run(app),
+        args::Command::Check(query) => check::run(&query),
         args::Command::Debug(debug) => debug::run(debug),
         args::Command::Demo(options) => demo::run(&options),
         args::Command::Dump(query) => dump::run(&query),
         args::Command::Install(options) => install::run(&options),
         args::Command::Lab(command) => lab_commands::run(command),
+        args::Command::Status(query) => status::run(&query),
         args::Command::Top(query) => top::run(&query),
         args::Command::Uninstall(options) => install::uninstall(&options),
         args::Command::Upgrade(options) => install::upgrade(&options),

@@ -7,6 +7,9 @@ use std::{
 
 use anstyle::{AnsiColor, Style};
 use comfy_table::{ContentArrangement, Table, presets::NOTHING};
+use serde::Serialize;
+
+use crate::args::Output;
 
 /// `println!` for people who pipe us into `head`: a reader that has gone ends the program quietly.
 macro_rules! say {
@@ -19,6 +22,21 @@ pub(crate) fn write_line(text: std::fmt::Arguments<'_>) {
         // 141 is what a shell shows for a program that SIGPIPE ended.
         std::process::exit(if error.kind() == std::io::ErrorKind::BrokenPipe { 141 } else { 1 });
     }
+}
+
+impl Output {
+    /// A document for programs, or what people read.
+    pub(crate) fn render(self, value: &impl Serialize, text: impl FnOnce() -> String) -> anyhow::Result<String> {
+        Ok(match self {
+            Self::Json => serde_json::to_string_pretty(value)?,
+            Self::Text => text(),
+            Self::Yaml => yaml(value)?,
+        })
+    }
+}
+
+pub(crate) fn yaml(value: &impl Serialize) -> anyhow::Result<String> {
+    Ok(serde_saphyr::to_string(value)?.trim_end().to_owned())
 }
 
 /// A plain table: headings, no lines, as wide as the terminal.

@@ -3,7 +3,7 @@
 //! Both ends of a connection count it. Where the source's ztunnel reports, it is believed; a source outside the mesh is seen by the
 //! destination's only.
 
-mod counters;
+pub(crate) mod counters;
 
 use std::{
     collections::BTreeMap,
@@ -13,24 +13,24 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lab::{components::ZTUNNEL_STATS_PORT, control::Lab};
 use serde::Serialize;
 
 use self::counters::Sample;
 use crate::{
     args::{Output, Top},
+    mesh::{self, Mesh, Page, Program},
     output,
 };
 
 const CLEAR: &str = "\x1b[H\x1b[2J";
 
 pub(crate) fn run(query: &Top) -> anyhow::Result<ExitCode> {
-    let lab = Lab::find(&query.name)?;
-    let (mut before, mut at) = (look(&lab)?, Instant::now());
+    let mesh = mesh::find(&query.place)?;
+    let (mut before, mut at) = (look(&*mesh)?, Instant::now());
     loop {
         // What is shown is what happened meanwhile.
         thread::sleep(query.interval);
-        let (now, then) = (look(&lab)?, Instant::now());
+        let (now, then) = (look(&*mesh)?, Instant::now());
         let rows = rows(&before, &now, then.duration_since(at));
         show(&rows, query)?;
         if query.once {
@@ -96,23 +96,15 @@ type Counts = BTreeMap<(Pair, bool), Totals>;
 /// By node: each counts by itself, and starts anew by itself.
 type Look = BTreeMap<String, Counts>;
 
-fn look(lab: &Lab) -> anyhow::Result<Look> {
+fn look(mesh: &dyn Mesh) -> anyhow::Result<Look> {
     let mut nodes = Look::new();
-    let status = lab.status()?;
-    for node in &status.nodes {
-        let target = format!("ztunnel/{}", node.name);
-        let body = match lab.get(&target, &format!("http://127.0.0.1:{ZTUNNEL_STATS_PORT}/metrics")) {
-            Ok((200, body)) => body,
-            Ok((code, _)) => {
-                eprintln!("fairway: {target} says {code}: what follows is without it");
-                continue;
-            }
-            Err(error) => {
-                eprintln!("fairway: {target} does not answer: {error}: what follows is without it");
-                continue;
-            }
-        };
-        nodes.insert(node.name.clone(), counts(&body));
+    let programs: Vec<Program> = mesh.nodes()?.into_iter().map(|node| Program::Ztunnel(node.name)).collect();
+    for (program, answer) in programs.iter().zip(mesh.ask_all(&programs, Page::Metrics)) {
+        match answer {
+            Ok((200, body)) => drop(nodes.insert(program.to_string(), counts(&body))),
+            Ok((code, _)) => eprintln!("fairway: {program} says {code}: what follows is without it"),
+            Err(error) => eprintln!("fairway: {program} does not answer: {error:#}: what follows is without it"),
+        }
     }
     Ok(nodes)
 }
@@ -210,9 +202,17 @@ fn rows(before: &Look, now: &Look, took: Duration) -> Vec<Row> {
 }
 
 fn show(rows: &[Row], query: &Top) -> anyhow::Result<()> {
-    if query.output == Output::Json {
-        crate::output::say!("{}", serde_json::to_string(rows)?);
-        return Ok(());
+    match query.output {
+        // One look, one line.
+        Output::Json => {
+            crate::output::say!("{}", serde_json::to_string(rows)?);
+            return Ok(());
+        }
+        Output::Yaml => {
+            crate::output::say!("---\n{}", output::yaml(&rows)?);
+            return Ok(());
+        }
+        Output::Text => {}
     }
     let live = !query.once && std::io::stdout().is_terminal();
     let start = if live { CLEAR } else { "" };

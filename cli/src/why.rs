@@ -8,12 +8,12 @@ mod findings;
 
 use std::process::ExitCode;
 
-use lab::control::Lab;
 use serde_json::{Value, json};
 
 use self::{facts::Facts, findings::Finding};
 use crate::{
-    args::{Output, Why},
+    args::Why,
+    mesh::{self, Mesh},
     output,
 };
 
@@ -28,12 +28,13 @@ pub(crate) struct Explanation {
 }
 
 pub(crate) fn run(query: &Why) -> anyhow::Result<ExitCode> {
-    let lab = Lab::find(&query.name)?;
-    let explanation = explain(&lab, &query.source, &query.destination)?;
-    match query.output {
-        Output::Json => crate::output::say!("{}", serde_json::to_string_pretty(&explanation.json())?),
-        Output::Text => crate::output::say!("{}", explanation.text()),
-    }
+    let mesh = mesh::find(&query.place)?;
+    let source = match &query.namespace {
+        Some(namespace) if !query.source.contains('/') => format!("{namespace}/{}", query.source),
+        _ => query.source.clone(),
+    };
+    let explanation = explain(&*mesh, &source, &query.destination)?;
+    crate::output::say!("{}", query.output.render(&explanation.json(), || explanation.text())?);
     Ok(if explanation.allowed() { ExitCode::SUCCESS } else { ExitCode::from(CANNOT) })
 }
 
@@ -41,8 +42,8 @@ pub(crate) fn run(query: &Why) -> anyhow::Result<ExitCode> {
 ///
 /// # Errors
 /// When a pod, service or port does not exist, or the question cannot be put.
-pub(crate) fn explain(lab: &Lab, source: &str, destination: &str) -> anyhow::Result<Explanation> {
-    let facts = facts::gather(lab, source, destination)?;
+pub(crate) fn explain(mesh: &dyn Mesh, source: &str, destination: &str) -> anyhow::Result<Explanation> {
+    let facts = facts::gather(mesh, source, destination)?;
     let findings = findings::of(&facts);
     Ok(Explanation { facts, findings })
 }

@@ -20,7 +20,7 @@ pub mod why;
 const PAGES: [(&str, &str, &str); 8] = [
     (
         "GET",
-        "/config_dump",
+        "/config_dump[?part=certificates]",
         "what this proxy knows: workloads, services, policies, certificates, connections, configuration",
     ),
     (
@@ -58,7 +58,7 @@ pub fn server(context: Context) -> AdminServer {
     let (outbound, inbound) = (context.clone(), context.clone());
     AdminServer::new()
         .route("/", route(|_, _| html(StatusCode::OK, index())))
-        .route("/config_dump", route(|context, _| config_dump::respond(context)))
+        .route("/config_dump", route(config_dump::respond))
         .route("/debug/why/outbound", move |request| why::outbound(outbound.clone(), request))
         .route("/debug/why/inbound", move |request| why::inbound(inbound.clone(), request))
         .route("/debug/pprof/profile", profile::cpu)
@@ -70,7 +70,7 @@ pub fn server(context: Context) -> AdminServer {
 
 fn index() -> String {
     let row = |(method, page, what): &(&str, &str, &str)| {
-        let (path, page) = (page.split('?').next().unwrap_or(page), page.replace('&', "&amp;"));
+        let (path, page) = (page.split(['?', '[']).next().unwrap_or(page), page.replace('&', "&amp;"));
         let page = if *method == "GET" { format!("<a href=\"{path}\">{page}</a>") } else { page };
         format!("<tr><td>{method}</td><td>{page}</td><td>{what}</td></tr>\n")
     };

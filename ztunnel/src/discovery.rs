@@ -1,6 +1,12 @@
 //! Discovery: how this process reaches its control plane, introduces itself, and puts what it learns into force.
 
-use std::{collections::BTreeSet, future::Future, pin::Pin, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use mesh_core::index::{Delta, Provenance, Resource, ResourceKey};
 use mesh_identity::{ControlPlane, ControlPlaneError};
@@ -222,10 +228,18 @@ impl Handler for IntoState {
 
 fn observe(metrics: &ControlMetrics, event: Event<'_>) {
     match event {
-        Event::Connected => tracing::info!("connected to the control plane"),
-        Event::Terminated { reason } => metrics.xds_terminations.with_label_values(&[reason]).inc(),
+        Event::Connected => {
+            metrics.xds_connected.set(1);
+            tracing::info!("connected to the control plane");
+        }
+        Event::Terminated { reason } => {
+            metrics.xds_connected.set(0);
+            metrics.xds_terminations.with_label_values(&[reason]).inc();
+        }
         Event::Received { type_url, bytes, resources, removals } => {
             tracing::debug!(type_url, resources, removals, "discovery");
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+            metrics.xds_last_message.set(now.as_secs_f64());
             metrics.xds_messages.with_label_values(&[type_url]).inc();
             metrics.xds_bytes.with_label_values(&[type_url]).inc_by(bytes.try_into().unwrap_or(u64::MAX));
         }

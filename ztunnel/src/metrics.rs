@@ -18,7 +18,7 @@ use mesh_runtime::{
     telemetry,
 };
 use prometheus::{
-    GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Gauge, GaugeVec, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     core::{Collector, Desc, Describer},
     proto::{LabelPair, Metric, MetricFamily, MetricType},
 };
@@ -131,6 +131,9 @@ pub struct ControlMetrics {
     pub proxies_pending: IntGauge,
     pub proxies_started: IntCounter,
     pub proxies_stopped: IntCounter,
+    pub xds_connected: IntGauge,
+    /// Unix time.
+    pub xds_last_message: Gauge,
     pub xds_terminations: IntCounterVec,
     pub xds_messages: IntCounterVec,
     pub xds_bytes: IntCounterVec,
@@ -156,6 +159,11 @@ impl ControlMetrics {
             ),
             proxies_started: counter("workload_manager_proxies_started_total", "Pods taken into service (unstable)"),
             proxies_stopped: counter("workload_manager_proxies_stopped_total", "Pods taken out of service (unstable)"),
+            xds_connected: gauge("fairway_xds_connected", "Whether the discovery stream is up (unstable)"),
+            xds_last_message: registry.add(Gauge::new(
+                "fairway_xds_last_message_timestamp_seconds",
+                "When discovery last sent something (unstable)",
+            )),
             xds_terminations: vec(
                 "istio_xds_connection_terminations_total",
                 "Discovery streams that ended (unstable)",

@@ -104,12 +104,9 @@ impl Object {
         self.value["metadata"]["namespace"].as_str()
     }
 
+    #[cfg(test)]
     pub(crate) fn label(&self, name: &str) -> Option<&str> {
         self.value["metadata"]["labels"][name].as_str()
-    }
-
-    pub(crate) fn annotation(&self, name: &str) -> Option<&str> {
-        self.value["metadata"]["annotations"][name].as_str()
     }
 
     pub(crate) fn path(&self) -> String {

@@ -93,10 +93,28 @@ impl<'a> Waiter<'a> {
     async fn give_up(&self, component: &Component, state: &str) -> anyhow::Result<()> {
         let pods = pods(self.cluster, self.namespace, component).await.unwrap_or_default();
         let mut told = rollout::trouble(&pods);
-        told.truncate(5);
+        told.extend(self.warnings(&pods).await.unwrap_or_default());
+        told.truncate(6);
         let told = told.iter().map(|line| format!("\n  {line}")).collect::<String>();
         let logs = format!("kubectl -n {} logs -l {} --tail=20", self.namespace, component.selector);
         bail!("{} is not ready within {}: {state}{told}\n  see `{logs}`", component.name, took(self.patience))
+    }
+}
+
+impl Waiter<'_> {
+    /// What the kubelet or the scheduler has lately said about pods that are not ready.
+    async fn warnings(&self, pods: &[Value]) -> anyhow::Result<Vec<String>> {
+        let path = format!("/api/v1/namespaces/{}/events", self.namespace);
+        let mut events = self.cluster.list(&path, "fieldSelector=type%3DWarning").await?;
+        let of = |pod: &Value, event: &Value| event["involvedObject"]["uid"] == pod["metadata"]["uid"];
+        events.retain(|event| pods.iter().any(|pod| !rollout::is_ready(pod) && of(pod, event)));
+        let mut told: Vec<String> = events
+            .iter()
+            .filter_map(|event| Some(format!("{}: {}", event["reason"].as_str()?, event["message"].as_str()?)))
+            .collect();
+        told.sort();
+        told.dedup();
+        Ok(told)
     }
 }
 

@@ -36,9 +36,17 @@ const SETTINGS: [Setting; 10] = [
         apply: |objects, value| environment(objects, "fairwayd", "RUST_LOG", value),
     },
     Setting { key: "controlPlane.replicaCount", takes: "1 to 20", apply: replicas },
-    Setting { key: "global.imagePullPolicy", takes: "Always, IfNotPresent or Never", apply: pull_policy },
-    Setting { key: "global.logAsJson", takes: "true or false", apply: log_format },
-    Setting { key: "global.multiCluster.clusterName", takes: "a name", apply: cluster_name },
+    Setting {
+        key: "global.imagePullPolicy",
+        takes: "Always, IfNotPresent or Never",
+        apply: |objects, value| pull_policy(objects, value),
+    },
+    Setting { key: "global.logAsJson", takes: "true or false", apply: |objects, value| log_format(objects, value) },
+    Setting {
+        key: "global.multiCluster.clusterName",
+        takes: "a name",
+        apply: |objects, value| cluster_name(objects, value),
+    },
     Setting {
         key: "global.network",
         takes: "a name",
@@ -123,14 +131,14 @@ fn pull_policy(objects: &mut [Object], value: &str) -> Option<()> {
     Some(())
 }
 
-fn log_format(objects: &mut Vec<Object>, value: &str) -> Option<()> {
+fn log_format(objects: &mut [Object], value: &str) -> Option<()> {
     let format = if boolean(value)? == "true" { "json" } else { "plain" };
     environment(objects, "fairwayd", "LOG_FORMAT", format)?;
     environment(objects, "ztunnel", "LOG_FORMAT", format)?;
     node(objects, "LOG_FORMAT", format)
 }
 
-fn cluster_name(objects: &mut Vec<Object>, value: &str) -> Option<()> {
+fn cluster_name(objects: &mut [Object], value: &str) -> Option<()> {
     (!value.is_empty()).then_some(())?;
     environment(objects, "ztunnel", "ISTIO_META_CLUSTER_ID", value)?;
     for container in containers(workload(objects, "fairwayd")?) {

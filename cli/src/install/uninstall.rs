@@ -30,10 +30,11 @@ const MADE: [&str; 2] =
     ["/apis/coordination.k8s.io/v1/namespaces/{}/leases/fairwayd", "/api/v1/namespaces/{}/secrets/istio-ca-secret"];
 
 pub(crate) fn run(options: &Uninstall) -> anyhow::Result<ExitCode> {
-    cluster::block_on(async {
-        let cluster = options.connection.open().await?;
-        Removal { cluster, options, deadline: Instant::now() + options.timeout }.run().await
-    })
+    cluster::block_on(async { with(&options.connection.open().await?, options).await })
+}
+
+pub(super) async fn with(cluster: &Cluster, options: &Uninstall) -> anyhow::Result<ExitCode> {
+    Removal { cluster: cluster.clone(), options, deadline: Instant::now() + options.timeout }.run().await
 }
 
 struct Removal<'a> {

@@ -27,7 +27,7 @@ pub(crate) fn run(options: &Upgrade) -> anyhow::Result<ExitCode> {
             after.tag,
             after.version
         );
-        installation.may_go_on(options.selection.take_over).await?;
+        installation.may_go_on(&options.selection).await?;
         installation.roll(true, options.selection.timeout).await
     })
 }

@@ -3,14 +3,16 @@
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context as _, ensure};
-use lab::{
-    components::{AGENT_ADMIN_PORT, CONTROL_ADMIN_PORT, ZTUNNEL_ADMIN_PORT},
-    control::Lab,
-    protocol::{PodStatus, Status},
-};
+use lab::protocol::PodStatus;
 use serde_json::Value;
 
-use crate::pages::fetch;
+use crate::{
+    cluster::escape,
+    mesh::{Mesh, Page, Program},
+};
+
+/// How many ztunnels are asked in the place of one that does not explain itself.
+const OTHERS: usize = 3;
 
 /// Everything that was asked and answered.
 #[derive(Debug, Default)]
@@ -46,6 +48,8 @@ pub(crate) struct End {
     pub(crate) pod: String,
     pub(crate) namespace: String,
     pub(crate) addresses: Vec<String>,
+    /// What is on record of its enrolment.
+    pub(crate) enrolment: String,
     /// The node agent's report of the pod.
     pub(crate) report: Option<Value>,
 }
@@ -58,6 +62,7 @@ impl End {
             pod: pod.name.clone(),
             namespace: pod.namespace.clone(),
             addresses: pod.addresses.clone(),
+            enrolment: pod.enrolment.clone(),
             report: None,
         }
     }
@@ -118,26 +123,25 @@ impl Facts {
 }
 
 /// Asks in the order of a connection.
-pub(crate) fn gather(lab: &Lab, source: &str, destination: &str) -> anyhow::Result<Facts> {
-    let status = lab.status()?;
+pub(crate) fn gather(mesh: &dyn Mesh, source: &str, destination: &str) -> anyhow::Result<Facts> {
     let (name, port) = destination.rsplit_once(':').context("the destination needs a port: namespace/name:port")?;
     let port: u16 = port.parse().with_context(|| format!("`{port}` is not a port"))?;
-    let source = find_source(&status, source)?;
+    let source = find_source(mesh, source)?;
     let mut facts = Facts { destination: destination.to_owned(), port, source, ..Facts::default() };
-    facts.source.report = facts.ask_agent(lab, &facts.source.clone(), &status);
-    let target = match address_of(&status, name, &facts.source) {
+    facts.source.report = facts.ask_agent(mesh, &facts.source.clone());
+    let target = match address_of(mesh, name, &facts.source) {
         Ok(address) => Some(SocketAddr::new(address, port)),
         Err(_) if is_host(name) => None,
         Err(error) => return Err(error),
     };
     let asked = target.map_or_else(|| destination.to_owned(), |target| target.to_string());
     facts.by_name = target.is_none();
-    facts.ask_source(lab, &status, &asked)?;
+    facts.ask_source(mesh, &asked)?;
     let said = facts.outbound.as_ref().and_then(|answer| answer["destination"].as_str()?.parse().ok());
     if let Some(target) = target.or(said) {
-        facts.ask_target(lab, &status, target);
+        facts.ask_target(mesh, target)?;
     }
-    match fetch(lab, "control", CONTROL_ADMIN_PORT, "/debug/problems") {
+    match mesh.fetch(&Program::ControlPlane, "/debug/problems") {
         Ok(Value::Array(problems)) => facts.problems = problems,
         Ok(_) => {}
         Err(error) => facts.silent.push(("fairwayd".to_owned(), format!("{error:#}"))),
@@ -147,19 +151,18 @@ pub(crate) fn gather(lab: &Lab, source: &str, destination: &str) -> anyhow::Resu
 
 impl Facts {
     /// The agent's report of a pod; what is on record, when the agent does not answer.
-    fn ask_agent(&mut self, lab: &Lab, end: &End, status: &Status) -> Option<Value> {
+    fn ask_agent(&mut self, mesh: &dyn Mesh, end: &End) -> Option<Value> {
         if end.pod.is_empty() {
             return None;
         }
-        match fetch(lab, &format!("agent/{}", end.node), AGENT_ADMIN_PORT, "/debug/pods") {
+        match mesh.fetch(&Program::Agent(end.node.clone()), "/debug/pods") {
             Ok(pods) => {
                 let is_it = |pod: &&Value| pod["namespace"] == end.namespace && pod["name"] == end.pod;
                 pods.as_array()?.iter().find(is_it).cloned()
             }
             Err(error) => {
                 self.silent.push((format!("the node agent on {}", end.node), format!("{error:#}")));
-                let on_record = |p: &&PodStatus| p.namespace == end.namespace && p.name == end.pod;
-                let enrolled = status.pods.iter().find(on_record).is_some_and(|p| p.enrolment == "enabled");
+                let enrolled = end.enrolment == "enabled";
                 let state = if enrolled { "enrolled" } else { "outside" };
                 Some(serde_json::json!({ "state": state, "rules": enrolled, "announced": enrolled }))
             }
@@ -167,25 +170,25 @@ impl Facts {
     }
 
     /// `target`: an address or a host, and a port.
-    fn ask_source(&mut self, lab: &Lab, status: &Status, target: &str) -> anyhow::Result<()> {
+    fn ask_source(&mut self, mesh: &dyn Mesh, target: &str) -> anyhow::Result<()> {
         let captured = self.is_captured();
         // Which endpoints a service has, any ztunnel can say for any pod; a node is not one.
         let asker = match self.source.pod.is_empty() {
             false => self.source.clone(),
-            true => End::of_pod(status.pods.first().context("the lab runs no pod")?),
+            true => End::of_pod(&mesh.any_pod()?.context("no pod runs")?),
         };
         let probe = if captured { "true" } else { "false" };
         let parameters =
             [("namespace", asker.namespace.as_str()), ("pod", &asker.pod), ("destination", target), ("probe", probe)];
-        match ask(lab, &asker.node, "outbound", &parameters) {
+        match ask(mesh, &asker.node, "outbound", &parameters) {
             Ok(Some(answer)) => self.outbound = Some(answer),
             Ok(None) => {
                 // Another one knows the same state, but cannot try the source's way.
                 self.mute.push(asker.node.clone());
                 let parameters = &parameters[..3];
-                let others = status.nodes.iter().filter(|node| node.name != asker.node);
+                let others = mesh.nodes()?.into_iter().filter(|node| node.name != asker.node).take(OTHERS);
                 self.outbound =
-                    others.into_iter().find_map(|node| ask(lab, &node.name, "outbound", parameters).ok()?);
+                    others.into_iter().find_map(|node| ask(mesh, &node.name, "outbound", parameters).ok()?);
             }
             Err(error) if error.downcast_ref::<ForeignName>().is_some() => self.foreign_name = true,
             Err(error) => self.silent.push((format!("the ztunnel on {}", asker.node), format!("{error:#}"))),
@@ -194,17 +197,16 @@ impl Facts {
     }
 
     /// The receiving ztunnel's view: the pod that was chosen, the port the application listens on, and whom it sees calling.
-    fn ask_target(&mut self, lab: &Lab, status: &Status, target: SocketAddr) {
-        let Some(chosen) = self.chosen(target) else { return };
+    fn ask_target(&mut self, mesh: &dyn Mesh, target: SocketAddr) -> anyhow::Result<()> {
+        let Some(chosen) = self.chosen(target) else { return Ok(()) };
         let met = self.waypoint().unwrap_or(chosen).ip();
-        let is_at = |p: &&PodStatus| p.addresses.iter().any(|a| a.parse() == Ok(met));
-        let Some(pod) = status.pods.iter().find(is_at) else { return };
-        let mut end = End::of_pod(pod);
-        end.report = self.ask_agent(lab, &end, status);
+        let Some(pod) = mesh.pod_at(met)? else { return Ok(()) };
+        let mut end = End::of_pod(&pod);
+        end.report = self.ask_agent(mesh, &end);
         let captured = end.is_captured();
         self.target = Some(end.clone());
         if !captured {
-            return;
+            return Ok(());
         }
         let source_ip = self.source.address(met.is_ipv6()).unwrap_or_default().to_owned();
         let identity = self.outbound.as_ref().and_then(|answer| answer["certificate"]["identity"].as_str());
@@ -222,7 +224,7 @@ impl Facts {
         if self.waypoint().is_some() {
             parameters.push(("dialled", &met));
         }
-        match ask(lab, &end.node, "inbound", &parameters) {
+        match ask(mesh, &end.node, "inbound", &parameters) {
             Ok(Some(answer)) => self.inbound = Some(answer),
             Ok(None) => {
                 self.mute.push(end.node.clone());
@@ -232,6 +234,7 @@ impl Facts {
             }
             Err(error) => self.silent.push((format!("the ztunnel on {}", end.node), format!("{error:#}"))),
         }
+        Ok(())
     }
 
     /// Where the connection ends: what the tunnel names, what is dialled, or for a source outside the mesh an endpoint.
@@ -264,11 +267,10 @@ impl std::fmt::Display for ForeignName {
 impl std::error::Error for ForeignName {}
 
 /// `None`: this ztunnel has no such page.
-fn ask(lab: &Lab, node: &str, end: &str, parameters: &[(&str, &str)]) -> anyhow::Result<Option<Value>> {
-    let query: Vec<String> = parameters.iter().map(|(k, v)| format!("{k}={}", escaped(v))).collect();
+fn ask(mesh: &dyn Mesh, node: &str, end: &str, parameters: &[(&str, &str)]) -> anyhow::Result<Option<Value>> {
+    let query: Vec<String> = parameters.iter().map(|(k, v)| format!("{k}={}", escape(v))).collect();
     let path = format!("/debug/why/{end}?{}", query.join("&"));
-    let (status, body) =
-        lab.get(&format!("ztunnel/{node}"), &format!("http://127.0.0.1:{ZTUNNEL_ADMIN_PORT}{path}"))?;
+    let (status, body) = mesh.ask(&Program::Ztunnel(node.to_owned()), Page::Admin(&path))?;
     // Ours begins with a reason of the list; who does not know the page says nothing of the kind.
     match body.split(':').next() {
         Some("lookup") if status == 404 => return Err(ForeignName.into()),
@@ -279,56 +281,41 @@ fn ask(lab: &Lab, node: &str, end: &str, parameters: &[(&str, &str)]) -> anyhow:
     serde_json::from_str(&body).map(Some).with_context(|| format!("not JSON: {body}"))
 }
 
-/// For a query (RFC 3986 §3.4): all but what never means anything else there.
-fn escaped(value: &str) -> String {
-    let one = |byte: u8| match byte {
-        b'-' | b'.' | b'/' | b':' | b'_' | b'~' => char::from(byte).to_string(),
-        _ if byte.is_ascii_alphanumeric() => char::from(byte).to_string(),
-        _ => format!("%{byte:02X}"),
-    };
-    value.bytes().map(one).collect()
-}
-
 /// A pod, or a node as `node/<name>`.
-fn find_source(status: &Status, name: &str) -> anyhow::Result<End> {
+fn find_source(mesh: &dyn Mesh, name: &str) -> anyhow::Result<End> {
     if let Some(node) = name.strip_prefix("node/") {
-        let found = status.nodes.iter().find(|n| n.name == node);
-        let found = found.with_context(|| format!("there is no node `{node}`; `fairway lab status` lists them"))?;
-        let addresses = found.addresses.clone();
+        let found = mesh.nodes()?.into_iter().find(|n| n.name == node);
+        let found =
+            found.with_context(|| format!("there is no node `{node}`; `{}` lists them", mesh.lister("nodes")))?;
+        let addresses = found.addresses;
         return Ok(End { name: name.to_owned(), node: node.to_owned(), addresses, ..End::default() });
     }
-    find_pod(status, name).map(End::of_pod)
+    let (namespace, name) = name.split_once('/').unwrap_or_else(|| (mesh.namespace(), name));
+    find_pod(mesh, namespace, name).map(|pod| End::of_pod(&pod))
 }
 
-fn find_pod<'a>(status: &'a Status, name: &str) -> anyhow::Result<&'a PodStatus> {
-    let full = if name.contains('/') { name.to_owned() } else { format!("default/{name}") };
-    let found = status.pods.iter().find(|p| format!("{}/{}", p.namespace, p.name) == full);
-    found.with_context(|| format!("there is no pod `{full}`; `fairway lab pods` lists them"))
+fn find_pod(mesh: &dyn Mesh, namespace: &str, name: &str) -> anyhow::Result<PodStatus> {
+    let found = mesh.pod(namespace, name)?;
+    found.with_context(|| format!("there is no pod `{namespace}/{name}`; `{}` lists them", mesh.lister("pods")))
 }
 
 fn is_host(name: &str) -> bool {
     name.contains('.') && !name.contains('/')
 }
 
-fn address_of(status: &Status, name: &str, from: &End) -> anyhow::Result<IpAddr> {
+fn address_of(mesh: &dyn Mesh, name: &str, from: &End) -> anyhow::Result<IpAddr> {
     if let Ok(ip) = name.trim_matches(['[', ']']).parse() {
         return Ok(ip);
     }
-    let full = if name.contains('/') { name.to_owned() } else { format!("{}/{name}", from.namespace) };
-    let addresses = match status.services.get(&full) {
+    anyhow::ensure!(!is_host(name), "`{name}` is a host");
+    let (namespace, name) = name.split_once('/').unwrap_or((&from.namespace, name));
+    let full = format!("{namespace}/{name}");
+    let addresses = match mesh.service(namespace, name)? {
         Some(addresses) => addresses,
-        None => &find_pod(status, &full).with_context(|| format!("`{full}` is neither a service nor a pod"))?.addresses,
+        None => {
+            let pod = find_pod(mesh, namespace, name);
+            pod.with_context(|| format!("`{full}` is neither a service nor a pod"))?.addresses
+        }
     };
     addresses.iter().find_map(|a| a.parse().ok()).with_context(|| format!("`{full}` has no address"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_value_with_signs_of_its_own_does_not_change_the_query() {
-        assert_eq!(escaped("a+b c&d#e%f=g"), "a%2Bb%20c%26d%23e%25f%3Dg");
-        assert_eq!(escaped("spiffe://td/ns/a/sa/b_c-d.e"), "spiffe://td/ns/a/sa/b_c-d.e");
-    }
 }

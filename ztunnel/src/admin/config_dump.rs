@@ -12,7 +12,7 @@ use mesh_core::{
         TunnelProtocol, Workload, WorkloadType,
     },
 };
-use mesh_runtime::admin::{Response, text};
+use mesh_runtime::admin::{Request, Response, text};
 use serde_json::{Map, Value, json};
 
 use super::{Context, answer};
@@ -20,14 +20,18 @@ use crate::config::Config;
 
 mod certificates;
 
-/// Answers from one snapshot.
-pub fn respond(context: &Context) -> Response {
+/// Parts that need a walk over all that is known.
+const KNOWN: [&str; 5] = ["workloads", "services", "policies", "stagedServices", "stateVersion"];
+
+/// Answers from one snapshot; with `?part=` of it alone, in the same shape.
+pub fn respond(context: &Context, request: &Request) -> Response {
+    let part = request.query("part");
     let index = context.shared.state.snapshot();
     let config = &context.shared.config;
     let Ok(shown) = effective(config) else {
         return text(StatusCode::INTERNAL_SERVER_ERROR, "cannot encode the configuration\n");
     };
-    let mut dump = known(&index);
+    let mut dump = if part.is_none_or(|part| KNOWN.contains(&part)) { known(&index) } else { Map::new() };
     let others = [
         ("staticConfig", static_config(&context.shared.state.static_resources())),
         ("version", version(&config.version)),
@@ -38,7 +42,11 @@ pub fn respond(context: &Context) -> Response {
     if config.is_shared() {
         dump.insert("workloadState".to_owned(), json!(context.pods.dump()));
     }
-    answer(&Value::Object(dump))
+    let Some(part) = part else { return answer(&Value::Object(dump)) };
+    match dump.remove(part) {
+        Some(value) => answer(&json!({ part: value })),
+        None => text(StatusCode::NOT_FOUND, format!("there is no part `{part}`\n")),
+    }
 }
 
 /// What discovery, the operator and this node have said.

@@ -1,0 +1,151 @@
+//! `fairway check`: whether a cluster can run the mesh, before anything is changed; and whether the mesh that runs there is well.
+//!
+//! `evidence` fetches, everything else judges what was fetched.
+
+mod clock;
+mod evidence;
+mod network;
+mod nodes;
+mod selector;
+mod server;
+mod strict;
+mod webhooks;
+
+use std::process::ExitCode;
+
+use serde::Serialize;
+use serde_json::json;
+
+use self::evidence::Evidence;
+use crate::{
+    args::Check,
+    cluster::{self, Cluster},
+    output::{self, bad, dim, good, say},
+    status::Overview,
+};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Level {
+    Fine,
+    /// It could not be found out.
+    Unknown,
+    /// The mesh runs, but not everything as one might expect.
+    Warning,
+    /// The mesh, or something that works today, would not run.
+    Fault,
+}
+
+/// One thing that was looked at.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub(crate) struct Item {
+    pub(crate) what: &'static str,
+    pub(crate) level: Level,
+    pub(crate) finding: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub(crate) remedy: String,
+}
+
+impl Item {
+    fn fine(what: &'static str, finding: impl Into<String>) -> Self {
+        Self { what, level: Level::Fine, finding: finding.into(), remedy: String::new() }
+    }
+
+    fn new(what: &'static str, level: Level, finding: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { what, level, finding: finding.into(), remedy: remedy.into() }
+    }
+}
+
+pub(crate) fn run(query: &Check) -> anyhow::Result<ExitCode> {
+    cluster::block_on(async {
+        let cluster = query.connection.open().await?;
+        if let Some(namespace) = &query.strict {
+            return strict::run(&cluster, query, namespace).await;
+        }
+        let mut items = preflight(&cluster, &query.namespace).await?;
+        if let Ok(overview) = Overview::of(&cluster, &query.namespace).await {
+            items.extend(installed(&overview));
+        } else {
+            items.push(Item::fine("mesh", format!("nothing runs in namespace {} yet", query.namespace)));
+        }
+        let fit = items.iter().all(|item| item.level != Level::Fault);
+        let document = json!({ "server": cluster.server, "fit": fit, "items": items });
+        say!("{}", query.output.render(&document, || text(&cluster.server, &items))?);
+        Ok(if fit { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    })
+}
+
+/// Everything that can be known before the mesh is installed.
+pub(crate) async fn preflight(cluster: &Cluster, namespace: &str) -> anyhow::Result<Vec<Item>> {
+    Ok(judge(&Evidence::gather(cluster, namespace).await?))
+}
+
+fn judge(evidence: &Evidence) -> Vec<Item> {
+    let mut items = vec![server::version(&evidence.version), server::permissions(&evidence.denied)];
+    items.extend(nodes::judge(&evidence.nodes));
+    items.extend(network::primary(evidence));
+    items.extend(network::other_meshes(evidence));
+    items.extend(network::policies(evidence));
+    items.extend(server::quotas(evidence));
+    items.push(server::pod_security(evidence));
+    items.push(webhooks::judge(evidence));
+    items.extend(clock::judge(evidence));
+    items.extend(evidence.unknown.iter().map(|(what, why)| Item::new(what, Level::Unknown, why.clone(), "")));
+    items
+}
+
+/// What the programs that run say of themselves.
+fn installed(overview: &Overview) -> Vec<Item> {
+    let mut complaints: Vec<String> = overview.programs.iter().flat_map(crate::status::Program::complaints).collect();
+    let shown = complaints.len().min(5);
+    let more = complaints.len() - shown;
+    complaints.truncate(shown);
+    if more > 0 {
+        complaints.push(format!("and {more} more"));
+    }
+    let mesh = match complaints.is_empty() {
+        true => Item::fine("mesh", format!("{} programs, all ready and in touch", overview.programs.len())),
+        false => {
+            Item::new("mesh", Level::Fault, complaints.join("; "), "`fairway status` says more; the pods' logs say why")
+        }
+    };
+    let mut versions: Vec<&str> = overview.programs.iter().map(|program| program.version.as_str()).collect();
+    versions.sort_unstable();
+    versions.dedup();
+    let skew = match versions.as_slice() {
+        [one] => Item::fine("versions", format!("all {one}")),
+        many => Item::new(
+            "versions",
+            Level::Warning,
+            format!("side by side: {}", many.join(", ")),
+            "finish the upgrade: `fairway upgrade`",
+        ),
+    };
+    vec![mesh, skew]
+}
+
+pub(crate) fn text(server: &str, items: &[Item]) -> String {
+    let mark = |level: Level| match level {
+        Level::Fine => good("ok"),
+        Level::Unknown => dim("unknown"),
+        Level::Warning => "warning".to_owned(),
+        Level::Fault => bad("FAULT"),
+    };
+    let row = |item: &Item| vec![item.what.to_owned(), mark(item.level), item.finding.clone(), item.remedy.clone()];
+    let table = output::table(&["WHAT", "", "FINDING", "REMEDY"], items.iter().map(row));
+    let count = |level: Level| items.iter().filter(|item| item.level == level).count();
+    let verdict = match count(Level::Fault) {
+        0 => good("fit"),
+        _ => bad("not fit"),
+    };
+    format!("{server}\n\n{table}\n\n{verdict}: {} faults, {} warnings", count(Level::Fault), count(Level::Warning))
+}
+
+/// `a, b, c and 4 more`.
+fn some(names: &[String]) -> String {
+    const SHOWN: usize = 4;
+    if names.len() <= SHOWN {
+        return names.join(", ");
+    }
+    format!("{} and {} more", names[..SHOWN].join(", "), names.len() - SHOWN)
+}

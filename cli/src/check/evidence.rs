@@ -1,0 +1,152 @@
+//! What is fetched for a check.
+
+use std::{collections::BTreeMap, time::SystemTime};
+
+use futures_util::{StreamExt as _, stream};
+use serde_json::{Value, json};
+
+use crate::cluster::{Cluster, KINDS, Kind};
+
+#[derive(Debug, Default)]
+pub(super) struct Evidence {
+    /// Where the mesh is, or shall be.
+    pub(super) namespace: String,
+    pub(super) version: Value,
+    /// The API server's clock, and ours when it was read.
+    pub(super) clocks: Option<(SystemTime, SystemTime)>,
+    /// `create clusterroles`, for each thing that is not allowed.
+    pub(super) denied: Vec<String>,
+    pub(super) nodes: Vec<Value>,
+    /// The nodes' heartbeats.
+    pub(super) leases: Vec<Value>,
+    pub(super) daemon_sets: Vec<Value>,
+    /// Of control planes of meshes.
+    pub(super) control_planes: Vec<Value>,
+    pub(super) cilium: Option<Value>,
+    pub(super) felix: Option<Value>,
+    pub(super) namespaces: Vec<Value>,
+    pub(super) policies: Vec<Value>,
+    /// Metadata of the pods of namespaces with policies.
+    pub(super) pods: BTreeMap<String, Vec<Value>>,
+    pub(super) quotas: Vec<Value>,
+    /// Of both kinds, and API services.
+    pub(super) webhooks: Vec<Value>,
+    pub(super) peer_authentications: Vec<Value>,
+    /// What could not be fetched, and why.
+    pub(super) unknown: Vec<(&'static str, String)>,
+}
+
+impl Evidence {
+    /// # Errors
+    /// When the server does not answer at all.
+    pub(super) async fn gather(cluster: &Cluster, namespace: &str) -> anyhow::Result<Self> {
+        let (version, server_time) = cluster.version().await?;
+        let mut evidence = Self {
+            namespace: namespace.to_owned(),
+            version,
+            clocks: server_time.map(|server| (server, SystemTime::now())),
+            ..Self::default()
+        };
+        let denied = reviews(namespace).into_iter().map(|review| async move { denied(cluster, review).await });
+        let denied: Vec<_> = stream::iter(denied).buffered(8).collect().await;
+        for answer in denied {
+            match answer {
+                Ok(denied) => evidence.denied.extend(denied),
+                Err(error) => evidence.unknown.push(("permissions", format!("{error:#}"))),
+            }
+        }
+        evidence.nodes = evidence.list(cluster, "nodes", "/api/v1/nodes", "").await;
+        let leases = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases";
+        evidence.leases = evidence.list(cluster, "clocks", leases, "").await;
+        evidence.daemon_sets = evidence.list(cluster, "network", "/apis/apps/v1/daemonsets", "").await;
+        evidence.control_planes =
+            evidence.list(cluster, "other meshes", "/apis/apps/v1/deployments", "labelSelector=app%3Distiod").await;
+        evidence.cilium = evidence.get(cluster, "/api/v1/namespaces/kube-system/configmaps/cilium-config").await;
+        evidence.felix = evidence.get(cluster, "/apis/crd.projectcalico.org/v1/felixconfigurations/default").await;
+        evidence.namespaces = evidence.list(cluster, "namespaces", "/api/v1/namespaces", "").await;
+        let policies = "/apis/networking.k8s.io/v1/networkpolicies";
+        evidence.policies = evidence.list(cluster, "network policies", policies, "").await;
+        for policy in evidence.policies.clone() {
+            let Some(within) = policy["metadata"]["namespace"].as_str() else { continue };
+            if !evidence.pods.contains_key(within) {
+                let pods = cluster.list_metadata(&format!("/api/v1/namespaces/{within}/pods"), "").await;
+                evidence.pods.insert(within.to_owned(), pods.unwrap_or_default());
+            }
+        }
+        let quotas = format!("/api/v1/namespaces/{namespace}/resourcequotas");
+        evidence.quotas = evidence.list(cluster, "quotas", &quotas, "").await;
+        for kind in ["mutatingwebhookconfigurations", "validatingwebhookconfigurations"] {
+            let path = format!("/apis/admissionregistration.k8s.io/v1/{kind}");
+            let mut found = evidence.list(cluster, "webhooks", &path, "").await;
+            evidence.webhooks.append(&mut found);
+        }
+        let services = "/apis/apiregistration.k8s.io/v1/apiservices";
+        let mut services = evidence.list(cluster, "webhooks", services, "").await;
+        evidence.webhooks.append(&mut services);
+        let authentications = "/apis/security.istio.io/v1/peerauthentications";
+        evidence.peer_authentications = evidence.list(cluster, "webhooks", authentications, "").await;
+        Ok(evidence)
+    }
+
+    async fn list(&mut self, cluster: &Cluster, what: &'static str, path: &str, query: &str) -> Vec<Value> {
+        match cluster.list(path, query).await {
+            Ok(items) => items,
+            Err(error) => {
+                self.unknown.push((what, format!("{error:#}")));
+                Vec::new()
+            }
+        }
+    }
+
+    async fn get(&mut self, cluster: &Cluster, path: &str) -> Option<Value> {
+        match cluster.get(path).await {
+            Ok(object) => object,
+            Err(error) => {
+                self.unknown.push(("network", format!("{error:#}")));
+                None
+            }
+        }
+    }
+
+    /// Whether pods there are, or will be, in the mesh.
+    pub(super) fn is_enrolled(&self, namespace: &str) -> bool {
+        let there = self.namespaces.iter().find(|object| object["metadata"]["name"] == namespace);
+        there.is_some_and(|object| object["metadata"]["labels"]["istio.io/dataplane-mode"] == "ambient")
+    }
+}
+
+/// What an installation needs: to apply every kind it is made of, and to look into its pods.
+fn reviews(namespace: &str) -> Vec<Value> {
+    // Made only where their definitions are.
+    let optional = [
+        "k8s.cni.cncf.io",
+        "monitoring.coreos.com",
+        "gateway.networking.k8s.io",
+        "admissionregistration.k8s.io",
+        "scheduling.k8s.io",
+    ];
+    let kinds = KINDS.iter().filter(|kind| !optional.contains(&kind.group()));
+    let mut reviews: Vec<Value> = kinds
+        .flat_map(|kind: &Kind| {
+            let within = if kind.namespaced { namespace } else { "" };
+            ["create", "patch"].map(
+                |verb| json!({ "group": kind.group(), "resource": kind.plural(), "verb": verb, "namespace": within }),
+            )
+        })
+        .collect();
+    reviews.push(json!({ "group": "", "resource": "pods", "subresource": "portforward", "verb": "create", "namespace": namespace }));
+    reviews
+}
+
+async fn denied(cluster: &Cluster, attributes: Value) -> anyhow::Result<Option<String>> {
+    let text = |field: &str| attributes[field].as_str().unwrap_or_default().to_owned();
+    let resource = [text("resource"), text("subresource")]
+        .into_iter()
+        .filter(|part| !part.is_empty())
+        .collect::<Vec<_>>()
+        .join("/");
+    let what = format!("{} {resource}", text("verb"));
+    let review = json!({ "apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview", "spec": { "resourceAttributes": attributes } });
+    let answer = cluster.create("/apis/authorization.k8s.io/v1/selfsubjectaccessreviews", review).await?;
+    Ok((answer["status"]["allowed"] != true).then_some(what))
+}

@@ -1,0 +1,137 @@
+//! Against a small API server: what is there before and after.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use clap::Parser as _;
+use serde_json::json;
+
+use super::*;
+use crate::{
+    args::{Args, Command},
+    cluster::fake::FakeApi,
+};
+
+fn selection(arguments: &[&str]) -> Selection {
+    let words = [&["fairway", "install", "--skip-check", "--platform", "default"], arguments].concat();
+    match Args::try_parse_from(words).unwrap().command {
+        Command::Install(install) => install.selection,
+        other => panic!("{other:?}"),
+    }
+}
+
+async fn install(api: &FakeApi, arguments: &[&str]) -> anyhow::Result<()> {
+    let selection = selection(arguments);
+    let installation = Installation::prepare(api.cluster(), &selection).await?;
+    installation.may_go_on(&selection).await?;
+    match installation.before {
+        None => installation.first(false, Duration::ZERO).await,
+        Some(_) => installation.roll(false, Duration::ZERO).await,
+    }
+    .map(drop)
+}
+
+fn removal(arguments: &[&str]) -> crate::args::Uninstall {
+    match Args::try_parse_from([&["fairway", "uninstall", "--yes"], arguments].concat()).unwrap().command {
+        Command::Uninstall(uninstall) => uninstall,
+        other => panic!("{other:?}"),
+    }
+}
+
+const SYSTEM: &str = "/api/v1/namespaces/istio-system";
+
+#[tokio::test]
+async fn what_is_installed_is_what_uninstall_removes() {
+    let api = FakeApi::start().await;
+    let foreign = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "theirs", "namespace": "shop"}});
+    let root = |namespace: &str| json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio-ca-root-cert", "namespace": namespace}});
+    api.put(foreign);
+    install(&api, &["--hub", "h", "--tag", "t"]).await.unwrap();
+    for component in &COMPONENTS {
+        let kind = Kind::named(component.kind).unwrap();
+        let path = format!("{}/{}", kind.path(Some("istio-system")), component.name);
+        let image = api.object(&path).unwrap()["spec"]["template"]["spec"]["containers"][0]["image"].clone();
+        assert_eq!(image, format!("h/{}:t", component.name));
+    }
+    assert!(api.object(SYSTEM).is_some(), "the namespace is made");
+    api.put(root("shop"));
+    api.put(root("istio-system"));
+    let options = removal(&[]);
+    uninstall::with(&api.cluster(), &options).await.unwrap();
+    assert_eq!(api.paths(), ["/api/v1/namespaces/shop/configmaps/theirs"]);
+}
+
+#[tokio::test]
+async fn the_agents_go_before_ztunnel_and_ztunnel_before_the_control_plane_and_their_rights_last() {
+    let api = FakeApi::start().await;
+    install(&api, &[]).await.unwrap();
+    api.changes();
+    uninstall::with(&api.cluster(), &removal(&[])).await.unwrap();
+    let changes = api.changes();
+    let at = |what: &str| {
+        changes.iter().position(|change| change.contains(what)).unwrap_or_else(|| panic!("{what}: {changes:?}"))
+    };
+    let order = [
+        "daemonsets/fairway-node",
+        "daemonsets/ztunnel",
+        "deployments/fairwayd",
+        "clusterroles/fairway-node-istio-system",
+    ];
+    assert!(order.windows(2).all(|pair| at(pair[0]) < at(pair[1])), "{changes:?}");
+}
+
+#[tokio::test]
+async fn a_second_installation_keeps_what_is_not_said_again_and_prunes_what_is_no_more() {
+    let api = FakeApi::start().await;
+    install(&api, &["--hub", "h", "--tag", "one", "--set", "ztunnel.logLevel=debug"]).await.unwrap();
+    let stale = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "stale", "namespace": "istio-system", "labels": {INSTALL: "istio-system"}}});
+    api.put(stale);
+    install(&api, &["--tag", "two"]).await.unwrap();
+    assert!(api.object(&format!("{SYSTEM}/services/stale")).is_none());
+    let record = Record::read(&api.cluster(), "istio-system").await.unwrap().unwrap();
+    assert_eq!((record.hub.as_str(), record.tag.as_str()), ("h", "two"));
+    assert_eq!(record.settings, BTreeMap::from([("ztunnel.logLevel".to_owned(), "debug".to_owned())]));
+}
+
+#[tokio::test]
+async fn what_belongs_to_somebody_else_is_named_and_nothing_is_changed() {
+    let api = FakeApi::start().await;
+    let theirs = json!({"apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": {"name": "ztunnel", "namespace": "istio-system",
+        "annotations": {"meta.helm.sh/release-name": "ztunnel", "meta.helm.sh/release-namespace": "istio-system"}}});
+    api.put(theirs);
+    let error = format!("{:#}", install(&api, &[]).await.unwrap_err());
+    assert!(error.contains("Helm release ztunnel") && error.contains("DaemonSet istio-system/ztunnel"), "{error}");
+    assert!(api.changes().is_empty());
+    install(&api, &["--take-over"]).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_cluster_that_is_not_fit_is_told_before_anything_is_changed() {
+    let api = FakeApi::start().await;
+    let info = json!({"operatingSystem": "linux", "kernelVersion": "4.19.0", "architecture": "amd64", "containerRuntimeVersion": "containerd://2"});
+    api.put_at("/api/v1/nodes/old", json!({"metadata": {"name": "old"}, "status": {"nodeInfo": info}}));
+    let mut selection = selection(&[]);
+    selection.skip_check = false;
+    let installation = Installation::prepare(api.cluster(), &selection).await.unwrap();
+    let error = format!("{:#}", installation.may_go_on(&selection).await.unwrap_err());
+    assert!(error.contains("not fit"), "{error}");
+    assert!(api.changes().is_empty());
+}
+
+#[tokio::test]
+async fn a_dry_run_changes_nothing() {
+    let api = FakeApi::start().await;
+    let installation = Installation::prepare(api.cluster(), &selection(&[])).await.unwrap();
+    installation.apply(|_| true, true).await.unwrap();
+    assert!(api.changes().is_empty() && api.paths().is_empty());
+}
+
+#[tokio::test]
+async fn others_in_the_namespace_keep_it() {
+    let api = FakeApi::start().await;
+    install(&api, &[]).await.unwrap();
+    let theirs =
+        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "theirs", "namespace": "istio-system"}});
+    api.put(theirs);
+    uninstall::with(&api.cluster(), &removal(&[])).await.unwrap();
+    assert_eq!(api.paths(), [SYSTEM.to_owned(), format!("{SYSTEM}/configmaps/theirs")]);
+}

@@ -1,0 +1,170 @@
+//! A mesh on Kubernetes: objects from the API server, pages through forwarded ports.
+
+use std::{net::IpAddr, sync::OnceLock};
+
+use anyhow::Context as _;
+use futures_util::{StreamExt as _, stream};
+use lab::protocol::{NodeStatus, PodStatus};
+use serde_json::Value;
+use tokio::runtime::Runtime;
+
+use super::{Mesh, Page, Program};
+use crate::{
+    args::Place,
+    cluster::{Cluster, escape, rollout},
+    install::{self, COMPONENTS},
+};
+
+const REDIRECTION: &str = "ambient.istio.io/redirection";
+/// Pods asked at a time.
+const ASKED: usize = 16;
+
+pub(super) struct OnCluster {
+    runtime: Runtime,
+    cluster: Cluster,
+    /// Where the mesh is installed.
+    system: String,
+    /// Its own pods, listed when the first of them is asked.
+    programs: OnceLock<Vec<Value>>,
+}
+
+impl OnCluster {
+    pub(super) fn open(place: &Place) -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let cluster = runtime.block_on(place.connection.open())?;
+        Ok(Self { runtime, cluster, system: place.mesh_namespace.clone(), programs: OnceLock::new() })
+    }
+
+    fn get(&self, path: &str) -> anyhow::Result<Option<Value>> {
+        self.runtime.block_on(self.cluster.get(path))
+    }
+
+    fn programs(&self) -> anyhow::Result<&[Value]> {
+        if let Some(pods) = self.programs.get() {
+            return Ok(pods);
+        }
+        let listed = self.runtime.block_on(async {
+            let mut all = Vec::new();
+            for component in &COMPONENTS {
+                all.extend(install::pods(&self.cluster, &self.system, component).await?);
+            }
+            anyhow::Ok(all)
+        })?;
+        Ok(self.programs.get_or_init(|| listed))
+    }
+
+    /// The pod of a program; while it is being replaced, the one that is ready.
+    fn pod_of(&self, program: &Program) -> anyhow::Result<String> {
+        let (component, node) = match program {
+            Program::ControlPlane => (&COMPONENTS[0], None),
+            Program::Agent(node) => (&COMPONENTS[1], Some(node)),
+            Program::Ztunnel(node) => (&COMPONENTS[2], Some(node)),
+        };
+        let (key, value) = component.selector.split_once('=').unwrap_or_default();
+        let is_it = |pod: &&Value| {
+            let there = node.is_none_or(|node| pod["spec"]["nodeName"] == **node);
+            pod["metadata"]["labels"][key] == value && there && pod["status"]["phase"] == "Running"
+        };
+        let pods: Vec<&Value> = self.programs()?.iter().filter(is_it).collect();
+        let pod = pods.iter().find(|pod| rollout::is_ready(pod)).or_else(|| pods.first());
+        let name = pod.and_then(|pod| pod["metadata"]["name"].as_str()).map(str::to_owned);
+        name.with_context(|| {
+            format!("{program}: no such pod runs in namespace {} of {}", self.system, self.cluster.server)
+        })
+    }
+
+    async fn page(
+        &self,
+        pod: anyhow::Result<String>,
+        program: &Program,
+        page: Page<'_>,
+    ) -> anyhow::Result<(i32, String)> {
+        let (port, path) = page.port_and_path(program);
+        let (status, body) = self.cluster.page(&self.system, &pod?, port, path).await?;
+        Ok((status.into(), body))
+    }
+}
+
+impl Mesh for OnCluster {
+    fn pod(&self, namespace: &str, name: &str) -> anyhow::Result<Option<PodStatus>> {
+        Ok(self.get(&format!("/api/v1/namespaces/{namespace}/pods/{name}"))?.as_ref().map(pod))
+    }
+
+    fn pod_at(&self, address: IpAddr) -> anyhow::Result<Option<PodStatus>> {
+        let selector = escape(&format!("status.podIP={address},status.phase=Running"));
+        let list = self.get(&format!("/api/v1/pods?fieldSelector={selector}"))?.unwrap_or_default();
+        let items = list["items"].as_array().map(Vec::as_slice).unwrap_or_default();
+        Ok(items.iter().find(|pod| pod["spec"]["hostNetwork"] != true).map(pod))
+    }
+
+    fn any_pod(&self) -> anyhow::Result<Option<PodStatus>> {
+        let list = self.get("/api/v1/pods?limit=100&fieldSelector=status.phase%3DRunning")?.unwrap_or_default();
+        let items = list["items"].as_array().map(Vec::as_slice).unwrap_or_default();
+        Ok(items.iter().find(|pod| pod["spec"]["hostNetwork"] != true).map(pod))
+    }
+
+    fn service(&self, namespace: &str, name: &str) -> anyhow::Result<Option<Vec<String>>> {
+        let service = self.get(&format!("/api/v1/namespaces/{namespace}/services/{name}"))?;
+        Ok(service.map(|service| {
+            let spec = &service["spec"];
+            let mut addresses = texts(&spec["clusterIPs"]);
+            if addresses.is_empty() {
+                addresses.extend(spec["clusterIP"].as_str().map(str::to_owned));
+            }
+            addresses
+        }))
+    }
+
+    fn nodes(&self) -> anyhow::Result<Vec<NodeStatus>> {
+        let nodes = self.runtime.block_on(self.cluster.list("/api/v1/nodes", ""))?;
+        Ok(nodes.iter().map(node).collect())
+    }
+
+    fn ask(&self, program: &Program, page: Page<'_>) -> anyhow::Result<(i32, String)> {
+        let pod = self.pod_of(program);
+        self.runtime.block_on(self.page(pod, program, page))
+    }
+
+    fn ask_all(&self, programs: &[Program], page: Page<'_>) -> Vec<anyhow::Result<(i32, String)>> {
+        let pods: Vec<_> = programs.iter().map(|program| (self.pod_of(program), program)).collect();
+        let asked = pods.into_iter().map(|(pod, program)| self.page(pod, program, page));
+        self.runtime.block_on(stream::iter(asked).buffered(ASKED).collect())
+    }
+
+    fn namespace(&self) -> &str {
+        &self.cluster.namespace
+    }
+
+    fn lister(&self, what: &str) -> String {
+        format!("kubectl get {what}{}", if what == "pods" { " -A" } else { "" })
+    }
+}
+
+fn pod(object: &Value) -> PodStatus {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let (metadata, status) = (&object["metadata"], &object["status"]);
+    let addresses = status["podIPs"].as_array().into_iter().flatten().map(|ip| text(&ip["ip"])).collect();
+    PodStatus {
+        namespace: text(&metadata["namespace"]),
+        name: text(&metadata["name"]),
+        uid: text(&metadata["uid"]),
+        node: text(&object["spec"]["nodeName"]),
+        service_account: text(&object["spec"]["serviceAccountName"]),
+        addresses,
+        enrolment: text(&metadata["annotations"][REDIRECTION]),
+        ..PodStatus::default()
+    }
+}
+
+fn node(object: &Value) -> NodeStatus {
+    let addresses = object["status"]["addresses"].as_array().into_iter().flatten();
+    let internal = addresses.filter(|address| address["type"] == "InternalIP");
+    NodeStatus {
+        name: object["metadata"]["name"].as_str().unwrap_or_default().to_owned(),
+        addresses: internal.filter_map(|address| address["address"].as_str().map(str::to_owned)).collect(),
+    }
+}
+
+fn texts(list: &Value) -> Vec<String> {
+    list.as_array().into_iter().flatten().filter_map(|item| item.as_str().map(str::to_owned)).collect()
+}
