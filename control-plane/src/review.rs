@@ -37,7 +37,7 @@ const DEADLINE: Duration = Duration::from_secs(5);
 /// Longer ones are no tokens.
 const MAX_TOKEN: usize = 16 * 1024;
 /// Reviews at once; who comes on top of that is told to come again.
-const MAX_FLIGHTS: usize = 64;
+const MAX_FLIGHTS: usize = 256;
 
 /// The pod a token is bound to, and its account.
 #[derive(Clone, Debug, PartialEq, Eq)]

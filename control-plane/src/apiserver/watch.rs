@@ -79,13 +79,13 @@ enum Stopped {
 
 impl Stopped {
     fn of(error: &kube::Error) -> Self {
-        let code = match error {
-            kube::Error::Api(status) => status.code,
-            _ => 0,
+        let (relist, unknown) = match error {
+            // What came and is no refusal was an event that was not understood, and is lost.
+            kube::Error::Api(status) => (status.code == 410 || status.code < 400, status.code == 404),
+            kube::Error::SerdeError(_) => (true, false),
+            _ => (false, false),
         };
-        // What cannot be decoded was an event, and is lost.
-        let relist = code == 410 || matches!(error, kube::Error::SerdeError(_));
-        Self::Failed { why: error_chain(error), relist, unknown: code == 404 }
+        Self::Failed { why: error_chain(error), relist, unknown }
     }
 
     fn failed(why: impl Into<String>) -> Self {
@@ -206,12 +206,20 @@ where
         let began = Instant::now();
         let events = timeout(ANSWER, self.api.watch(&params, &version)).await;
         let events = events.map_err(|_| Stopped::failed(unanswered()))?.map_err(|error| Stopped::of(&error))?;
-        self.recovered().await?;
         let mut events = std::pin::pin!(events);
+        // A refusal comes as if it were the first event: a watch works that says nothing of the kind for a moment.
+        let mut works = false;
         loop {
-            let event = timeout(SILENCE, events.try_next()).await;
-            let event = event.map_err(|_| Stopped::failed("the watch has fallen silent"))?;
-            match event.map_err(|error| Stopped::of(&error))? {
+            let event = match timeout(if works { SILENCE } else { BRIEF }, events.try_next()).await {
+                Ok(event) => event.map_err(|error| Stopped::of(&error))?,
+                Err(_) if works => return Err(Stopped::failed("the watch has fallen silent")),
+                Err(_) => {
+                    works = true;
+                    self.recovered().await?;
+                    continue;
+                }
+            };
+            match event {
                 Some(WatchEvent::Added(object) | WatchEvent::Modified(object)) => {
                     self.seen(object.meta().resource_version.clone());
                     self.send(Event::Set(object)).await?;
@@ -242,3 +250,6 @@ where
 fn unanswered() -> String {
     format!("the API server did not answer within {ANSWER:?}")
 }
+
+#[cfg(test)]
+mod tests;
