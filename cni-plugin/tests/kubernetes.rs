@@ -403,7 +403,8 @@ async fn a_node_without_an_agent_is_cleaned_by_hand() {
     agent.stop().await;
     rules::verify(&ns, &Options::default()).expect("captured");
     let printed = node.cleanup().await;
-    for wanted in ["our entry in /run/net.d/10-net.conflist", "rules in /var/run/netns/app", "annotations", "fairway-host"]
+    for wanted in
+        ["our entry in /run/net.d/10-net.conflist", "rules in /var/run/netns/app", "annotations", "fairway-host"]
     {
         assert!(printed.contains(wanted), "{wanted} is missing in {printed}");
     }

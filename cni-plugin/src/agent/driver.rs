@@ -26,14 +26,18 @@ use super::{
     server::AddCall,
     source::View,
     status::StatusWriter,
-    zds::{Workload, Zds},
+    zds::Zds,
 };
 use crate::{
     decision::{Decisions, Listed, REFRESH},
     eligibility::{Exclusion, Labels, Pod, decide, decided_by},
     request::{AddAnswer, AddRequest},
-    rules::{self, Options},
+    rules::Options,
 };
+
+mod steps;
+
+use steps::{Ended, options_of, step_name, take_step, workload};
 
 /// What the driver needs to know of its node.
 pub struct Settings {
@@ -90,13 +94,6 @@ struct Finished {
     step: Step,
     netns: Option<NetNs>,
     result: Result<Ended, String>,
-}
-
-enum Ended {
-    Done,
-    Found(NetNs),
-    Applied { older_flows: Option<usize> },
-    Flows(usize),
 }
 
 impl Driver {
@@ -528,113 +525,4 @@ async fn marked(probes: &mut Option<Probes>) {
         return;
     }
     std::future::pending().await
-}
-
-async fn take_step(
-    step: Step,
-    settings: &Arc<Settings>,
-    zds: &Zds,
-    pod: &Arc<Pod>,
-    netns: Option<NetNs>,
-) -> Result<Ended, String> {
-    match step {
-        Step::Announce => zds.announce(workload(pod, netns)).await.map(|()| Ended::Done).map_err(|e| error_chain(&e)),
-        Step::Withdraw => {
-            zds.withdraw(&pod.uid.as_str().into()).await;
-            Ok(Ended::Done)
-        }
-        Step::WriteStatus(redirection) => settings.status.write(pod, redirection).await.map(|()| Ended::Done),
-        step => {
-            let (settings, pod) = (settings.clone(), pod.clone());
-            let blocking = spawn_blocking(move || take_blocking_step(step, &settings, &pod, netns));
-            blocking.await.unwrap_or_else(|e| Err(e.to_string()))
-        }
-    }
-}
-
-fn take_blocking_step(step: Step, settings: &Settings, pod: &Pod, netns: Option<NetNs>) -> Result<Ended, String> {
-    let in_ns = |act: &dyn Fn(&NetNs) -> Result<Ended, String>| {
-        netns.as_ref().map_or_else(|| Err("the pod's network namespace is not known".into()), act)
-    };
-    match step {
-        Step::ApplyRules => in_ns(&|ns| {
-            let changed = rules::apply(ns, &options_of(pod, &settings.options)).map_err(|e| error_chain(&e))?;
-            let older_flows = if changed { rules::older_flows(ns).ok() } else { None };
-            Ok(Ended::Applied { older_flows })
-        }),
-        Step::FlushRedirects => {
-            in_ns(&|ns| rules::flush_redirects(ns).map(|()| Ended::Done).map_err(|e| error_chain(&e)))
-        }
-        Step::CountFlows => in_ns(&|ns| rules::captured_flows(ns).map(Ended::Flows).map_err(|e| error_chain(&e))),
-        Step::RemoveRules => in_ns(&|ns| rules::remove(ns).map(|()| Ended::Done).map_err(|e| error_chain(&e))),
-        // Asynchronous, see `take_step`; or of many pods at once, see `search`.
-        Step::FindNetns | Step::WriteStatus(_) | Step::Announce | Step::Withdraw => Ok(Ended::Done),
-    }
-}
-
-fn workload(pod: &Pod, netns: Option<NetNs>) -> Workload {
-    Workload {
-        uid: pod.uid.as_str().into(),
-        name: pod.name.clone(),
-        namespace: pod.namespace.clone(),
-        service_account: pod.service_account.clone(),
-        netns,
-    }
-}
-
-/// The annotations that change a pod's rules. One that cannot be read is ignored with a warning.
-pub fn options_of(pod: &Pod, defaults: &Options) -> Options {
-    let mut options = defaults.clone();
-    if let Some(bypass) = switch(pod, "ambient.istio.io/bypass-inbound-capture") {
-        options.inbound = !bypass;
-    }
-    if let Some(dns) = switch(pod, "ambient.istio.io/dns-capture") {
-        options.dns = dns;
-    }
-    if let Some(interfaces) = pod.annotations.get("istio.io/reroute-virtual-interfaces") {
-        let names = interfaces.split(',').map(str::trim).filter(|name| !name.is_empty() && name.len() < 16);
-        options.reroute_interfaces = names.map(str::to_owned).collect();
-    }
-    options
-}
-
-fn switch(pod: &Pod, annotation: &str) -> Option<bool> {
-    let value = pod.annotations.get(annotation)?;
-    let read = value.parse().ok();
-    if read.is_none() {
-        tracing::warn!(pod = pod.name, annotation, value, "must be \"true\" or \"false\"; ignored");
-    }
-    read
-}
-
-fn step_name(step: Step) -> &'static str {
-    match step {
-        Step::FindNetns => "find-netns",
-        Step::ApplyRules => "apply-rules",
-        Step::Announce => "announce",
-        Step::WriteStatus(_) => "write-status",
-        Step::FlushRedirects => "flush-redirects",
-        Step::CountFlows => "count-flows",
-        Step::RemoveRules => "remove-rules",
-        Step::Withdraw => "withdraw",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn annotations_change_the_rules_and_nonsense_does_not() {
-        let with = |key: &str, value: &str| {
-            let annotations = [(key.to_owned(), value.to_owned())].into();
-            options_of(&Pod { annotations, ..Pod::default() }, &Options::default())
-        };
-        assert!(!with("ambient.istio.io/bypass-inbound-capture", "true").inbound);
-        assert!(with("ambient.istio.io/bypass-inbound-capture", "perhaps").inbound);
-        assert!(!with("ambient.istio.io/dns-capture", "false").dns);
-        assert!(with("ambient.istio.io/dns-capture", "no").dns);
-        let reroute = with("istio.io/reroute-virtual-interfaces", "vm0, ,docker0,much-too-long-a-name");
-        assert_eq!(reroute.reroute_interfaces, ["vm0", "docker0"]);
-    }
 }
