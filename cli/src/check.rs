@@ -63,10 +63,10 @@ pub(crate) fn run(query: &Check) -> anyhow::Result<ExitCode> {
             return strict::run(&cluster, query, namespace).await;
         }
         let mut items = preflight(&cluster, &query.namespace).await?;
-        if let Ok(overview) = Overview::of(&cluster, &query.namespace).await {
-            items.extend(installed(&overview));
-        } else {
-            items.push(Item::fine("mesh", format!("nothing runs in namespace {} yet", query.namespace)));
+        match Overview::of(&cluster, &query.namespace).await {
+            Ok(Some(overview)) => items.extend(installed(&overview)),
+            Ok(None) => items.push(Item::fine("mesh", format!("nothing runs in namespace {} yet", query.namespace))),
+            Err(error) => items.push(Item::new("mesh", Level::Unknown, format!("{error:#}"), "")),
         }
         let fit = items.iter().all(|item| item.level != Level::Fault);
         let document = json!({ "server": cluster.server, "fit": fit, "items": items });

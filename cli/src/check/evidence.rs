@@ -49,12 +49,15 @@ impl Evidence {
         };
         let denied = reviews(namespace).into_iter().map(|review| async move { denied(cluster, review).await });
         let denied: Vec<_> = stream::iter(denied).buffered(8).collect().await;
+        let mut errors = Vec::new();
         for answer in denied {
             match answer {
                 Ok(denied) => evidence.denied.extend(denied),
-                Err(error) => evidence.unknown.push(("permissions", format!("{error:#}"))),
+                Err(error) => errors.push(format!("{error:#}")),
             }
         }
+        // Who may not ask for one may not ask for any.
+        evidence.unknown.extend(errors.pop().map(|error| ("permissions", error)));
         evidence.nodes = evidence.list(cluster, "nodes", "/api/v1/nodes", "").await;
         let leases = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases";
         evidence.leases = evidence.list(cluster, "clocks", leases, "").await;
