@@ -34,12 +34,15 @@ pub mod enroll;
 pub mod host;
 pub mod install;
 pub mod leave;
+pub mod notices;
+pub mod preflight;
 pub mod probes;
 pub mod report;
 pub mod sandbox;
 pub mod server;
 pub mod source;
 pub mod status;
+pub mod taint;
 pub mod zds;
 
 pub use config::Config;
@@ -47,7 +50,7 @@ use config::{Kubernetes, World};
 use driver::{Driver, Settings};
 use enroll::Pace;
 use host::Host;
-use leave::{Done, Fate, Traces};
+use leave::{Done, Fate, Standing, Traces};
 use probes::Probes;
 use report::{Metrics, Reports};
 use sandbox::Sandboxes;
@@ -166,6 +169,7 @@ impl Agent {
         let health_listener = config.health.map(|address| listen("FAIRWAY_HEALTH_ADDR", address)).transpose()?;
 
         let (registry, readiness, zds) = (Registry::new(), Readiness::default(), zds::Zds::default());
+        let pending = readiness.pending("first pass over the pods of the node");
         let ((work, watcher), (ports, ports_watcher)) = (drain::channel(), drain::channel());
         let (views_tx, views) = watch::channel(None);
         let (calls_tx, calls) = mpsc::channel(QUEUED_CALLS);
@@ -183,11 +187,18 @@ impl Agent {
             options: config.options,
             host,
         };
-        let pending = readiness.pending("first pass over the pods of the node");
         let mut tasks = JoinSet::new();
         if let Some(install) = own.as_ref().and_then(|own| own.traces.install.clone()) {
             let (installs, installed) = (metrics.installs.clone(), metrics.installed.clone());
             tasks.spawn(install::run(install, readiness.clone(), installs, installed, watcher.clone()));
+        }
+        if let Some(own) = &own {
+            let notices = notices::Settings { node: own.traces.node.clone(), patience: own.patience };
+            tasks.spawn(notices::run(own.client.clone(), notices, reports.clone(), watcher.clone()));
+            if let Some(key) = own.taint.clone() {
+                let node = own.traces.node.clone();
+                tasks.spawn(taint::run(own.client.clone(), node, key, readiness.clone(), watcher.clone()));
+            }
         }
         let probes = own.is_some().then(|| {
             let (wanted, wanted_rx) = watch::channel(probes::Wanted::default());
@@ -231,7 +242,7 @@ impl Agent {
     /// Stops for good or for a successor, whichever the API server says; see [`leave::fate`].
     pub async fn leave(mut self) {
         let Some(own) = self.own.take() else { return self.stop().await };
-        let standing = leave::standing(&own.client, &own.namespace, &own.daemon_set, &own.traces.node).await;
+        let standing = own.standing().await;
         let fate = leave::fate(&standing, own.traces.install.as_ref().map(|install| &install.mode));
         tracing::info!(?standing, ?fate, "what becomes of what is on this node");
         self.work.drain(STOP_LIMIT).await;
@@ -263,9 +274,21 @@ struct Node {
 /// What it takes to leave a node of Kubernetes.
 struct Own {
     client: kube::Client,
+    taint: Option<String>,
+    patience: Duration,
+    safe_upgrade: bool,
     namespace: String,
     daemon_set: String,
     traces: Traces,
+}
+
+impl Own {
+    async fn standing(&self) -> Standing {
+        if !self.safe_upgrade {
+            return Standing::Ends("AMBIENT_DISABLE_SAFE_UPGRADE is set");
+        }
+        leave::standing(&self.client, &self.namespace, &self.daemon_set, &self.traces.node).await
+    }
 }
 
 impl Node {
@@ -280,10 +303,13 @@ impl Node {
                 own: None,
             },
             World::Kubernetes(kubernetes) => {
+                let host = preflight::check(kubernetes)?;
                 let client = kubernetes.api.client().await?;
-                let host = host(kubernetes)?;
                 let own = Own {
                     client: client.clone(),
+                    taint: kubernetes.taint.clone(),
+                    patience: kubernetes.patience,
+                    safe_upgrade: kubernetes.safe_upgrade,
                     namespace: kubernetes.namespace.clone(),
                     daemon_set: kubernetes.daemon_set.clone(),
                     traces: traces(config, host.clone(), kubernetes),

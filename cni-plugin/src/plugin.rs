@@ -10,10 +10,15 @@ use std::{
 };
 
 use mesh_net::NetNs;
-use mesh_runtime::env::{ProcessEnv, Vars};
+use mesh_runtime::{
+    env::{ProcessEnv, Vars},
+    telemetry::error_chain,
+};
 
 use crate::{
     decision::Decisions,
+    eligibility::decide,
+    lookup::lookup,
     request::{AddAnswer, AddRequest, post, socket_path},
     rules::{RulesError, verify_installed},
     spec::{
@@ -128,14 +133,22 @@ fn ask_agent(env: &CallEnv, pod: &PodArgs, conf: &NetConf, undecided: bool) -> R
     let body = serde_json::to_vec(&request).map_err(|e| CniError::new(CniError::IO, e.to_string(), ""))?;
     let socket = socket_path(&conf.cni_agent_run_dir);
     let who = format!("{}/{}", pod.namespace, pod.name);
-    let (status, answer) = post(&socket, "/cmdadd", body, AGENT_LIMIT).map_err(|error| {
-        let doubt = if undecided { "whether it belongs to the mesh is not known, so " } else { "" };
-        CniError::new(
-            CniError::TRY_AGAIN,
-            format!("cannot capture pod {who}: the node agent does not answer on {}: {error}", socket.display()),
-            format!("{doubt}it does not start uncaptured; it will once the node agent of this node runs"),
-        )
-    })?;
+    let (status, answer) = match post(&socket, "/cmdadd", body, AGENT_LIMIT) {
+        Ok(answered) => answered,
+        Err(error) => {
+            let membership = if undecided { ask_api(pod, conf) } else { Membership::Inside };
+            let doubt = match membership {
+                Membership::Outside => return Ok(()),
+                Membership::Inside => String::new(),
+                Membership::Unknown(why) => format!("whether it belongs to the mesh is not known ({why}), so "),
+            };
+            return Err(CniError::new(
+                CniError::TRY_AGAIN,
+                format!("cannot capture pod {who}: the node agent does not answer on {}: {error}", socket.display()),
+                format!("{doubt}it does not start uncaptured; it will once the node agent of this node runs"),
+            ));
+        }
+    };
     if status != 200 {
         let message = format!("the node agent refuses pod {who}: {answer}");
         return Err(CniError::new(CniError::REFUSED, message, format!("HTTP status {status}")));
@@ -145,6 +158,23 @@ fn ask_agent(env: &CallEnv, pod: &PodArgs, conf: &NetConf, undecided: bool) -> R
         return Err(CniError::new(CniError::INVALID_CONFIG, format!("pod {who} has no address"), details));
     }
     Ok(())
+}
+
+/// What the API server says of a pod while the agent is away.
+enum Membership {
+    Inside,
+    Outside,
+    Unknown(String),
+}
+
+fn ask_api(pod: &PodArgs, conf: &NetConf) -> Membership {
+    match lookup(&conf.cni_agent_run_dir, pod) {
+        Ok((pod, labels)) => match decide(&pod, &labels, &conf.exclude_namespaces) {
+            Ok(()) => Membership::Inside,
+            Err(_) => Membership::Outside,
+        },
+        Err(error) => Membership::Unknown(error_chain(&error)),
+    }
 }
 
 fn undecided_and_out(undecided: bool, answer: &str) -> bool {
@@ -181,6 +211,7 @@ fn check(env: &CallEnv, conf: &NetConf, now: SystemTime) -> Result<String, CniEr
 mod tests {
     use std::{
         collections::HashMap,
+        net::TcpListener,
         os::unix::net::UnixListener,
         path::Path,
         thread::{self, JoinHandle},
@@ -230,7 +261,7 @@ mod tests {
         })
     }
 
-    fn decide(run_dir: &Path, enrolled: bool) {
+    fn list(run_dir: &Path, enrolled: bool) {
         let mut decisions = Decisions::default();
         decisions.pods.insert("demo/app".into(), Listed { uid: "u1".into(), enrolled });
         decisions.write(run_dir, SystemTime::now()).expect("write");
@@ -243,7 +274,7 @@ mod tests {
     #[test]
     fn a_pod_known_to_be_outside_the_mesh_passes_without_an_agent() {
         let dir = tempfile::tempdir().expect("temporary directory");
-        decide(dir.path(), false);
+        list(dir.path(), false);
         let passed = Outcome { stdout: PREVIOUS.into(), failed: false };
         assert_eq!(run_now(&env("ADD", "app"), &conf(dir.path(), "")), passed);
         let excluded = conf(dir.path(), r#","exclude_namespaces":["demo"]"#);
@@ -260,13 +291,48 @@ mod tests {
         let dir = tempfile::tempdir().expect("temporary directory");
         for decided in [false, true] {
             if decided {
-                decide(dir.path(), true);
+                list(dir.path(), true);
             }
             let outcome = run_now(&env("ADD", "app"), &conf(dir.path(), ""));
             assert!(outcome.failed);
             let error: serde_json::Value = serde_json::from_str(&outcome.stdout).expect("JSON only");
             assert_eq!(error["code"], CniError::TRY_AGAIN);
             assert!(error["msg"].as_str().is_some_and(|m| m.contains("demo/app")), "{error}");
+        }
+    }
+
+    /// An API server that knows the pod and its namespace.
+    fn api(run_dir: &Path, pod_labels: &str, namespace_labels: &str) -> JoinHandle<()> {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
+        let server = format!("http://{}", listener.local_addr().expect("address"));
+        let file = serde_json::json!({"clusters": [{"cluster": {"server": server}}]});
+        std::fs::write(crate::lookup::Kubeconfig::path(run_dir), file.to_string()).expect("write");
+        let pod = format!(
+            r#"{{"metadata":{{"name":"app","namespace":"demo","uid":"u1","labels":{{{pod_labels}}}}},"spec":{{"nodeName":"n"}}}}"#
+        );
+        let namespace = format!(r#"{{"metadata":{{"name":"demo","labels":{{{namespace_labels}}}}}}}"#);
+        thread::spawn(move || {
+            for body in [pod, namespace] {
+                let (mut stream, _) = listener.accept().expect("accept");
+                let mut asked = [0; 4096];
+                assert!(stream.read(&mut asked).expect("read") > 0);
+                write!(stream, "HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len()).expect("write");
+            }
+        })
+    }
+
+    #[test]
+    fn while_the_agent_is_away_the_api_server_says_who_may_start() {
+        const AMBIENT: &str = r#""istio.io/dataplane-mode":"ambient""#;
+        const NONE: &str = r#""istio.io/dataplane-mode":"none""#;
+        for (pod, namespace, starts) in
+            [("", "", true), ("", AMBIENT, false), (AMBIENT, "", false), (AMBIENT, NONE, false), (NONE, AMBIENT, true)]
+        {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let api = api(dir.path(), pod, namespace);
+            let outcome = run_now(&env("ADD", "app"), &conf(dir.path(), ""));
+            assert_eq!(outcome.failed, !starts, "{pod} {namespace}: {}", outcome.stdout);
+            api.join().expect("both were asked for");
         }
     }
 

@@ -1,6 +1,12 @@
 //! The agent as Kubernetes sees it: a small API server around real pods.
 
-use std::{collections::HashMap, fs, os::unix::fs::symlink, path::Path, process::ExitCode};
+use std::{
+    collections::HashMap,
+    fs,
+    os::unix::fs::symlink,
+    path::Path,
+    process::{Command, ExitCode},
+};
 
 use cni_plugin::{
     agent::{Agent, Config},
@@ -8,6 +14,7 @@ use cni_plugin::{
 };
 use mesh_net::{NetNs, isolate::test_main, link::Netlink};
 use serde_json::{Value, json};
+use tokio::task::spawn_blocking;
 
 #[path = "support/api.rs"]
 mod api;
@@ -37,6 +44,17 @@ fn main() -> ExitCode {
         ("the_end_of_the_daemon_set_leaves_nothing_behind", || {
             run(the_end_of_the_daemon_set_leaves_nothing_behind());
         }),
+        ("a_pod_that_stays_uncaptured_gets_an_event_and_one_without_sandbox_does_not", || {
+            run(a_pod_that_stays_uncaptured_gets_an_event_and_one_without_sandbox_does_not());
+        }),
+        ("the_taint_goes_when_the_agent_is_ready_and_not_before", || {
+            run(the_taint_goes_when_the_agent_is_ready_and_not_before());
+        }),
+        ("a_node_that_lacks_something_is_refused_with_all_reasons", || {
+            run(a_node_that_lacks_something_is_refused_with_all_reasons());
+        }),
+        ("a_node_without_an_agent_is_cleaned_by_hand", || run(a_node_without_an_agent_is_cleaned_by_hand())),
+        ("an_account_that_is_gone_is_the_end_too", || run(an_account_that_is_gone_is_the_end_too())),
         ("without_an_answer_only_the_chain_is_freed", || run(without_an_answer_only_the_chain_is_freed())),
     ])
 }
@@ -77,15 +95,14 @@ impl Node {
             fs::create_dir_all(Path::new("/run").join(folder)).expect("mkdir");
         }
         fs::write("/run/image/fairway-cni", "program").expect("write");
-        self.start_with(&[
-            ("FAIRWAY_CNI_BINARY", "/run/image/fairway-cni"),
-            ("MOUNTED_CNI_BIN_DIR", "/run/bin"),
-            ("MOUNTED_CNI_NET_DIR", "/run/net.d"),
-        ])
-        .await
+        self.start_with(&INSTALL).await
     }
 
     async fn start_with(&self, more: &[(&str, &str)]) -> Agent {
+        self.try_start(more).await.expect("start")
+    }
+
+    fn vars(&self, more: &[(&str, &str)]) -> HashMap<String, String> {
         let vars = [
             ("NODE_NAME", "n1"),
             ("ZTUNNEL_UDS_ADDRESS", "/run/ztunnel/ztunnel.sock"),
@@ -96,10 +113,23 @@ impl Node {
             ("FAIRWAY_ADMIN_ADDR", "127.0.0.1:0"),
             ("FAIRWAY_HEALTH_ADDR", "127.0.0.1:0"),
             ("FAIRWAY_UNENROL_GRACE", "100ms"),
+            ("FAIRWAY_UNCAPTURED_AFTER", "300ms"),
+            ("FAIRWAY_TAINT", "cni.istio.io/not-ready"),
         ];
-        let vars = vars.iter().chain(more);
-        let vars: HashMap<String, String> = vars.map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
-        Agent::start(Config::from_env(&vars).expect("configuration")).await.expect("start")
+        vars.iter().chain(more).map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+    }
+
+    async fn try_start(&self, more: &[(&str, &str)]) -> anyhow::Result<Agent> {
+        Agent::start(Config::from_env(&self.vars(more)).expect("configuration")).await
+    }
+
+    /// `fairway-node cleanup` as somebody runs it; what it printed.
+    async fn cleanup(&self) -> String {
+        let vars = self.vars(&INSTALL);
+        let run = || Command::new(env!("CARGO_BIN_EXE_fairway-node")).arg("cleanup").env_clear().envs(vars).output();
+        let output = spawn_blocking(run).await.expect("ran").expect("started");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("text")
     }
 
     fn namespace(&self, mode: &str) {
@@ -142,6 +172,12 @@ impl Node {
         eventually("the annotation", async || self.annotation(name).as_deref() == value).await;
     }
 }
+
+const INSTALL: [(&str, &str); 3] = [
+    ("FAIRWAY_CNI_BINARY", "/run/image/fairway-cni"),
+    ("MOUNTED_CNI_BIN_DIR", "/run/bin"),
+    ("MOUNTED_CNI_NET_DIR", "/run/net.d"),
+];
 
 /// What the annotation says is asked of the API server, not here.
 fn nowhere() -> bool {
@@ -361,6 +397,31 @@ async fn the_end_of_the_daemon_set_leaves_nothing_behind() {
     }
 }
 
+async fn a_node_without_an_agent_is_cleaned_by_hand() {
+    let node = Node::new().await;
+    let (agent, ns, _ztunnel) = with_a_captured_pod(&node).await;
+    agent.stop().await;
+    rules::verify(&ns, &Options::default()).expect("captured");
+    let printed = node.cleanup().await;
+    for wanted in ["our entry in /run/net.d/10-net.conflist", "rules in /var/run/netns/app", "annotations", "fairway-host"]
+    {
+        assert!(printed.contains(wanted), "{wanted} is missing in {printed}");
+    }
+    assert!(!chain().contains("fairway-cni") && !rules::verify_installed(&ns).expect("readable"));
+    assert_eq!(node.annotation("app"), None);
+    assert_eq!(node.cleanup().await, "0 removed, 0 failed\n", "and again");
+}
+
+async fn an_account_that_is_gone_is_the_end_too() {
+    let node = Node::new().await;
+    node.daemon_set();
+    let (agent, ns, _ztunnel) = with_a_captured_pod(&node).await;
+    node.api.set(Mood::Refusing(401));
+    agent.leave().await;
+    assert!(!chain().contains("fairway-cni") && !fs::exists("/run/bin/fairway-cni").expect("stat"));
+    assert!(!rules::verify_installed(&ns).expect("readable"), "whoever may not annotate may still clean up");
+}
+
 async fn without_an_answer_only_the_chain_is_freed() {
     let node = Node::new().await;
     let (agent, ns, _ztunnel) = with_a_captured_pod(&node).await;
@@ -368,4 +429,56 @@ async fn without_an_answer_only_the_chain_is_freed() {
     agent.leave().await;
     assert!(!chain().contains("fairway-cni"), "a plugin without an agent would let no pod start");
     rules::verify(&ns, &Options::default()).expect("still captured");
+}
+
+async fn a_pod_that_stays_uncaptured_gets_an_event_and_one_without_sandbox_does_not() {
+    let node = Node::new().await;
+    node.namespace("ambient");
+    node.pod("lost", "uid-lost", "10.0.0.8", json!({}));
+    node.pod("pulling", "uid-pulling", "", json!({}));
+    let agent = node.start().await;
+    let events = || node.api.asked().into_iter().filter(|asked| asked.contains("/events")).collect::<Vec<_>>();
+    eventually("an event", async || !events().is_empty()).await;
+    let shown = get(&agent, "/debug/pods").await;
+    assert!(shown.contains(r#""state": "uncaptured""#) && shown.contains(r#""state": "awaited""#), "{shown}");
+    agent.stop().await;
+    let events = events();
+    assert_eq!(events.len(), 1, "{events:?}");
+    for wanted in ["POST", "FairwayNotCaptured", "uid-lost", "no process of the pod"] {
+        assert!(events[0].contains(wanted), "{wanted} is missing in {events:?}");
+    }
+}
+
+async fn the_taint_goes_when_the_agent_is_ready_and_not_before() {
+    let node = Node::new().await;
+    let taints =
+        json!([{"key": "a", "effect": "NoSchedule"}, {"key": "cni.istio.io/not-ready", "effect": "NoSchedule"}]);
+    let metadata = json!({"name": "n1"});
+    node.api
+        .put("nodes", json!({"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": {"taints": taints}}));
+    let agent = node.start_installing().await;
+    eventually("only the chain is missing", async || {
+        let answer = get(&agent, "/readyz").await;
+        answer.contains("installation of the CNI plugin") && !answer.contains("first pass")
+    })
+    .await;
+    let keys = || {
+        let found = node.api.object("nodes", "/n1").expect("node")["spec"]["taints"].clone();
+        found.as_array().expect("a list").iter().map(|t| t["key"].as_str().expect("key").to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(keys(), ["a", "cni.istio.io/not-ready"]);
+    fs::write("/run/net.d/10-net.conflist", PRIMARY).expect("write");
+    eventually("the taint is gone", async || keys() == ["a"]).await;
+    ready(&agent).await;
+    agent.stop().await;
+}
+
+async fn a_node_that_lacks_something_is_refused_with_all_reasons() {
+    let node = Node::new().await;
+    fs::remove_file("/run/proc/1/ns/net").expect("remove");
+    let error = node.try_start(&INSTALL).await.err().expect("refused");
+    let text = format!("{error:#}");
+    for wanted in ["HOST_PROC", "MOUNTED_CNI_BIN_DIR", "MOUNTED_CNI_NET_DIR", "FAIRWAY_CNI_BINARY"] {
+        assert!(text.contains(wanted), "{wanted} is missing in {text}");
+    }
 }

@@ -19,6 +19,8 @@ mod service;
 mod waypoint;
 mod workload;
 
+pub(crate) use waypoint::Bound;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
@@ -70,19 +72,30 @@ pub(crate) struct ClusterIndex {
     model: Index,
     /// Of each unit; what single objects cannot know.
     problems: BTreeMap<ObjectKey, Vec<Problem>>,
+    /// Since they were last asked for.
+    evaluated: BTreeSet<ObjectKey>,
 }
 
 impl ClusterIndex {
     pub(crate) fn new(settings: Settings) -> Self {
         let mut model = Index::default();
         model.set_policies_complete(true);
-        let (objects, pods_by_node, claims, allocation, yields, problems) = Default::default();
-        Self { settings, objects, pods_by_node, claims, allocation, yields, model, problems }
+        let (objects, pods_by_node, claims, allocation, yields, problems, evaluated) = Default::default();
+        Self { settings, objects, pods_by_node, claims, allocation, yields, model, problems, evaluated }
     }
 
     /// What is wrong between objects that are each right.
     pub(crate) fn problems(&self) -> impl Iterator<Item = &Problem> {
         self.problems.values().flatten()
+    }
+
+    /// Objects of whose state something may have changed since the last call.
+    pub(crate) fn take_evaluated(&mut self) -> BTreeSet<ObjectKey> {
+        std::mem::take(&mut self.evaluated)
+    }
+
+    pub(crate) fn object(&self, key: &ObjectKey) -> Option<&Object> {
+        self.objects.get(key).map(|object| &**object)
     }
 
     /// The resources as the proxies see them.
@@ -105,6 +118,7 @@ impl ClusterIndex {
             units.extend(self.reallocate());
         }
         let changes: Vec<ResourceChange> = units.iter().flat_map(|unit| self.recompute(unit)).collect();
+        self.evaluated.extend(units.into_iter().filter(|unit| unit.kind.is_stated()));
         self.model.apply(delta(&changes));
         changes
     }

@@ -29,6 +29,7 @@ mod publish;
 mod review;
 mod source;
 mod state;
+mod status;
 mod tls;
 pub mod token;
 mod yaml;

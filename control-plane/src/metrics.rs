@@ -30,8 +30,8 @@ pub(crate) struct Metrics {
     pub(crate) services: IntGauge,
     pub(crate) workloads: IntGauge,
     pub(crate) policies: IntGauge,
-    pub(crate) watch_failures: IntCounterVec,
-    pub(crate) watch_failing_since: GaugeVec,
+    watch_failures: IntCounterVec,
+    watch_failing_since: GaugeVec,
     pub(crate) event_to_publish: Histogram,
     clients: IntGauge,
     pushes: IntCounterVec,
@@ -115,6 +115,22 @@ impl Metrics {
                 "type",
             ),
         }
+    }
+
+    /// Counts a watch's failure, and since when it fails; whether that is news.
+    pub(crate) fn watch_failed(&self, kind: &str) -> bool {
+        self.watch_failures.with_label_values(&[kind]).inc();
+        let since = self.watch_failing_since.with_label_values(&[kind]);
+        let is_news = since.get() == 0.0;
+        if is_news {
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            since.set(now.as_secs_f64());
+        }
+        is_news
+    }
+
+    pub(crate) fn watch_recovered(&self, kind: &str) {
+        self.watch_failing_since.with_label_values(&[kind]).set(0.0);
     }
 
     /// Shows when the authority in force ends.

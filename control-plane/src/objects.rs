@@ -8,6 +8,7 @@ mod egress;
 mod gateway;
 pub(crate) mod mesh_config;
 mod policy;
+mod status;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 
@@ -23,6 +24,7 @@ pub(crate) use egress::{Endpoint, EndpointAddress, EntryPort, Resolution, Servic
 pub(crate) use gateway::{AllowedFrom, Binding, FieldPlace, Gateway, GatewayHost, Wanted};
 pub(crate) use mesh_config::MeshConfig;
 pub(crate) use policy::Settings;
+pub(crate) use status::{Condition, Status};
 
 use crate::problem::Place;
 
@@ -62,6 +64,18 @@ impl Kind {
             Self::ServiceEntry => "ServiceEntry",
             Self::WorkloadEntry => "WorkloadEntry",
         }
+    }
+
+    /// Whether objects of this kind are told what came of them, in their status.
+    pub(crate) const fn is_stated(self) -> bool {
+        matches!(
+            self,
+            Self::AuthorizationPolicy
+                | Self::PeerAuthentication
+                | Self::Service
+                | Self::ServiceEntry
+                | Self::WorkloadEntry
+        )
     }
 
     pub(crate) const fn is_namespaced(self) -> bool {

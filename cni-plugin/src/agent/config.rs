@@ -55,9 +55,15 @@ pub struct Kubernetes {
     pub host_proc: PathBuf,
     /// None where somebody else installs the plugin.
     pub install: Option<install::Settings>,
+    /// Whether stopping may be an upgrade at all (not with AMBIENT_DISABLE_SAFE_UPGRADE).
+    pub safe_upgrade: bool,
     /// The agent's own namespace and DaemonSet: while that stands, stopping is an upgrade.
     pub namespace: String,
     pub daemon_set: String,
+    /// The key of a taint to take from the node once the agent is ready.
+    pub taint: Option<String>,
+    /// How long a pod may be uncaptured before an Event tells of it.
+    pub patience: Duration,
 }
 
 impl Config {
@@ -106,6 +112,16 @@ fn kubernetes(env: &Reader<'_>, run_dir: &Path, excluded_namespaces: &[String]) 
     let host_root = PathBuf::from(env.string("FAIRWAY_HOST_ROOT", "/host"));
     let namespace = env.string("POD_NAMESPACE", "istio-system");
     let below = |name: &str, path: &str| env.optional(name).map_or_else(|| host_root.join(path), PathBuf::from);
+    if !env.bool("AMBIENT_ENABLED", true) {
+        env.problem("AMBIENT_ENABLED", "false", "true, or unset: this agent does nothing else");
+    }
+    if let Some(selector) = env.optional("AMBIENT_ENABLEMENT_SELECTOR") {
+        env.problem(
+            "AMBIENT_ENABLEMENT_SELECTOR",
+            &selector,
+            "unset: pods are chosen by istio.io/dataplane-mode alone",
+        );
+    }
     let new_mode = if env.bool("CNI_CONF_GROUP_READ", false) { 0o640 } else { 0o600 };
     let install = install::Settings {
         binary: env.string("FAIRWAY_CNI_BINARY", "/opt/cni/bin/fairway-cni").into(),
@@ -124,8 +140,11 @@ fn kubernetes(env: &Reader<'_>, run_dir: &Path, excluded_namespaces: &[String]) 
         api: ApiServer::from_env(env),
         host_proc: below("HOST_PROC", "proc"),
         install: env.bool("FAIRWAY_INSTALL", true).then_some(install),
+        safe_upgrade: !env.bool("AMBIENT_DISABLE_SAFE_UPGRADE", false),
         namespace,
         daemon_set: env.string("FAIRWAY_DAEMONSET", "fairway-node"),
+        taint: env.optional("FAIRWAY_TAINT"),
+        patience: env.duration("FAIRWAY_UNCAPTURED_AFTER", Duration::from_secs(30)),
         host_root,
     }
 }
@@ -187,6 +206,8 @@ mod tests {
             ("FAIRWAY_HEALTH_ADDR", "there"),
             ("MONITORING_PORT", "99999"),
             ("HOST_PROBE_SNAT_IP", "::1"),
+            ("AMBIENT_ENABLED", "false"),
+            ("AMBIENT_ENABLEMENT_SELECTOR", "- podSelector: {}"),
         ]);
         let problems = Config::from_env(&vars).expect_err("problems").to_string();
         for name in [
@@ -196,6 +217,8 @@ mod tests {
             "FAIRWAY_HEALTH_ADDR",
             "MONITORING_PORT",
             "HOST_PROBE_SNAT_IP",
+            "AMBIENT_ENABLED",
+            "AMBIENT_ENABLEMENT_SELECTOR",
         ] {
             assert!(problems.contains(name), "{name} is missing in {problems}");
         }

@@ -276,6 +276,20 @@ impl Driver {
             }
         };
         self.machine.finish(&uid, step, &outcome, Instant::now());
+        if step == Step::ApplyRules && outcome == Outcome::Done {
+            self.compare_status(&uid);
+        }
+    }
+
+    /// As often as the rules are looked at, so is what is written down. A view that is older than our own writing makes us write it
+    /// twice, which does no harm.
+    fn compare_status(&mut self, uid: &Uid) {
+        let written = self.machine.get(uid).and_then(State::status);
+        let seen = self.view.enrolments.get(uid).map(|enrolment| enrolment.redirection);
+        if written == Some(Redirection::Enabled) && seen != written {
+            tracing::info!(%uid, "what was written down about a pod is gone, and is written again");
+            self.machine.status_is(uid, seen);
+        }
     }
 
     fn take_ended(&mut self, uid: &Uid, ended: Ended) -> Outcome {
@@ -431,6 +445,9 @@ impl Driver {
         let state = self.machine.get(uid);
         let (shown, reason) = match (self.verdict(pod), state) {
             (Ok(()), Some(state)) if state.is_captured() => (PodState::Enrolled, state.error.clone()),
+            (Ok(()), _) if pod.ips.is_empty() && !self.netns.contains_key(uid) => {
+                (PodState::Awaited, Some("it has no sandbox yet".into()))
+            }
             (Ok(()), state) => {
                 let why = state.and_then(|s| s.error.clone()).unwrap_or_else(|| "enrolment is under way".into());
                 (PodState::Uncaptured, Some(why))

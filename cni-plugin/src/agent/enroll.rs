@@ -321,6 +321,13 @@ impl Machine {
         }
     }
 
+    /// What is written down is not what we wrote: somebody else has changed it.
+    pub fn status_is(&mut self, uid: &Uid, status: Option<Redirection>) {
+        if let Some(state) = self.pods.get_mut(uid) {
+            state.status = status;
+        }
+    }
+
     /// The runtime has told the namespace of a pod's new sandbox.
     pub fn give_netns(&mut self, uid: &Uid) {
         if let Some(state) = self.pods.get_mut(uid) {
@@ -599,6 +606,21 @@ mod tests {
             now = machine.wakes_at().expect("a retry is planned");
         }
         assert_eq!(run(&mut machine, now, &Outcome::Done), [enabled]);
+        assert!(machine.get(&pod).is_some_and(State::is_enrolled));
+    }
+
+    #[test]
+    fn a_status_that_somebody_removed_is_written_again() {
+        let (now, mut machine, pod) = (Instant::now(), Machine::new(Pace::default()), uid(0));
+        machine.observe(&pod, Wanted::Enrolled, None);
+        machine.give_netns(&pod);
+        for _ in 0..3 {
+            run(&mut machine, now, &Outcome::Done);
+        }
+        machine.status_is(&pod, Some(Redirection::Enabled));
+        assert_eq!(run(&mut machine, now, &Outcome::Done), []);
+        machine.status_is(&pod, None);
+        assert_eq!(run(&mut machine, now, &Outcome::Done), [Step::WriteStatus(Some(Redirection::Enabled))]);
         assert!(machine.get(&pod).is_some_and(State::is_enrolled));
     }
 

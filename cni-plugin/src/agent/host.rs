@@ -9,6 +9,9 @@ use mesh_net::{NetNs, NetNsId};
 
 use super::sandbox::SandboxError;
 
+/// Where container runtimes name the namespaces of pods.
+pub const NETNS_FOLDERS: [&str; 2] = ["/var/run/netns", "/var/run/docker/netns"];
+
 /// Where the node's files are, and its network namespace.
 #[derive(Clone, Debug)]
 pub struct Host {

@@ -26,6 +26,8 @@ use conflist::{Conf, PLUGIN};
 use kubeconfig::Credentials;
 use plan::{Files, Mode, Plan, plan};
 
+use crate::lookup::Kubeconfig;
+
 /// What goes where. Folders are those of the node as they are mounted here.
 #[derive(Clone, Debug)]
 pub struct Settings {
@@ -99,7 +101,7 @@ impl Settings {
     }
 
     pub fn kubeconfig(&self) -> PathBuf {
-        self.run_dir.join(kubeconfig::FILE)
+        Kubeconfig::path(&self.run_dir)
     }
 
     /// Looks at everything and puts right what is not. The chain comes last: a runtime that finds the entry must find the plugin.
@@ -380,7 +382,7 @@ mod tests {
             |dir| fs::write(dir.join("net.d/05-new.conflist"), BRIDGE).expect("pre-empted"),
             |dir| fs::remove_file(dir.join("bin/fairway-cni")).expect("removed"),
             |dir| fs::write(dir.join("account/token"), "two").expect("rotated"),
-            |dir| fs::write(dir.join("run").join(kubeconfig::FILE), "").expect("emptied"),
+            |dir| fs::write(Kubeconfig::path(&dir.join("run")), "").expect("emptied"),
         ];
         for harm in harms {
             harm(dir.path());

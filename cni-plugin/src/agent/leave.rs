@@ -18,10 +18,10 @@ use tokio::{
 };
 
 use super::{
-    host::Host,
+    host::{Host, NETNS_FOLDERS},
     install::{self, conf_files, place, plan},
-    source::{kubernetes::WatchedPod, object::REDIRECTION},
-    status::{AnnotationStatus, StatusWriter},
+    source::kubernetes::WatchedPod,
+    status::{AnnotationStatus, REDIRECTION, StatusWriter},
 };
 use crate::{decision::Decisions, eligibility::Labels, request::socket_path, rules};
 
@@ -62,18 +62,22 @@ const ASK_LIMIT: Duration = Duration::from_secs(2);
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 const TRIES: usize = 3;
 
-/// Asks for our own DaemonSet, a few times where there is no answer.
+/// Asks for our own DaemonSet, a few times where there is no answer to build on.
 pub async fn standing(client: &Client, namespace: &str, daemon_set: &str, node: &str) -> Standing {
-    let mut why = String::new();
+    let mut standing = Standing::Unknown(String::new());
     for _ in 0..TRIES {
-        match timeout(ASK_LIMIT, ask(client, namespace, daemon_set, node)).await {
+        standing = match timeout(ASK_LIMIT, ask(client, namespace, daemon_set, node)).await {
             Ok(Ok(standing)) => return standing,
-            Ok(Err(error)) => why = error_chain(&error),
-            Err(_) => why = format!("no answer within {ASK_LIMIT:?}"),
-        }
+            // Our account, or what it may do, has been deleted; said once, it may be the server's trouble.
+            Ok(Err(kube::Error::Api(status))) if matches!(status.code, 401 | 403) => {
+                Standing::Ends("the API server no longer knows our account")
+            }
+            Ok(Err(error)) => Standing::Unknown(error_chain(&error)),
+            Err(_) => Standing::Unknown(format!("no answer within {ASK_LIMIT:?}")),
+        };
         sleep(ASK_AGAIN).await;
     }
-    Standing::Unknown(why)
+    standing
 }
 
 async fn ask(client: &Client, namespace: &str, daemon_set: &str, node: &str) -> kube::Result<Standing> {
@@ -81,10 +85,6 @@ async fn ask(client: &Client, namespace: &str, daemon_set: &str, node: &str) -> 
     let set = match sets.get(daemon_set).await {
         Ok(set) => set,
         Err(kube::Error::Api(status)) if status.code == 404 => return Ok(Standing::Ends("the DaemonSet is gone")),
-        // Our account, or what it may do, has been deleted.
-        Err(kube::Error::Api(status)) if matches!(status.code, 401 | 403) => {
-            return Ok(Standing::Ends("the API server no longer knows our account"));
-        }
         Err(error) => return Err(error),
     };
     if set.metadata.deletion_timestamp.is_some() {
@@ -239,8 +239,8 @@ fn paths(host: &Host) -> Vec<PathBuf> {
     let is_process =
         |path: &PathBuf| path.file_name().is_some_and(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit));
     let processes = names(&host.proc).into_iter().filter(is_process).map(|process| process.join("ns/net"));
-    let named = names(&host.path("/var/run/netns".as_ref()));
-    named.into_iter().chain(processes).collect()
+    let named = NETNS_FOLDERS.iter().flat_map(|folder| names(&host.path(folder.as_ref())));
+    named.chain(processes).collect()
 }
 
 #[cfg(test)]

@@ -34,6 +34,8 @@ pub struct PodReport {
 #[serde(rename_all = "kebab-case")]
 pub enum PodState {
     Enrolled,
+    /// Will be captured when it has a sandbox and an address.
+    Awaited,
     /// Should be captured and is not (yet).
     Uncaptured,
     Leaving,

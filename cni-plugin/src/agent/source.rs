@@ -10,7 +10,6 @@ use crate::eligibility::{Labels, Pod};
 
 pub mod folder;
 pub mod kubernetes;
-pub mod object;
 
 pub use folder::{FolderSource, NODE_LABEL, Object, parse_manifest};
 pub use kubernetes::KubernetesSource;

@@ -17,13 +17,25 @@ use tokio::{task::spawn_blocking, time::timeout};
 
 use super::{
     enroll::Redirection,
-    source::{
-        NODE_LABEL,
-        kubernetes::WatchedPod,
-        object::{REDIRECTION, redirection_name},
-    },
+    source::{NODE_LABEL, kubernetes::WatchedPod},
 };
 use crate::eligibility::Pod;
+
+/// The annotation that tells the control plane, and after a restart us, that a pod is captured.
+pub const REDIRECTION: &str = "ambient.istio.io/redirection";
+
+/// The name a redirection is written down under.
+pub fn redirection_name(redirection: Redirection) -> &'static str {
+    match redirection {
+        Redirection::Enabled => "enabled",
+        Redirection::Pending => "pending",
+    }
+}
+
+/// The reverse of [`redirection_name`].
+pub fn redirection_named(name: &str) -> Option<Redirection> {
+    [Redirection::Enabled, Redirection::Pending].into_iter().find(|r| redirection_name(*r) == name)
+}
 
 /// Writes a pod's redirection, or with `None` removes what was written. Repeating it is harmless.
 pub trait StatusWriter: Send + Sync {

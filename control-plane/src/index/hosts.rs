@@ -18,8 +18,8 @@ use crate::objects::{Kind, Object, ObjectKey, ServiceEntry, Spec};
 /// Host to the Services and ServiceEntries that claim it.
 pub(super) type Claims = BTreeMap<Arc<str>, BTreeSet<ObjectKey>>;
 
-/// Numbers of automatic addresses, by entry and host.
-pub(super) type Allocation = BTreeMap<(ObjectKey, Arc<str>), u16>;
+/// Automatic addresses, by entry and host: one of each family, or what was assigned before.
+pub(super) type Allocation = BTreeMap<(ObjectKey, Arc<str>), Vec<IpAddr>>;
 
 /// 240.240.0.0/16 has as many hosts; its first and last address stay unused.
 const NUMBERS: u16 = u16::MAX - 1;
@@ -106,44 +106,71 @@ impl ClusterIndex {
         let entries = self.objects_of(Kind::ServiceEntry, None).filter_map(|o| Some((&o.key, self.entry(&o.key)?)));
         let wanting = entries.filter(|(_, entry)| entry.allocates).flat_map(|(key, entry)| {
             let fixed = entry.hosts.iter().filter(|host| !host.starts_with('*'));
-            fixed.map(move |host| (entry.created.clone(), key.clone(), host.clone()))
+            fixed.map(move |host| Wanting {
+                created: entry.created.clone(),
+                key: key.clone(),
+                host: host.clone(),
+                assigned: entry.assigned.iter().filter(|(of, _)| of == host).map(|(_, address)| *address).collect(),
+            })
         });
         let new = allocate(wanting.collect());
         let old = std::mem::replace(&mut self.allocation, new);
-        let differs = |(of, number): (&(ObjectKey, Arc<str>), &u16), other: &Allocation| {
-            (other.get(of) != Some(number)).then(|| of.0.clone())
+        let differs = |(of, addresses): (&(ObjectKey, Arc<str>), &Vec<IpAddr>), other: &Allocation| {
+            (other.get(of) != Some(addresses)).then(|| of.0.clone())
         };
         let gone = old.iter().filter_map(|of| differs(of, &self.allocation));
         let come = self.allocation.iter().filter_map(|of| differs(of, &old));
         gone.chain(come).collect()
     }
 
-    /// One address of each family, where the host has any.
-    pub(super) fn allocated(&self, key: &ObjectKey, host: &Arc<str>) -> Vec<IpAddr> {
-        let number = self.allocation.get(&(key.clone(), host.clone())).copied();
-        let addresses = |number: u16| {
-            let [high, low] = number.to_be_bytes();
-            [Ipv4Addr::new(240, 240, high, low).into(), Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, number).into()]
-        };
-        number.map(addresses).into_iter().flatten().collect()
+    /// The automatic addresses of a host of an entry, where it has any.
+    pub(crate) fn allocated(&self, key: &ObjectKey, host: &Arc<str>) -> Vec<IpAddr> {
+        self.allocation.get(&(key.clone(), host.clone())).cloned().unwrap_or_default()
     }
 }
 
-/// Each takes the number its name hashes to, or the next free one; the oldest choose first, so that a newcomer moves nobody older. Those
-/// without a creationTimestamp, as in files, choose before all others and by name: a new one may move what sorts behind it.
-fn allocate(mut wanting: Vec<(Arc<str>, ObjectKey, Arc<str>)>) -> Allocation {
+/// A host that is to have automatic addresses; the oldest comes first.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Wanting {
+    created: Arc<str>,
+    key: ObjectKey,
+    host: Arc<str>,
+    /// By its entry's status.
+    assigned: Vec<IpAddr>,
+}
+
+/// Who was assigned addresses keeps them, of two the older. Everybody else takes the number its name hashes to, or the next free one; the
+/// oldest choose first, so that a newcomer moves nobody older. Those without a creationTimestamp, as in files, choose before all others
+/// and by name: a new one may move what sorts behind it.
+fn allocate(mut wanting: Vec<Wanting>) -> Allocation {
     wanting.sort();
     let (mut taken, mut allocation) = (BTreeSet::new(), Allocation::new());
-    for (_, key, host) in wanting {
+    let mut without = Vec::new();
+    for Wanting { key, host, assigned, .. } in wanting {
+        if assigned.is_empty() || assigned.iter().any(|address| taken.contains(address)) {
+            without.push((key, host));
+        } else {
+            taken.extend(assigned.iter().copied());
+            allocation.insert((key, host), assigned);
+        }
+    }
+    for (key, host) in without {
         let first = hash(&format!("{}/{}/{host}", key.namespace, key.name)) % u64::from(NUMBERS);
-        let number = (0..u64::from(NUMBERS))
+        let addresses = (0..u64::from(NUMBERS))
             .filter_map(|step| u16::try_from(1 + (first + step) % u64::from(NUMBERS)).ok())
-            .find(|number| taken.insert(*number));
+            .map(addresses)
+            .find(|addresses| addresses.iter().all(|address| !taken.contains(address)));
         // With none left the host has no address, and its clients are passed through.
-        let Some(number) = number else { break };
-        allocation.insert((key, host), number);
+        let Some(addresses) = addresses else { break };
+        taken.extend(addresses);
+        allocation.insert((key, host), addresses.to_vec());
     }
     allocation
+}
+
+fn addresses(number: u16) -> [IpAddr; 2] {
+    let [high, low] = number.to_be_bytes();
+    [Ipv4Addr::new(240, 240, high, low).into(), Ipv6Addr::new(0x2001, 2, 0, 0, 0, 0, 0, number).into()]
 }
 
 /// FNV-1a, 64 bits: the same in every release, unlike the standard library's.
@@ -155,9 +182,35 @@ fn hash(text: &str) -> u64 {
 mod tests {
     use super::*;
 
-    fn wants(created: &str, name: &str) -> (Arc<str>, ObjectKey, Arc<str>) {
+    fn wants(created: &str, name: &str) -> Wanting {
         let key = ObjectKey::new(Kind::ServiceEntry, &"demo".into(), &name.into());
-        (created.into(), key, "example.com".into())
+        Wanting { created: created.into(), key, host: "example.com".into(), assigned: Vec::new() }
+    }
+
+    fn of<'a>(allocation: &'a Allocation, name: &str) -> &'a [IpAddr] {
+        let Wanting { key, host, .. } = wants("", name);
+        &allocation[&(key, host)]
+    }
+
+    #[test]
+    fn who_was_assigned_addresses_keeps_them_against_everybody_else() {
+        // Another control plane may have numbered each family for itself.
+        let foreign: Vec<IpAddr> = ["240.240.0.7", "2001:2::9"].map(|text| text.parse().unwrap()).into();
+        let assigned = |created: &str, name: &str, addresses: &[IpAddr]| Wanting {
+            assigned: addresses.to_vec(),
+            ..wants(created, name)
+        };
+        let hashed = of(&allocate(vec![wants("2", "a")]), "a").to_vec();
+        let allocation = allocate(vec![
+            wants("1", "a"),
+            assigned("2", "thief", &hashed),
+            assigned("3", "b", &foreign),
+            assigned("4", "c", &foreign[..1]),
+        ]);
+        assert_eq!(of(&allocation, "thief"), hashed);
+        assert_ne!(of(&allocation, "a"), hashed, "who was assigned an address came first");
+        assert_eq!(of(&allocation, "b"), foreign);
+        assert_ne!(of(&allocation, "c"), &foreign[..1], "of two the older keeps it");
     }
 
     #[test]
@@ -170,9 +223,8 @@ mod tests {
         let many: Vec<_> = (0..3000).map(|i| wants(&format!("{i:05}"), &format!("e{i}"))).collect();
         let before = allocate(many[..2999].to_vec());
         let after = allocate(many);
-        assert!(before.iter().all(|(of, number)| after.get(of) == Some(number)));
-        assert_eq!(after.values().collect::<BTreeSet<_>>().len(), 3000);
-        assert!(after.values().all(|number| (1..=NUMBERS).contains(number)));
+        assert!(before.iter().all(|(of, addresses)| after.get(of) == Some(addresses)));
+        assert_eq!(after.values().flatten().collect::<BTreeSet<_>>().len(), 2 * 3000);
     }
 
     #[test]
@@ -180,6 +232,6 @@ mod tests {
         let many = (0..u32::from(NUMBERS) + 2).map(|i| wants(&format!("{i:06}"), &format!("e{i}")));
         let all = allocate(many.collect());
         assert_eq!(all.len(), usize::from(NUMBERS));
-        assert!(all.contains_key(&(wants("", "e0").1, "example.com".into())));
+        assert_eq!(of(&all, "e0").len(), 2);
     }
 }

@@ -22,11 +22,23 @@ use crate::{
 
 /// Names the Gateway a pod is an instance of.
 const GATEWAY_NAME: &str = "gateway.networking.k8s.io/gateway-name";
+/// A waypoint that does not serve that kind of traffic.
+const UNSUPPORTED: &str = "UnsupportedTrafficType";
 /// Kinds that can be bound.
 const BINDABLE: [Kind; 4] = [Kind::Pod, Kind::Service, Kind::ServiceEntry, Kind::WorkloadEntry];
 
-/// Why a label binds nothing, and what would help.
-struct Unbound(String, &'static str);
+/// Why a label binds nothing, what would help, and the reason's name in a condition.
+struct Unbound(String, &'static str, &'static str);
+
+/// What came of an object's wish for a waypoint.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Bound {
+    pub(crate) waypoint: ObjectKey,
+    /// Reason and message.
+    pub(crate) refused: Option<(&'static str, String)>,
+    pub(crate) canary_refused: Option<(&'static str, String)>,
+    pub(crate) ingress: bool,
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Traffic {
@@ -110,12 +122,14 @@ impl ClusterIndex {
         if !serves {
             let what = if traffic == Traffic::Service { "service" } else { "workload" };
             let told = format!("waypoint {}/{} does not serve {what} traffic", wanted.namespace, wanted.name);
-            return Err(Unbound(told, "set its label istio.io/waypoint-for, or use another waypoint"));
+            let remedy = "set its label istio.io/waypoint-for, or use another waypoint";
+            return Err(Unbound(told, remedy, UNSUPPORTED));
         }
         let private = matches!(&user.spec, Spec::ServiceEntry(e) if e.visibility == Some(Visibility::Namespace));
         if private && wanted.namespace != user.key.namespace {
             let told = "an entry that is exported to its own namespace only cannot use another's waypoint".to_owned();
-            return Err(Unbound(told, "export it, or use a waypoint of its namespace"));
+            let remedy = "export it, or use a waypoint of its namespace";
+            return Err(Unbound(told, remedy, "CrossNamespaceWaypointForbidden"));
         }
         self.address(wanted, gateway).ok_or_else(|| missing(wanted, "has no Service of its name and no address"))
     }
@@ -135,7 +149,7 @@ impl ClusterIndex {
         let told =
             || format!("waypoint {}/{} admits no objects of namespace {namespace}", wanted.namespace, wanted.name);
         let remedy = "widen allowedRoutes.namespaces of its listener, or use another waypoint";
-        if admitted { Ok(gateway) } else { Err(Unbound(told(), remedy)) }
+        if admitted { Ok(gateway) } else { Err(Unbound(told(), remedy, "AttachmentDenied")) }
     }
 
     fn address(&self, key: &ObjectKey, gateway: &Gateway) -> Option<GatewayAddress> {
@@ -174,6 +188,36 @@ impl ClusterIndex {
         }
     }
 
+    /// What came of the wish of a Service, ServiceEntry or WorkloadEntry; `None` if it has none, or none that is meant for it.
+    pub(crate) fn bound(&self, unit: &ObjectKey) -> Option<Bound> {
+        let object = self.objects.get(unit)?;
+        let (own, level, traffic) = match &object.spec {
+            Spec::Service(_) | Spec::ServiceEntry(_) => {
+                (&object.binding, self.service_level(object)?, Traffic::Service)
+            }
+            Spec::WorkloadEntry(entry) => {
+                let own = entry.binding(&object.binding);
+                (own, self.level(own, &unit.namespace)?, Traffic::Workload)
+            }
+            _ => return None,
+        };
+        let refused = |gateway: &ObjectKey| {
+            let unbound = self.follow(gateway, object, traffic).err();
+            unbound.map(|Unbound(message, remedy, reason)| (reason, format!("{message}; {remedy}")))
+        };
+        let waypoint = gateway_of(level)?.clone();
+        let refusal = refused(&waypoint);
+        // Which kinds of traffic a namespace has is not for its label to know.
+        let inherited = own.waypoint.is_none() && traffic == Traffic::Workload;
+        if inherited && refusal.as_ref().is_some_and(|(reason, _)| *reason == UNSUPPORTED) {
+            return None;
+        }
+        let of_namespace = self.namespace_binding(&unit.namespace);
+        let ingress = own.ingress.or_else(|| of_namespace?.ingress).unwrap_or(false);
+        let canary_refused = level.canary.as_ref().and_then(|(canary, _)| refused(canary));
+        Some(Bound { waypoint, refused: refusal, canary_refused, ingress })
+    }
+
     /// Labels that bind nothing.
     pub(super) fn unbound(&self, unit: &ObjectKey) -> Vec<Problem> {
         let Some(object) = self.objects.get(unit) else { return Vec::new() };
@@ -192,7 +236,7 @@ impl ClusterIndex {
                 all.extend(bound.err().map(|unbound| (place, unbound)));
             }
         }
-        let problem = |(place, Unbound(message, remedy)): (&FieldPlace, Unbound)| Problem {
+        let problem = |(place, Unbound(message, remedy, _)): (&FieldPlace, Unbound)| Problem {
             place: object.place.at(place.line),
             field: place.field.clone(),
             message,
@@ -287,5 +331,6 @@ fn gateway_of(level: &Binding) -> Option<&ObjectKey> {
 
 fn missing(wanted: &ObjectKey, what: &str) -> Unbound {
     let told = format!("waypoint {}/{} {what}, so nothing goes through it", wanted.namespace, wanted.name);
-    Unbound(told, "create the Gateway (class istio-waypoint) and its Service, or correct the label")
+    let remedy = "create the Gateway (class istio-waypoint) and its Service, or correct the label";
+    Unbound(told, remedy, "WaypointIsNotReady")
 }

@@ -43,7 +43,8 @@ const RETRY: Duration = Duration::from_secs(5);
 /// What namespaces there are, and what they hold.
 #[derive(Debug, Default)]
 struct Held {
-    namespaces: Listed<()>,
+    /// Whether each is going.
+    namespaces: Listed<bool>,
     /// What the ConfigMap says; `None` where its label is missing.
     roots: Listed<Option<String>>,
 }
@@ -86,7 +87,7 @@ impl<T> Listed<T> {
 }
 
 enum Seen {
-    Namespace(Event<(String, ())>),
+    Namespace(Event<(String, bool)>),
     Roots(Event<(String, Option<String>)>),
 }
 
@@ -103,7 +104,9 @@ impl Held {
         if !self.namespaces.complete || !self.roots.complete {
             return Vec::new();
         }
-        let named = self.namespaces.objects.keys().filter(|name| !WITHOUT.contains(&name.as_str()));
+        // In a namespace that is going nothing can be created.
+        let staying = self.namespaces.objects.iter().filter(|(_, going)| !**going).map(|(name, _)| name);
+        let named = staying.filter(|name| !WITHOUT.contains(&name.as_str()));
         let is_right = |name: &String| self.roots.objects.get(name).is_some_and(|held| held.as_deref() == Some(roots));
         named.filter(|name| !is_right(name)).cloned().collect()
     }
@@ -141,7 +144,9 @@ async fn lead(client: &Client, authority: &mut watch::Receiver<Arc<SigningAuthor
     let watching = async {
         tokio::join!(
             apiwatch::watch(namespaces, "", sender.clone(), |event| {
-                Seen::Namespace(event.map(|namespace| (namespace.name_any(), ())))
+                Seen::Namespace(
+                    event.map(|namespace| (namespace.name_any(), namespace.metadata.deletion_timestamp.is_some())),
+                )
             }),
             apiwatch::watch(configmaps, &fields, sender.clone(), |event| Seen::Roots(
                 event.map(|map| { (map.namespace().unwrap_or_default(), content(&map)) })
@@ -194,7 +199,6 @@ async fn write(client: &Client, held: &mut Held, roots: &str, metrics: &Metrics)
                 metrics.writes.with_label_values(&["roots", "written"]).inc();
                 held.roots.objects.insert(namespace, content(&map));
             }
-            // The namespace may be going; then its end is told soon.
             Err(why) => {
                 metrics.writes.with_label_values(&["roots", "failed"]).inc();
                 tracing::info!(namespace, why, "the roots cannot be written; tried again");
@@ -235,7 +239,7 @@ mod tests {
     fn nothing_is_wanting_before_all_is_known_then_what_is_missing_or_different() {
         let mut held = Held::default();
         for name in ["demo", "edited", "good", "kube-public", "unlabelled"] {
-            held.on(Seen::Namespace(set(name, ())));
+            held.on(Seen::Namespace(set(name, false)));
         }
         held.on(Seen::Namespace(Event::Listed));
         assert_eq!(held.wanting("new"), Vec::<String>::new());
@@ -247,11 +251,11 @@ mod tests {
         assert_eq!(held.wanting("new"), ["demo", "edited", "unlabelled"]);
         assert_eq!(held.wanting("newer"), ["demo", "edited", "good", "unlabelled"]);
         held.on(Seen::Roots(Event::Gone(("good".to_owned(), None))));
-        held.on(Seen::Namespace(Event::Gone(("demo".to_owned(), ()))));
+        held.on(Seen::Namespace(set("demo", true)));
         assert_eq!(held.wanting("new"), ["edited", "good", "unlabelled"]);
         // A list that does not name it any more.
         held.on(Seen::Namespace(Event::Listing));
-        held.on(Seen::Namespace(set("good", ())));
+        held.on(Seen::Namespace(set("good", false)));
         held.on(Seen::Namespace(Event::Listed));
         assert_eq!(held.wanting("new"), ["good"]);
     }

@@ -108,8 +108,13 @@ pub(crate) async fn follow(keeper: Arc<Keeper>, api: Api<Secret>, drain: DrainWa
                 }
                 Event::Listed if listed.take() == Some(false) => keeper.keep_last_good(gone()),
                 Event::Gone(_) | Event::Unknown => keeper.keep_last_good(gone()),
-                Event::Failing(why) => tracing::debug!(why, "the CA's Secret cannot be watched"),
-                Event::Listed | Event::Recovered => {}
+                Event::Failing(why) => {
+                    if keeper.metrics.watch_failed("Secret") {
+                        tracing::warn!(why, "the CA's Secret cannot be watched; what was read stays in force");
+                    }
+                }
+                Event::Recovered => keeper.metrics.watch_recovered("Secret"),
+                Event::Listed => {}
             }
         }
     };

@@ -10,7 +10,7 @@ use mesh_core::{
 
 use super::{
     Binding, EndpointSlice, Kind, Labels, Namespace, Object, ObjectKey, Pod, PodEnrolment, Service, ServicePort,
-    Settings, SliceEndpoint, Spec, TargetPort, egress, gateway, mesh_config, policy,
+    Settings, SliceEndpoint, Spec, Status, TargetPort, egress, gateway, mesh_config, policy,
 };
 use crate::{
     fields::{Cursor, Document, Fields},
@@ -24,6 +24,8 @@ pub(crate) struct Read {
     pub(crate) objects: Vec<Object>,
     /// Objects that were recognised but are wrong, each with its stand-in if its kind has one.
     pub(crate) rejected: Vec<(ObjectKey, Option<Object>)>,
+    /// What the API server has of the state of each object that was recognised.
+    pub(crate) statuses: Vec<(ObjectKey, Status)>,
     /// Something was written that may be an object of ours, but not which.
     pub(crate) unidentified: bool,
     pub(crate) problems: Vec<Problem>,
@@ -52,6 +54,7 @@ impl Read {
     pub(crate) fn extend(&mut self, other: Self) {
         self.objects.extend(other.objects);
         self.rejected.extend(other.rejected);
+        self.statuses.extend(other.statuses);
         self.unidentified |= other.unidentified;
         self.problems.extend(other.problems);
     }
@@ -62,6 +65,9 @@ impl Read {
         let found = object(&cursor, settings);
         self.unidentified |= found.is_none() && !document.is_usable();
         if let Some((meta, spec)) = found {
+            if meta.key.kind.is_stated() && matches!(place, Place::Object { .. }) {
+                self.statuses.push((meta.key.clone(), Status::read(&cursor)));
+            }
             let object = |spec| {
                 let (key, place, binding) = (meta.key.clone(), cursor.place(), meta.binding.clone());
                 Object { key, place, binding, spec }

@@ -10,6 +10,7 @@ use mesh_core::{addr::canonical_ip, service::AppProtocol, service::Visibility, w
 use super::{
     Binding, Labels,
     decode::{Meta, app_protocol},
+    status,
 };
 use crate::fields::{Cursor, Fields, excerpt};
 
@@ -24,6 +25,10 @@ pub(crate) struct ServiceEntry {
     pub(crate) addresses: Vec<IpNet>,
     /// Whether addresses are to be found for its hosts.
     pub(crate) allocates: bool,
+    /// Those that its status says were found: host, address.
+    pub(crate) assigned: Vec<(Arc<str>, IpAddr)>,
+    /// Wants several addresses tried at once, which only a waypoint does.
+    pub(crate) races: bool,
     pub(crate) ports: Vec<EntryPort>,
     pub(crate) resolution: Resolution,
     pub(crate) endpoints: Vec<Endpoint>,
@@ -109,11 +114,14 @@ pub(super) fn service_entry(meta: &Meta, fields: &Fields<'_>) -> Option<ServiceE
     check_endpoints(&spec, resolution, &hosts, &endpoints, &selector);
     let opted_out =
         meta.labels.get("networking.istio.io/enable-autoallocate-ip").is_some_and(|value| **value == *"false");
+    let strategy = meta.annotations.get("istio.io/connect-strategy");
     Some(ServiceEntry {
         labels: meta.labels.clone(),
         created: meta.created.clone(),
         native_tunnel: meta.native_tunnel(),
         allocates: addresses.is_empty() && resolution != Resolution::None && !opted_out,
+        assigned: status::assigned(fields),
+        races: strategy.is_some_and(|value| **value == *"RACE_FIRST_TCP_CONNECT") && resolution == Resolution::Dns,
         hosts,
         addresses,
         ports,

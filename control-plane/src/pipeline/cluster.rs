@@ -1,6 +1,6 @@
 //! The pipeline of a Kubernetes cluster.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use mesh_runtime::drain::DrainWatcher;
 use tokio::{sync::mpsc, task::JoinError, time::Instant};
@@ -10,6 +10,7 @@ use crate::{
     app::TaskFailed,
     metrics::Metrics,
     source::kubernetes::{Feed, Objects, Told, Turn},
+    status::{self, Sink},
 };
 
 /// What happens within this time of an event is published with it: a burst costs one step.
@@ -20,12 +21,13 @@ const BATCH: usize = 1024;
 pub(crate) struct ClusterPipeline {
     objects: Objects,
     pipeline: Pipeline,
+    sink: Arc<Sink>,
     metrics: Metrics,
 }
 
 impl ClusterPipeline {
-    pub(crate) fn new(objects: Objects, pipeline: Pipeline, metrics: Metrics) -> Self {
-        let mut new = Self { objects, pipeline, metrics };
+    pub(crate) fn new(objects: Objects, pipeline: Pipeline, sink: Arc<Sink>, metrics: Metrics) -> Self {
+        let mut new = Self { objects, pipeline, sink, metrics };
         new.await_lists();
         new
     }
@@ -57,6 +59,7 @@ impl ClusterPipeline {
         if complete {
             let changes = self.objects.changes();
             self.pipeline.apply(changes);
+            self.state();
         }
         self.pipeline.report(self.objects.problems(), Default::default());
         if !complete {
@@ -69,6 +72,20 @@ impl ClusterPipeline {
         self
     }
 
+    /// Has objects be told what came of them, where that is not what they say already.
+    fn state(&mut self) {
+        let mut keys = self.pipeline.index.take_evaluated();
+        keys.extend(self.objects.take_restated());
+        let now = status::now();
+        for key in keys {
+            let told = self.objects.stated(&key).and_then(|(stated, problems)| {
+                let wanted = status::wanted(&key, stated, problems, &self.pipeline.index);
+                status::difference(&wanted, &stated.status, &now)
+            });
+            self.sink.set(key, told);
+        }
+    }
+
     fn await_lists(&mut self) {
         let kinds: Vec<&str> = self.objects.awaited().map(|kind| kind.name()).collect();
         self.pipeline.awaits(format!("the first list of {}", kinds.join(", ")));
@@ -76,31 +93,20 @@ impl ClusterPipeline {
 
     fn note(&self, turn: &Turn) {
         match turn {
-            Turn::Failed(kind, why) => {
-                let kind = kind.name();
-                self.metrics.watch_failures.with_label_values(&[kind]).inc();
-                let since = self.metrics.watch_failing_since.with_label_values(&[kind]);
-                if since.get() == 0.0 {
-                    since.set(unix_now());
-                    tracing::warn!(kind, why, "the watch failed; what was read stays in force");
-                } else {
-                    tracing::debug!(kind, why, "the watch failed again");
-                }
-            }
+            Turn::Failed(kind, why) => match self.metrics.watch_failed(kind.name()) {
+                true => tracing::warn!(kind = kind.name(), why, "the watch failed; what was read stays in force"),
+                false => tracing::debug!(kind = kind.name(), why, "the watch failed again"),
+            },
             Turn::Recovered(kind) => {
-                self.metrics.watch_failing_since.with_label_values(&[kind.name()]).set(0.0);
+                self.metrics.watch_recovered(kind.name());
                 tracing::info!(kind = kind.name(), "the watch goes on");
             }
             Turn::Unknown(kind) => {
-                self.metrics.watch_failing_since.with_label_values(&[kind.name()]).set(0.0);
+                self.metrics.watch_recovered(kind.name());
                 tracing::info!(kind = kind.name(), "the cluster does not know this kind; it is looked for again");
             }
         }
     }
-}
-
-fn unix_now() -> f64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs_f64()
 }
 
 /// The next events: first those of pods, then the others. `None` when the watches have ended.

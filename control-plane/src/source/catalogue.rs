@@ -136,6 +136,10 @@ impl Catalogue {
         problems
     }
 
+    pub(crate) fn problems_of(&self, name: &str) -> &[Problem] {
+        self.problems.get(name).map_or(&[], Vec::as_slice)
+    }
+
     fn duplicates(&self) -> impl Iterator<Item = Problem> {
         let contested = self.contested.iter().filter_map(|key| Some((key, self.places.get(key)?)));
         contested.flat_map(|(key, places)| {

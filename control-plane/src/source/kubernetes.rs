@@ -9,13 +9,13 @@ use std::{
     sync::Arc,
 };
 
-use kube::{Api, Client};
+use kube::{Api, Client, api::ApiResource};
 use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 
 use super::{Catalogue, ObjectChange};
 use crate::{
     apiserver::watch::{self, Event},
-    objects::{Kind, Read, Settings, mesh_config},
+    objects::{Kind, ObjectKey, Read, Settings, Status, mesh_config},
     problem::{Place, Problem},
 };
 use received::Received;
@@ -53,6 +53,22 @@ const fn of(kind: Kind, group: &'static str, version: &'static str, plural: &'st
 }
 
 impl Watched {
+    /// Of a kind that is watched.
+    pub(crate) fn of(kind: Kind) -> Option<Self> {
+        WATCHED.into_iter().find(|watched| watched.kind == kind)
+    }
+
+    /// For requests about single objects.
+    pub(crate) fn resource(&self) -> ApiResource {
+        ApiResource {
+            group: self.group.to_owned(),
+            version: self.version.to_owned(),
+            api_version: self.api_version(),
+            kind: self.kind.name().to_owned(),
+            plural: self.plural.to_owned(),
+        }
+    }
+
     fn api_version(&self) -> String {
         match self.group {
             "" => self.version.to_owned(),
@@ -148,6 +164,20 @@ pub(crate) enum Turn {
 pub(crate) struct Objects {
     catalogue: Catalogue,
     standings: BTreeMap<Kind, Standing>,
+    /// By name.
+    stated: BTreeMap<Arc<str>, Stated>,
+    /// Of which something changed since they were last asked for.
+    restated: BTreeSet<ObjectKey>,
+}
+
+/// An object that is told what came of it.
+#[derive(Debug)]
+pub(crate) struct Stated {
+    key: ObjectKey,
+    /// What it is told now.
+    pub(crate) status: Status,
+    /// As it is written, it is not in force.
+    pub(crate) rejected: bool,
 }
 
 #[derive(Debug, Default)]
@@ -163,12 +193,13 @@ struct Standing {
 impl Objects {
     pub(crate) fn new(settings: Settings) -> Self {
         let standings = WATCHED.iter().map(|watched| (watched.kind, Standing::default())).collect();
-        Self { catalogue: Catalogue::new(settings), standings }
+        let (stated, restated) = Default::default();
+        Self { catalogue: Catalogue::new(settings), standings, stated, restated }
     }
 
     pub(crate) fn on(&mut self, told: Told) -> Option<Turn> {
         let Told { kind, news, .. } = told;
-        let Self { catalogue, standings } = self;
+        let Self { catalogue, standings, .. } = self;
         let standing = standings.entry(kind).or_default();
         match news {
             News::Listing => standing.unlisted = Some(names(catalogue, kind)),
@@ -176,19 +207,21 @@ impl Objects {
                 if let Some(unlisted) = &mut standing.unlisted {
                     unlisted.remove(&name);
                 }
-                catalogue.set(&name, read);
+                self.set(name, read);
             }
             News::Listed => {
-                standing.unlisted.take().unwrap_or_default().iter().for_each(|name| catalogue.remove(name));
+                let gone = standing.unlisted.take().unwrap_or_default();
                 (standing.complete, standing.unknown) = (true, false);
+                gone.iter().for_each(|name| self.remove(name));
             }
-            News::Gone(name) => catalogue.remove(&name),
+            News::Gone(name) => self.remove(&name),
             News::Unknown => {
                 standing.unlisted = None;
-                names(catalogue, kind).iter().for_each(|name| catalogue.remove(name));
                 standing.complete = true;
                 standing.failing = false;
-                return (!std::mem::replace(&mut standing.unknown, true)).then_some(Turn::Unknown(kind));
+                let is_news = !std::mem::replace(&mut standing.unknown, true);
+                names(catalogue, kind).iter().for_each(|name| self.remove(name));
+                return is_news.then_some(Turn::Unknown(kind));
             }
             News::Failing(why) => {
                 standing.failing = true;
@@ -200,6 +233,31 @@ impl Objects {
             }
         }
         None
+    }
+
+    fn set(&mut self, name: Arc<str>, mut read: Read) {
+        for (key, status) in std::mem::take(&mut read.statuses) {
+            let rejected = read.rejected.iter().any(|(other, _)| *other == key);
+            self.restated.insert(key.clone());
+            self.stated.insert(name.clone(), Stated { key, status, rejected });
+        }
+        self.catalogue.set(&name, read);
+    }
+
+    fn remove(&mut self, name: &Arc<str>) {
+        self.catalogue.remove(name);
+        self.restated.extend(self.stated.remove(name).map(|stated| stated.key));
+    }
+
+    /// Objects that were told, or say, something else since the last call.
+    pub(crate) fn take_restated(&mut self) -> BTreeSet<ObjectKey> {
+        std::mem::take(&mut self.restated)
+    }
+
+    /// What an object is told now, and what is wrong with it.
+    pub(crate) fn stated(&self, key: &ObjectKey) -> Option<(&Stated, &[Problem])> {
+        let name = key.to_string();
+        Some((self.stated.get(&*name)?, self.catalogue.problems_of(&name)))
     }
 
     /// What changed since the last call.
@@ -236,6 +294,17 @@ fn watch_problem(kind: Kind) -> Problem {
         message: "the API server cannot be watched".to_owned(),
         remedy: "see the log for why; what was last read stays in force".to_owned(),
     }
+}
+
+/// An object as a watch tells of it, for tests.
+#[cfg(test)]
+pub(crate) fn received(object: serde_json::Value, settings: &Settings) -> Told {
+    let watched =
+        WATCHED.into_iter().find(|watched| object["kind"] == watched.kind.name()).expect("a kind that is watched");
+    let received: Received = serde_json::from_value(object).expect("an object");
+    let name: Arc<str> = received.key(&watched).to_string().into();
+    let read = received.read(&name, &watched, settings);
+    Told { kind: watched.kind, news: News::Set(name, read), at: Instant::now() }
 }
 
 #[cfg(test)]

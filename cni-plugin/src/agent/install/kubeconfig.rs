@@ -8,10 +8,7 @@ use std::{
 
 use serde_json::json;
 
-use crate::request::base64;
-
-/// Its name in the run directory.
-pub const FILE: &str = "fairway-cni-kubeconfig";
+use crate::base64::encode;
 
 /// What the agent's container has been given.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +42,7 @@ impl Credentials {
 
 fn render(server: &str, token: &str, ca: Option<&[u8]>) -> String {
     let trust = match ca {
-        Some(ca) => json!({"server": server, "certificate-authority-data": base64(ca)}),
+        Some(ca) => json!({"server": server, "certificate-authority-data": encode(ca)}),
         None => json!({"server": server, "insecure-skip-tls-verify": true}),
     };
     let config = json!({
@@ -76,12 +73,14 @@ mod tests {
         };
         let missing = given.read().expect_err("no ca.crt").to_string();
         assert!(missing.contains("ca.crt"), "{missing}");
-        fs::write(dir.path().join("ca.crt"), "foobar").expect("write");
+        let ca = rcgen::generate_simple_self_signed(Vec::new()).expect("certificate").cert.pem();
+        fs::write(dir.path().join("ca.crt"), &ca).expect("write");
         let text = given.read().expect("complete");
-        for wanted in ["https://[fd00::1]:6443", "\"t0ken\"", "Zm9vYmFy", "current-context"] {
+        for wanted in ["https://[fd00::1]:6443", "\"t0ken\"", &encode(ca.as_bytes()), "current-context"] {
             assert!(text.contains(wanted), "{wanted} is missing in {text}");
         }
         kube::config::Kubeconfig::from_yaml(&text).expect("others read it too");
+        crate::lookup::Kubeconfig::parse(text.as_bytes()).expect("and so does the plugin");
         (given.host, given.skip_verify) = ("10.96.0.1".into(), true);
         let text = given.read().expect("complete");
         assert!(text.contains("https://10.96.0.1:6443") && text.contains("insecure-skip-tls-verify\": true"), "{text}");

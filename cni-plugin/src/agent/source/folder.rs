@@ -13,14 +13,11 @@ use mesh_runtime::{drain::DrainWatcher, folder::Watch};
 use serde::Deserialize;
 use tokio::sync::watch;
 
-use super::{
-    Enrolment, PodSource, View,
-    object::{Metadata, Spec, Status, pod, redirection_named},
-    publish,
-};
+use super::{Enrolment, PodSource, View, publish};
 use crate::{
-    agent::enroll::Uid,
+    agent::{enroll::Uid, status::redirection_named},
     eligibility::{Labels, Pod},
+    object::{Metadata, Spec, Status, pod},
 };
 
 /// Manifests must have been quiet for this long before they are read: a starting pod waits for it.

@@ -24,14 +24,14 @@ use prometheus::IntCounterVec;
 use serde::{Deserialize, de::IgnoredAny};
 use tokio::sync::watch;
 
-use super::{
-    Enrolment, PodSource, View,
-    object::{Metadata, REDIRECTION, Spec, Status, pod, redirection_named},
-    publish,
-};
+use super::{Enrolment, PodSource, View, publish};
 use crate::{
-    agent::enroll::Uid,
+    agent::{
+        enroll::Uid,
+        status::{REDIRECTION, redirection_named},
+    },
     eligibility::{Labels, Pod},
+    object::{Metadata, Spec, Status, pod},
 };
 
 /// Watches until the drain. While the API server is away the last view stays, and the watch is tried again with jittered back-off.

@@ -13,19 +13,13 @@ fn settings() -> Settings {
     Settings { root_namespace: "istio-system".into(), revision: "default".into() }
 }
 
-fn watched(kind: Kind) -> Watched {
-    *WATCHED.iter().find(|watched| watched.kind == kind).unwrap()
-}
-
 fn told(kind: Kind, news: News) -> Told {
     Told { kind, news, at: Instant::now() }
 }
 
-fn set(kind: Kind, object: Value) -> Told {
-    let received: Received = serde_json::from_value(object).unwrap();
-    let name: Arc<str> = received.key(&watched(kind)).to_string().into();
-    let read = received.read(&name, &watched(kind), &settings());
-    told(kind, News::Set(name, read))
+fn set(kind: Kind, mut object: Value) -> Told {
+    object["kind"] = json!(kind.name());
+    received(object, &settings())
 }
 
 fn policy(name: &str, spec: Value) -> Told {

@@ -100,7 +100,6 @@ https://istiod.{{ .Values.ztunnel.istioNamespace | default .Release.Namespace }}
 EXCLUDE_NAMESPACES: {{ $own.excludeNamespaces | join "," | quote }}
 AMBIENT_DNS_CAPTURE: {{ $own.ambient.dnsCapture | quote }}
 AMBIENT_IPV6: {{ and $own.ambient.ipv6 .Values.global.ipv6 | quote }}
-AMBIENT_RECONCILE_POD_RULES_ON_STARTUP: {{ $own.ambient.reconcileIptablesOnStartup | quote }}
 CHAINED_CNI_PLUGIN: {{ $setting.chained | quote }}
 {{- with $setting.cniConfFileName }}
 CNI_CONF_NAME: {{ . | quote }}

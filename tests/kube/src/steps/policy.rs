@@ -84,8 +84,8 @@ pub(super) fn strict(cluster: &Cluster) -> Evidence {
     let cut =
         kubectl::eventually("the stranger to be refused", PATIENCE, || cluster.refused(OUTSIDE, &stranger, &url))?;
     cluster.get(INSIDE, &client, &url)?;
-    // Probes come every second and two failures end a container: in six seconds three would have.
-    std::thread::sleep(Duration::from_secs(6));
+    // Probes come every second and three failures end a container: in ten seconds three would have.
+    std::thread::sleep(Duration::from_secs(10));
     let servers = cluster.pods(INSIDE, "server")?;
     ensure!(servers.iter().all(|pod| pod.ready), "servers are not ready: {servers:?}");
     ensure!(restarts(cluster)? == before, "containers were restarted");

@@ -2,13 +2,7 @@
 
 use serde::{Deserialize, de::IgnoredAny};
 
-use crate::{
-    agent::enroll::Redirection,
-    eligibility::{Labels, Pod},
-};
-
-/// The annotation that tells the control plane, and after a restart us, that a pod is captured.
-pub const REDIRECTION: &str = "ambient.istio.io/redirection";
+use crate::eligibility::{Labels, Pod};
 
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
@@ -65,17 +59,4 @@ pub fn pod(metadata: Metadata, spec: Option<Spec>, status: Option<Status>) -> Op
         terminating: metadata.deletion_timestamp.is_some(),
         ips,
     })
-}
-
-/// The name a redirection is written down under.
-pub fn redirection_name(redirection: Redirection) -> &'static str {
-    match redirection {
-        Redirection::Enabled => "enabled",
-        Redirection::Pending => "pending",
-    }
-}
-
-/// The reverse of [`redirection_name`].
-pub fn redirection_named(name: &str) -> Option<Redirection> {
-    [Redirection::Enabled, Redirection::Pending].into_iter().find(|r| redirection_name(*r) == name)
 }
