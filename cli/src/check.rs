@@ -11,7 +11,7 @@ mod server;
 mod strict;
 mod webhooks;
 
-use std::process::ExitCode;
+use std::{collections::BTreeMap, process::ExitCode};
 
 use serde::Serialize;
 use serde_json::json;
@@ -63,10 +63,10 @@ pub(crate) fn run(query: &Check) -> anyhow::Result<ExitCode> {
             return strict::run(&cluster, query, namespace).await;
         }
         let mut items = preflight(&cluster, &query.namespace).await?;
-        if let Ok(overview) = Overview::of(&cluster, &query.namespace).await {
-            items.extend(installed(&overview));
-        } else {
-            items.push(Item::fine("mesh", format!("nothing runs in namespace {} yet", query.namespace)));
+        match Overview::of(&cluster, &query.namespace).await {
+            Ok(Some(overview)) => items.extend(installed(&overview)),
+            Ok(None) => items.push(Item::fine("mesh", format!("nothing runs in namespace {} yet", query.namespace))),
+            Err(error) => items.push(Item::new("mesh", Level::Unknown, format!("{error:#}"), "")),
         }
         let fit = items.iter().all(|item| item.level != Level::Fault);
         let document = json!({ "server": cluster.server, "fit": fit, "items": items });
@@ -90,7 +90,16 @@ fn judge(evidence: &Evidence) -> Vec<Item> {
     items.push(server::pod_security(evidence));
     items.push(webhooks::judge(evidence));
     items.extend(clock::judge(evidence));
-    items.extend(evidence.unknown.iter().map(|(what, why)| Item::new(what, Level::Unknown, why.clone(), "")));
+    // Nothing found where nothing could be seen is not fine.
+    let is_blind =
+        |item: &Item| item.level == Level::Fine && evidence.unknown.iter().any(|(what, _)| *what == item.what);
+    items.retain(|item| !is_blind(item));
+    let mut unknown: BTreeMap<&'static str, Vec<String>> = BTreeMap::new();
+    for (what, why) in &evidence.unknown {
+        unknown.entry(what).or_default().push(why.clone());
+    }
+    let remedy = "ask for this permission, or choose another user with --context";
+    items.extend(unknown.into_iter().map(|(what, why)| Item::new(what, Level::Unknown, some(&why), remedy)));
     items
 }
 
@@ -148,4 +157,32 @@ fn some(names: &[String]) -> String {
         return names.join(", ");
     }
     format!("{} and {} more", names[..SHOWN].join(", "), names.len() - SHOWN)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_seen_is_not_called_fine() {
+        let evidence = Evidence {
+            version: json!({"gitVersion": "v1.34.0", "minor": "34"}),
+            unknown: vec![("nodes", "403".to_owned()), ("webhooks", "a".to_owned()), ("webhooks", "b".to_owned())],
+            ..Evidence::default()
+        };
+        let items = judge(&evidence);
+        let of = |what: &str| {
+            items
+                .iter()
+                .filter(|item| item.what == what)
+                .map(|item| (item.level, item.finding.clone()))
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(of("webhooks"), [(Level::Unknown, "a, b".to_owned())]);
+        assert_eq!(of("nodes"), [(Level::Unknown, "403".to_owned())]);
+        assert!(of("kernel").is_empty(), "no node, no kernel");
+        assert!(of("API server").iter().all(|(level, _)| *level == Level::Fine));
+    }
 }

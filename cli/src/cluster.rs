@@ -64,7 +64,7 @@ pub(crate) struct Refused {
     asked: String,
     server: String,
     /// None: no answer at all.
-    pub(crate) status: Option<StatusCode>,
+    status: Option<StatusCode>,
     said: String,
 }
 
@@ -81,6 +81,14 @@ impl fmt::Display for Refused {
             Some(StatusCode::FORBIDDEN) => "; ask for this permission, or choose another user with --context",
             Some(_) => "",
         })
+    }
+}
+
+impl Refused {
+    /// `403 Forbidden to GET /api/v1/nodes`.
+    pub(crate) fn briefly(&self) -> String {
+        let answer = self.status.map_or_else(|| "no answer".to_owned(), |status| status.to_string());
+        format!("{answer} to {}", self.asked)
     }
 }
 

@@ -222,7 +222,7 @@ impl Installation {
             }
         }
         if unchanged > 0 && changed == 0 {
-            say!("{unchanged} objects are as they should be");
+            say!("{unchanged} unchanged");
         }
         Ok(())
     }

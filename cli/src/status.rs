@@ -6,6 +6,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
+use anyhow::Context as _;
 use futures_util::{StreamExt as _, stream};
 use serde::Serialize;
 use serde_json::Value;
@@ -22,7 +23,13 @@ use crate::{
 const ASKED: usize = 8;
 
 pub(crate) fn run(query: &ClusterStatus) -> anyhow::Result<ExitCode> {
-    let overview = cluster::block_on(async { Overview::of(&query.connection.open().await?, &query.namespace).await })?;
+    let overview = cluster::block_on(async {
+        let (cluster, namespace) = (query.connection.open().await?, &query.namespace);
+        let found = Overview::of(&cluster, namespace).await?;
+        found.with_context(|| {
+            format!("no pod of the mesh runs in namespace {namespace} of {}; another --namespace?", cluster.server)
+        })
+    })?;
     crate::output::say!("{}", query.output.render(&overview, || overview.text(SystemTime::now()))?);
     Ok(if overview.programs.iter().all(Program::is_well) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -80,6 +87,7 @@ pub(crate) enum Facts {
         connected: Option<bool>,
         #[serde(skip_serializing_if = "Option::is_none")]
         last_message_unix_seconds: Option<f64>,
+        /// That it serves, its own among them.
         pods: f64,
         pending: f64,
         certificates: usize,
@@ -91,22 +99,21 @@ pub(crate) enum Facts {
 }
 
 impl Overview {
-    pub(crate) async fn of(cluster: &Cluster, namespace: &str) -> anyhow::Result<Self> {
+    /// `None` where nothing of the mesh runs.
+    pub(crate) async fn of(cluster: &Cluster, namespace: &str) -> anyhow::Result<Option<Self>> {
         let record = Record::read(cluster, namespace).await?;
         let mut all = Vec::new();
         for component in &COMPONENTS {
             all.extend(pods(cluster, namespace, component).await?.into_iter().map(|pod| (component, pod)));
         }
-        anyhow::ensure!(
-            !all.is_empty(),
-            "no pod of the mesh runs in namespace {namespace} of {}; another --namespace?",
-            cluster.server
-        );
+        if all.is_empty() {
+            return Ok(None);
+        }
         let asked = all.iter().map(|(component, pod)| Program::ask(cluster, namespace, component, pod));
         let mut programs: Vec<Program> = stream::iter(asked).buffered(ASKED).collect().await;
         programs.sort_by(|a, b| (rank(&a.program), &a.node, &a.pod).cmp(&(rank(&b.program), &b.node, &b.pod)));
         let installed = record.map(|r| format!("{}/…:{} by fairway {} for {}", r.hub, r.tag, r.version, r.platform));
-        Ok(Self { server: cluster.server.clone(), namespace: namespace.to_owned(), installed, programs })
+        Ok(Some(Self { server: cluster.server.clone(), namespace: namespace.to_owned(), installed, programs }))
     }
 
     fn text(&self, now: SystemTime) -> String {
@@ -133,7 +140,7 @@ const ZTUNNEL: &[&str] = &[
     "RESTARTS",
     "DISCOVERY",
     "LAST CHANGE",
-    "PODS",
+    "PODS+SELF",
     "CERTIFICATES",
     "NEXT EXPIRY",
 ];

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, time::SystemTime};
 use futures_util::{StreamExt as _, stream};
 use serde_json::{Value, json};
 
-use crate::cluster::{Cluster, KINDS, Kind};
+use crate::cluster::{Cluster, KINDS, Kind, Refused};
 
 #[derive(Debug, Default)]
 pub(super) struct Evidence {
@@ -49,12 +49,15 @@ impl Evidence {
         };
         let denied = reviews(namespace).into_iter().map(|review| async move { denied(cluster, review).await });
         let denied: Vec<_> = stream::iter(denied).buffered(8).collect().await;
+        let mut errors = Vec::new();
         for answer in denied {
             match answer {
                 Ok(denied) => evidence.denied.extend(denied),
-                Err(error) => evidence.unknown.push(("permissions", format!("{error:#}"))),
+                Err(error) => errors.push(brief(&error)),
             }
         }
+        // Who may not ask for one may not ask for any.
+        evidence.unknown.extend(errors.pop().map(|error| ("permissions", error)));
         evidence.nodes = evidence.list(cluster, "nodes", "/api/v1/nodes", "").await;
         let leases = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases";
         evidence.leases = evidence.list(cluster, "clocks", leases, "").await;
@@ -63,7 +66,7 @@ impl Evidence {
             evidence.list(cluster, "other meshes", "/apis/apps/v1/deployments", "labelSelector=app%3Distiod").await;
         evidence.cilium = evidence.get(cluster, "/api/v1/namespaces/kube-system/configmaps/cilium-config").await;
         evidence.felix = evidence.get(cluster, "/apis/crd.projectcalico.org/v1/felixconfigurations/default").await;
-        evidence.namespaces = evidence.list(cluster, "namespaces", "/api/v1/namespaces", "").await;
+        evidence.namespaces = evidence.list(cluster, "pod security", "/api/v1/namespaces", "").await;
         let policies = "/apis/networking.k8s.io/v1/networkpolicies";
         evidence.policies = evidence.list(cluster, "network policies", policies, "").await;
         for policy in evidence.policies.clone() {
@@ -92,7 +95,7 @@ impl Evidence {
         match cluster.list(path, query).await {
             Ok(items) => items,
             Err(error) => {
-                self.unknown.push((what, format!("{error:#}")));
+                self.unknown.push((what, brief(&error)));
                 Vec::new()
             }
         }
@@ -102,7 +105,7 @@ impl Evidence {
         match cluster.get(path).await {
             Ok(object) => object,
             Err(error) => {
-                self.unknown.push(("network", format!("{error:#}")));
+                self.unknown.push(("network", brief(&error)));
                 None
             }
         }
@@ -113,6 +116,11 @@ impl Evidence {
         let there = self.namespaces.iter().find(|object| object["metadata"]["name"] == namespace);
         there.is_some_and(|object| object["metadata"]["labels"]["istio.io/dataplane-mode"] == "ambient")
     }
+}
+
+/// The whole would fill a table's cell several times over.
+fn brief(error: &anyhow::Error) -> String {
+    error.downcast_ref::<Refused>().map_or_else(|| format!("{error:#}"), Refused::briefly)
 }
 
 /// What an installation needs: to apply every kind it is made of, and to look into its pods.

@@ -7,6 +7,9 @@ use super::{Item, Level, some};
 const KERNEL: (u32, u32) = (5, 2);
 
 pub(super) fn judge(nodes: &[Value]) -> Vec<Item> {
+    if nodes.is_empty() {
+        return Vec::new();
+    }
     let info = |node: &Value, field: &str| node["status"]["nodeInfo"][field].as_str().unwrap_or_default().to_owned();
     let name = |node: &Value| node["metadata"]["name"].as_str().unwrap_or_default().to_owned();
     let (linux, other): (Vec<&Value>, Vec<&Value>) =

@@ -151,11 +151,14 @@ fn join(counts: Counts, open: BTreeMap<(String, String), usize>) -> Vec<Caller> 
     counted.chain(open).collect()
 }
 
-/// Pods of the namespace that run outside the mesh.
+/// Pods of the namespace that run outside the mesh, though nobody wants them there: STRICT is not for those that opted out.
 fn uncaptured(pods: &[Value]) -> Vec<String> {
     let outside = |pod: &&Value| {
+        let metadata = &pod["metadata"];
         pod["status"]["phase"] == "Running"
-            && pod["metadata"]["annotations"]["ambient.istio.io/redirection"] != "enabled"
+            && pod["spec"]["hostNetwork"] != true
+            && metadata["labels"]["istio.io/dataplane-mode"] != "none"
+            && metadata["annotations"]["ambient.istio.io/redirection"] != "enabled"
     };
     pods.iter().filter(outside).filter_map(|pod| pod["metadata"]["name"].as_str().map(str::to_owned)).collect()
 }
@@ -216,7 +219,14 @@ mod tests {
     #[test]
     fn running_pods_without_the_annotation_are_unseen() {
         let pod = |name: &str, phase: &str, enrolled: &str| json!({"metadata": {"name": name, "annotations": {"ambient.istio.io/redirection": enrolled}}, "status": {"phase": phase}});
-        let pods = [pod("in", "Running", "enabled"), pod("out", "Running", "pending"), pod("done", "Succeeded", "")];
+        let mut opted_out = pod("none", "Running", "");
+        opted_out["metadata"]["labels"]["istio.io/dataplane-mode"] = "none".into();
+        let pods = [
+            pod("in", "Running", "enabled"),
+            pod("out", "Running", "pending"),
+            pod("done", "Succeeded", ""),
+            opted_out,
+        ];
         assert_eq!(uncaptured(&pods), ["out"]);
     }
 }

@@ -158,8 +158,10 @@ impl Store {
     /// `None` for a path that is no collection of a known kind.
     fn list(&self, path: &str, query: &str) -> Option<Value> {
         let plural = path.rsplit('/').next()?;
+        let defined = format!("/customresourcedefinitions/{plural}.");
         let known = ["pods", "nodes", "jobs", "leases"].contains(&plural)
-            || super::KINDS.iter().any(|kind: &Kind| kind.plural() == plural);
+            || super::KINDS.iter().any(|kind: &Kind| kind.plural() == plural)
+            || self.objects.keys().any(|path| path.contains(&defined));
         if !known {
             return None;
         }

@@ -111,10 +111,12 @@ fn rename(value: &mut Value, namespace: &str) {
 }
 
 fn own(object: &mut Value, namespace: &str) {
-    let Some(labels) = object["metadata"]["labels"].as_object_mut() else { return };
-    labels.remove("helm.sh/chart");
-    labels.insert(MANAGED_BY.to_owned(), MANAGER.into());
-    labels.insert(INSTALL.to_owned(), namespace.into());
+    let labels = &mut object["metadata"]["labels"];
+    if let Some(labels) = labels.as_object_mut() {
+        labels.remove("helm.sh/chart");
+    }
+    labels[MANAGED_BY] = MANAGER.into();
+    labels[INSTALL] = namespace.into();
 }
 
 /// The containers of a workload.

@@ -23,6 +23,8 @@ pub(super) const AGAIN: Duration = Duration::from_millis(500);
 pub(super) const DEFINITIONS: Duration = Duration::from_secs(30);
 /// Pods asked at a time.
 const ASKED: usize = 16;
+/// Of what a kubelet says while it is waited for.
+const LINE: usize = 120;
 
 pub(super) struct Waiter<'a> {
     cluster: &'a Cluster,
@@ -66,6 +68,7 @@ impl<'a> Waiter<'a> {
             Rollout::Done => Ok(self.ask(component, &pods).await),
             Rollout::Under(state) => {
                 let trouble = rollout::trouble(&pods).into_iter().next();
+                let trouble = trouble.map(|trouble| trouble.chars().take(LINE).collect::<String>());
                 Ok(Rollout::Under(match trouble {
                     Some(trouble) => format!("{state}; {trouble}"),
                     None => state,
@@ -93,11 +96,19 @@ impl<'a> Waiter<'a> {
     async fn give_up(&self, component: &Component, state: &str) -> anyhow::Result<()> {
         let pods = pods(self.cluster, self.namespace, component).await.unwrap_or_default();
         let mut told = rollout::trouble(&pods);
-        told.extend(self.warnings(&pods).await.unwrap_or_default());
+        for warning in self.warnings(&pods).await.unwrap_or_default() {
+            let (_, message) = warning.split_once(": ").unwrap_or_default();
+            if !told.iter().any(|line| line.contains(message)) {
+                told.push(warning);
+            }
+        }
+        if told.is_empty() {
+            told.push(state.to_owned());
+        }
         told.truncate(6);
         let told = told.iter().map(|line| format!("\n  {line}")).collect::<String>();
         let logs = format!("kubectl -n {} logs -l {} --tail=20", self.namespace, component.selector);
-        bail!("{} is not ready within {}: {state}{told}\n  see `{logs}`", component.name, took(self.patience))
+        bail!("{} is not ready within {}:{told}\n  see `{logs}`", component.name, took(self.patience))
     }
 }
 

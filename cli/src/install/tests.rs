@@ -135,3 +135,24 @@ async fn others_in_the_namespace_keep_it() {
     uninstall::with(&api.cluster(), &removal(&[])).await.unwrap();
     assert_eq!(api.paths(), [SYSTEM.to_owned(), format!("{SYSTEM}/configmaps/theirs")]);
 }
+
+#[tokio::test]
+async fn a_definition_stays_while_there_are_objects_of_it() {
+    const DEFINITIONS: &str = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions";
+    let api = FakeApi::start().await;
+    let define = |plural: &str| {
+        json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+            "metadata": {"name": format!("{plural}.g.example"), "labels": {INSTALL: "istio-system"}},
+            "spec": {"group": "g.example", "names": {"plural": plural}, "versions": [{"name": "v1", "served": true}]}})
+    };
+    install(&api, &[]).await.unwrap();
+    api.put(define("used"));
+    api.put(define("unused"));
+    let object = "/apis/g.example/v1/namespaces/shop/used/one";
+    api.put_at(object, json!({"metadata": {"name": "one", "namespace": "shop"}}));
+    uninstall::with(&api.cluster(), &removal(&[])).await.unwrap();
+    assert_eq!(api.paths(), [format!("{DEFINITIONS}/used.g.example"), object.to_owned()]);
+    api.put(define("used"));
+    uninstall::with(&api.cluster(), &removal(&["--purge-crds"])).await.unwrap();
+    assert_eq!(api.paths(), [object], "the server itself deletes the objects");
+}

@@ -168,3 +168,47 @@ fn node(object: &Value) -> NodeStatus {
 fn texts(list: &Value) -> Vec<String> {
     list.as_array().into_iter().flatten().filter_map(|item| item.as_str().map(str::to_owned)).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::cluster::fake::FakeApi;
+
+    fn pod_of(name: &str, node: &str, labels: Value, ready: &str) -> Value {
+        json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "namespace": "m", "labels": labels, "uid": name},
+            "spec": {"nodeName": node},
+            "status": {"phase": "Running", "podIPs": [{"ip": "10.0.0.1"}], "conditions": [{"type": "Ready", "status": ready}]}})
+    }
+
+    #[test]
+    fn programs_are_found_by_their_node_and_objects_by_their_names() {
+        // The server has threads of its own: what is tested waits for it.
+        let server = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
+        let api = server.block_on(FakeApi::start());
+        let z = |name: &str, node: &str, ready: &str| {
+            api.put_at(
+                &format!("/api/v1/namespaces/m/pods/{name}"),
+                pod_of(name, node, json!({"app": "ztunnel"}), ready),
+            );
+        };
+        z("z-old", "n1", "False");
+        z("z-new", "n1", "True");
+        z("z-other", "n2", "True");
+        let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "s", "namespace": "d"},
+            "spec": {"clusterIPs": ["10.1.0.1", "fd00::1"]}});
+        api.put(service);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let cluster = runtime.block_on(async { api.cluster() });
+        let mesh = OnCluster { runtime, cluster, system: "m".to_owned(), programs: OnceLock::new() };
+        let found = |node: &str| mesh.pod_of(&Program::Ztunnel(node.to_owned()));
+        assert_eq!((found("n1").unwrap().as_str(), found("n2").unwrap().as_str()), ("z-new", "z-other"));
+        let error = format!("{:#}", found("n3").unwrap_err());
+        assert!(error.contains("ztunnel/n3") && error.contains("namespace m"), "{error}");
+        assert_eq!(mesh.service("d", "s").unwrap(), Some(vec!["10.1.0.1".to_owned(), "fd00::1".to_owned()]));
+        assert_eq!(mesh.service("d", "t").unwrap(), None);
+        let pod = mesh.pod("m", "z-new").unwrap().unwrap();
+        assert_eq!((pod.node.as_str(), pod.addresses), ("n1", vec!["10.0.0.1".to_owned()]));
+    }
+}
