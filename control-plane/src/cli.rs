@@ -1,4 +1,4 @@
-//! `fairwayd run|token|check`.
+//! `fairwayd run|token|ca|check|definitions`.
 
 use std::{
     ffi::OsString,
@@ -18,6 +18,7 @@ use mesh_runtime::{
 use crate::{
     apiserver,
     app::{self, Config, Source},
+    crd,
     index::ClusterIndex,
     keeper::{self, rotate::Step},
     source::Folder,
@@ -43,6 +44,8 @@ enum Command {
     Ca(Ca),
     /// Validate manifests: prints each problem with its place and remedy, and exits 1 if there is any.
     Check(Check),
+    /// Print the CustomResourceDefinitions of the kinds that users write.
+    Definitions,
 }
 
 #[derive(Debug, Args)]
@@ -165,6 +168,7 @@ pub fn main(args: Vec<OsString>) -> ExitCode {
         Command::Token(token) => self::token(token),
         Command::Ca(Ca::Rotate(rotate)) => self::rotate(rotate),
         Command::Check(check) => return self::check(check),
+        Command::Definitions => definitions(),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
@@ -286,6 +290,14 @@ fn rotate(rotate: Rotate) -> Result<(), String> {
         keeper::rotate::rotate(&secrets, &namespace, step, &trust_domain).await.map_err(|error| error_chain(&error))
     });
     println!("{}", told?);
+    Ok(())
+}
+
+fn definitions() -> Result<(), String> {
+    for definition in crd::definitions() {
+        let text = serde_saphyr::to_string(&definition).map_err(|error| error_chain(&error))?;
+        print!("---\n{text}");
+    }
     Ok(())
 }
 

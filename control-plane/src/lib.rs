@@ -15,6 +15,7 @@ pub mod app;
 mod ca;
 mod callers;
 mod cli;
+mod crd;
 mod fields;
 mod index;
 mod keeper;

@@ -10,7 +10,9 @@ use std::{
 use clap::{Parser, Subcommand};
 
 mod archive;
+mod crds;
 mod e2e;
+mod generated;
 mod images;
 mod render;
 mod tar;
@@ -24,6 +26,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Write `deploy/crds/` from the types of the control plane.
+    Crds(crds::Crds),
     /// Install, break and remove Fairway on a real cluster, and count what its users would notice.
     E2e(e2e::E2e),
     /// Write `deploy/rendered/` from the chart; needs `helm`.
@@ -34,6 +38,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
+        Command::Crds(command) => command.run(&root()),
         Command::E2e(command) => command.run(&root()),
         Command::Render(command) => command.run(&root()),
         Command::Images(command) => command.run(&root()),

@@ -3,14 +3,15 @@
 use std::{
     collections::BTreeMap,
     fs,
-    io::Write as _,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
 };
 
-use anyhow::{Context as _, bail, ensure};
+use anyhow::{Context as _, ensure};
 use clap::Args;
 use serde_json::Value;
+
+use crate::generated::Generated;
 
 const CHART: &str = "deploy/charts/fairway";
 const PLATFORMS: &str = "deploy/charts/fairway/files/platforms.yaml";
@@ -33,8 +34,7 @@ impl Render {
     pub(crate) fn run(&self, root: &Path) -> anyhow::Result<()> {
         let rendered = self.rendered(root)?;
         parse(&self.template(root, &["--values", EVERYTHING])?).context(EVERYTHING)?;
-        let folder = root.join(RENDERED);
-        if self.check { check(&folder, &rendered) } else { write(&folder, &rendered) }
+        Generated { folder: RENDERED, command: "cargo xtask render", files: rendered }.put(root, self.check)
     }
 
     /// File name to content.
@@ -80,61 +80,6 @@ fn platforms(root: &Path) -> anyhow::Result<Vec<String>> {
     let text = fs::read_to_string(root.join(PLATFORMS)).context(PLATFORMS)?;
     let table: BTreeMap<String, Value> = serde_saphyr::from_str(&text).context(PLATFORMS)?;
     Ok(table.into_keys().collect())
-}
-
-fn write(folder: &Path, rendered: &BTreeMap<String, String>) -> anyhow::Result<()> {
-    fs::create_dir_all(folder)?;
-    for name in stale(folder, rendered)? {
-        fs::remove_file(folder.join(name))?;
-    }
-    for (name, text) in rendered {
-        fs::write(folder.join(name), text).with_context(|| format!("cannot write {name}"))?;
-    }
-    println!("{}: {} files", folder.display(), rendered.len());
-    Ok(())
-}
-
-fn check(folder: &Path, rendered: &BTreeMap<String, String>) -> anyhow::Result<()> {
-    let mut wrong = stale(folder, rendered)?;
-    for (name, text) in rendered {
-        let path = folder.join(name);
-        if fs::read_to_string(&path).is_ok_and(|there| there == *text) {
-            continue;
-        }
-        print_difference(&path, text)?;
-        wrong.push(name.clone());
-    }
-    if wrong.is_empty() {
-        return Ok(());
-    }
-    bail!("{RENDERED} is not what the chart says ({}): run `cargo xtask render` and commit", wrong.join(", "))
-}
-
-/// Files of platforms that are no more.
-fn stale(folder: &Path, rendered: &BTreeMap<String, String>) -> anyhow::Result<Vec<String>> {
-    let Ok(entries) = fs::read_dir(folder) else { return Ok(Vec::new()) };
-    let mut names = Vec::new();
-    for entry in entries {
-        names.push(entry?.file_name().to_string_lossy().into_owned());
-    }
-    names.retain(|name| !rendered.contains_key(name));
-    names.sort();
-    Ok(names)
-}
-
-fn print_difference(path: &Path, text: &str) -> anyhow::Result<()> {
-    let mut diff = Command::new("diff")
-        .args(["--unified", "--new-file"])
-        .arg(path)
-        .arg("-")
-        .stdin(Stdio::piped())
-        .spawn()
-        .context("cannot run `diff`")?;
-    if let Some(mut input) = diff.stdin.take() {
-        input.write_all(text.as_bytes())?;
-    }
-    diff.wait()?;
-    Ok(())
 }
 
 #[cfg(test)]

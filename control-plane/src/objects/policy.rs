@@ -40,6 +40,9 @@ pub(super) fn authorization(meta: &Meta, fields: &Fields<'_>, settings: &Setting
     let targets = [spec.get("targetRef"), spec.get("targetRefs")];
     let action = spec.get("action");
     let translator = Translator { meta, action: action_of(action.as_ref()) };
+    if let Some(provider) = spec.get("provider").filter(|_| translator.action.is_some()) {
+        provider.reject("a provider decides for CUSTOM only", "remove it");
+    }
     let rules = spec.get("rules").map(|rules| rules.items()).unwrap_or_default();
     let mut omitted = Vec::new();
     let rules = rules.iter().filter_map(|rule| translator.rule(rule, &mut omitted)).collect();
@@ -236,6 +239,16 @@ impl Translator<'_> {
         m.not_namespaces = values(fields.get("notNamespaces"), string);
         m.principals = values(fields.get("principals"), principal);
         m.not_principals = values(fields.get("notPrincipals"), principal);
+        if let Some(domains) = fields.get("trustDomains") {
+            if !m.principals.is_empty() {
+                domains.reject(
+                    "trust domains beside principals are not supported",
+                    "write the domain in the principals: `DOMAIN/ns/…`",
+                );
+            }
+            m.principals = values(Some(domains), trust_domain);
+        }
+        m.not_principals.extend(values(fields.get("notTrustDomains"), trust_domain));
         m.service_accounts = values(fields.get("serviceAccounts"), account);
         m.not_service_accounts = values(fields.get("notServiceAccounts"), account);
         note_layer7(
@@ -342,6 +355,21 @@ fn principal(cursor: &Cursor<'_>, text: &str) -> Option<StringMatch> {
         return None;
     }
     string(cursor, text)
+}
+
+/// A principal starts with its trust domain.
+fn trust_domain(cursor: &Cursor<'_>, text: &str) -> Option<StringMatch> {
+    match string(cursor, text)? {
+        StringMatch::Exact(domain) => Some(StringMatch::Prefix(format!("{domain}/").into())),
+        StringMatch::Suffix(_) => {
+            cursor.reject(
+                format!("`{}` cannot be told apart at layer 4", excerpt(text)),
+                "write the whole trust domain, or its start and a `*`",
+            );
+            None
+        }
+        open => Some(open),
+    }
 }
 
 pub(super) fn peer_authentication(meta: &Meta, fields: &Fields<'_>) -> Option<PeerAuthentication> {

@@ -71,7 +71,7 @@ fn each_mistake_is_told_with_its_place_and_remedy() {
         (
             "unlike any field",
             policy("spec:\n  whatever: 1\n"),
-            "f.yaml:5: spec.whatever: unknown field; known here: selector, targetRef, targetRefs, action, rules",
+            "f.yaml:5: spec.whatever: unknown field; known here: selector, targetRef, targetRefs, action, provider, rules",
         ),
         (
             "port",
@@ -87,6 +87,21 @@ fn each_mistake_is_told_with_its_place_and_remedy() {
             "scheme",
             policy("spec: {rules: [{from: [{source: {principals: [\"spiffe://td/ns/a/sa/b\"]}}]}]}\n"),
             "f.yaml:4: spec.rules[0].from[0].source.principals[0]: a principal is written without its scheme; remove `spiffe://`",
+        ),
+        (
+            "trust domain by its end",
+            policy("spec: {rules: [{from: [{source: {trustDomains: [\"*.example\"]}}]}]}\n"),
+            "f.yaml:4: spec.rules[0].from[0].source.trustDomains[0]: `*.example` cannot be told apart at layer 4; write the whole trust domain, or its start and a `*`",
+        ),
+        (
+            "trust domains beside principals",
+            policy("spec: {rules: [{from: [{source: {principals: [\"*\"], trustDomains: [td]}}]}]}\n"),
+            "f.yaml:4: spec.rules[0].from[0].source.trustDomains: trust domains beside principals are not supported; write the domain in the principals: `DOMAIN/ns/…`",
+        ),
+        (
+            "provider without CUSTOM",
+            policy("spec: {action: DENY, provider: {name: x}}\n"),
+            "f.yaml:4: spec.provider: a provider decides for CUSTOM only; remove it",
         ),
         (
             "pattern",
@@ -121,12 +136,12 @@ fn each_mistake_is_told_with_its_place_and_remedy() {
         (
             "carriage returns",
             policy("spec:\n  whatever: 1\n").replace('\n', "\r\n"),
-            "f.yaml:5: spec.whatever: unknown field; known here: selector, targetRef, targetRefs, action, rules",
+            "f.yaml:5: spec.whatever: unknown field; known here: selector, targetRef, targetRefs, action, provider, rules",
         ),
         (
             "second document",
             format!("# one\n{}---\n# two\n{}", account("a"), policy("spec: {whatever: 1}\n")),
-            "f.yaml:10: spec.whatever: unknown field; known here: selector, targetRef, targetRefs, action, rules",
+            "f.yaml:10: spec.whatever: unknown field; known here: selector, targetRef, targetRefs, action, provider, rules",
         ),
         (
             "given twice",

@@ -31,6 +31,17 @@ fn every_field_of_a_rule_becomes_its_match() {
             "from: [{source: {notPrincipals: [\"*/sa/x\"]}}]",
             Match { not_principals: vec![StringMatch::Suffix("/sa/x".into())], ..none() },
         ),
+        (
+            "from: [{source: {trustDomains: [td.example, \"td*\"]}}]",
+            Match {
+                principals: vec![StringMatch::Prefix("td.example/".into()), StringMatch::Prefix("td".into())],
+                ..none()
+            },
+        ),
+        (
+            "from: [{source: {notPrincipals: [a], notTrustDomains: [td]}}]",
+            Match { not_principals: vec![exact("a"), StringMatch::Prefix("td/".into())], ..none() },
+        ),
         ("from: [{source: {serviceAccounts: [web]}}]", Match { service_accounts: account("demo"), ..none() }),
         ("from: [{source: {serviceAccounts: [x/web]}}]", Match { service_accounts: account("x"), ..none() }),
         ("from: [{source: {notServiceAccounts: [web]}}]", Match { not_service_accounts: account("demo"), ..none() }),
