@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 /// Crate to layer. Crates of one layer never name each other; `lab` and `cli` may use every program as a library.
-const LAYERS: [(&str, u8); 16] = [
+const LAYERS: [(&str, u8); 17] = [
     ("proto", 0),
     ("mesh-core", 0),
     ("mesh-net", 0),

@@ -107,7 +107,7 @@ fn capture(end: &End, side: &'static str) -> Option<Finding> {
     let finding = Finding::new(side, format!("{} is not in the mesh: {why}{value}; {what}", end.name));
     let field = text(&decided_by["field"]).unwrap_or_else(|| MODE.to_owned());
     let remedy = match (report["state"].as_str(), field.as_str()) {
-        (Some("uncaptured"), _) => "see the node agent's log; it tries again",
+        (Some("uncaptured" | "awaited"), _) => "see the node agent's log; it tries again",
         (_, MODE) => "set the label istio.io/dataplane-mode=ambient",
         _ => "such pods stay outside the mesh",
     };

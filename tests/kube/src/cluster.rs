@@ -96,7 +96,9 @@ impl Cluster {
         new: bool,
     ) -> anyhow::Result<kubectl::Running> {
         let seconds = seconds.to_string();
-        let mut command = vec!["fairway", "app", "load", target, "--connections", "8", "--seconds", &seconds];
+        // A connection each: slowly enough for the client's ports to last, of which a closed connection keeps one for a minute.
+        let connections = if new { "2" } else { "8" };
+        let mut command = vec!["fairway", "app", "load", target, "--connections", connections, "--seconds", &seconds];
         if new {
             command.push("--new-connections");
         }

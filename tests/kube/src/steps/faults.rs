@@ -154,7 +154,8 @@ pub(super) fn conflist_overwritten(cluster: &Cluster) -> Evidence {
 pub(super) fn node_reboot(cluster: &Cluster) -> Evidence {
     let node = cluster.pod(INSIDE, "client")?.node;
     let before = all_pods(INSIDE)?;
-    let there = before.iter().filter(|(_, pod)| pod.node == node && !pod.host_network).count();
+    let running = |pod: &crate::cluster::Pod| pod.node == node && !pod.host_network && pod.phase == "Running";
+    let there = before.iter().filter(|(_, pod)| running(pod)).count();
     let sandboxes = "ctr -n k8s.io containers ls | grep /pause | cut -d' ' -f1";
     let script = format!("for id in $({sandboxes}); do ctr -n k8s.io tasks kill -s KILL $id 2>/dev/null; done; true");
     // The inspector's own sandbox goes too, and with it the answer.
@@ -163,8 +164,8 @@ pub(super) fn node_reboot(cluster: &Cluster) -> Evidence {
     std::thread::sleep(Duration::from_secs(3));
     kubectl::eventually("every pod of the node to be back", Duration::from_secs(150), || {
         let pods = all_pods(INSIDE)?;
-        let again: Vec<_> = pods.iter().filter(|(_, pod)| pod.node == node && !pod.host_network).collect();
-        let late = again.iter().find(|(_, pod)| !pod.ready && pod.phase != "Succeeded");
+        let again: Vec<_> = pods.iter().filter(|(_, pod)| running(pod)).collect();
+        let late = again.iter().find(|(_, pod)| !pod.ready);
         ensure!(late.is_none(), "{late:?}");
         let restarted = again.iter().filter(|(_, p)| !before.iter().any(|(_, b)| b.containers == p.containers)).count();
         ensure!(restarted >= there, "{restarted} of {there} restarted");

@@ -46,7 +46,7 @@ pub(super) fn ztunnel(cluster: &Cluster) -> Evidence {
         format!("rolled over {} nodes in {}", clients.len(), took(rolled)),
         format!("kept connections: {}", told(&keep_alive)),
         format!("a connection each: {}", told(&fresh)),
-        format!("{reset} of {} idle-ish long connections were reset", clients.len()),
+        format!("{reset} long connections of {} clients had to be opened again", clients.len()),
     ];
     ensure!(keep_alive.connect_errors + fresh.connect_errors == 0, "{}", lines.join("\n"));
     Ok(lines)
