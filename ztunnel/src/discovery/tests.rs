@@ -304,7 +304,7 @@ impl Authenticate for Guarded {
 async fn the_control_plane_is_trusted_by_its_root_and_alternative_name_and_told_the_headers() {
     use tokio_rustls::{TlsAcceptor, rustls::ServerConfig};
     let authority = mesh_identity::authority::SigningAuthority::generate("cluster.local").unwrap();
-    let (hour, now) = (std::time::Duration::from_secs(3600), std::time::SystemTime::now());
+    let (hour, now) = (std::time::Duration::from_secs(3600), SystemTime::now());
     let certificate = authority.server_certificate(&["istiod.test".to_owned()], hour, now).unwrap();
     let tls = ServerConfig::builder_with_provider(mesh_identity::tls::provider())
         .with_safe_default_protocol_versions()
