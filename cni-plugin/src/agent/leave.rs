@@ -58,6 +58,8 @@ pub fn fate(standing: &Standing, mode: Option<&plan::Mode>) -> Fate {
     }
 }
 
+/// Between two looks at the flows that may end by themselves.
+const LOOK_AGAIN: Duration = Duration::from_millis(500);
 const ASK_LIMIT: Duration = Duration::from_secs(2);
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 const TRIES: usize = 3;
@@ -176,7 +178,7 @@ impl Traces {
         let until = Instant::now() + self.grace;
         while Instant::now() < until && namespaces.iter().any(|(_, ns)| rules::captured_flows(ns).is_ok_and(|n| n > 0))
         {
-            sleep(Duration::from_millis(500)).await;
+            sleep(LOOK_AGAIN).await;
         }
         for (what, ns) in &namespaces {
             done.add(format_args!("rules in {what}"), rules::remove(ns).map_err(other).map(|()| true));

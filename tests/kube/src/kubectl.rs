@@ -99,6 +99,9 @@ impl Running {
     }
 }
 
+/// Between two questions to a cluster.
+const AGAIN: Duration = Duration::from_millis(200);
+
 /// Asks until the answer is good; the last bad one is the error.
 pub(crate) fn eventually<T>(
     what: &str,
@@ -112,7 +115,7 @@ pub(crate) fn eventually<T>(
             Err(error) if Instant::now() > deadline => {
                 return Err(error.context(format!("waited {} s for {what}", patience.as_secs())));
             }
-            Err(_) => std::thread::sleep(Duration::from_millis(200)),
+            Err(_) => std::thread::sleep(AGAIN),
         }
     }
 }

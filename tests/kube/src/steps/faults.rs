@@ -48,6 +48,7 @@ pub(super) fn control_plane_outage(cluster: &Cluster) -> Evidence {
         let called = kubectl::eventually("a new pod of a known identity to call out", Duration::from_secs(20), || {
             cluster.get(INSIDE, "made-known", "http://server/")
         })?;
+        // The outage itself: longer than any retry of those who miss it.
         std::thread::sleep(Duration::from_secs(75).saturating_sub(gone.elapsed()));
         Ok::<_, anyhow::Error>((called, gone))
     })();
@@ -161,6 +162,7 @@ pub(super) fn node_reboot(cluster: &Cluster) -> Evidence {
     // The inspector's own sandbox goes too, and with it the answer.
     drop(cluster.on_node(&node, &["sh", "-c", &format!("(sleep 1; {script}) </dev/null >/dev/null 2>&1 &")]));
     let started = Instant::now();
+    // Until the sandboxes are dead, which nobody is left to tell.
     std::thread::sleep(Duration::from_secs(3));
     kubectl::eventually("every pod of the node to be back", Duration::from_secs(150), || {
         let pods = all_pods(INSIDE)?;
@@ -202,7 +204,7 @@ pub(super) fn root_rotation(cluster: &Cluster) -> Evidence {
                 Ok(())
             })?;
         }
-        // The kubelet brings the new roots to ztunnel's volume within about a minute; pods made meanwhile have them at once.
+        // The load goes on under each state.
         std::thread::sleep(Duration::from_secs(5));
     }
     let counted = counted(load)?;
