@@ -66,6 +66,28 @@ pub(crate) async fn run(
     Ok(())
 }
 
+/// Does `work` whenever this replica leads; it is dropped when the lead is lost, with what it was about to write. `None` once the drain has
+/// begun, or nobody stands for election any more; else what the work, which should have none, ended with.
+pub(crate) async fn whenever_leading<W: Future>(
+    mut leads: watch::Receiver<bool>,
+    drain: &DrainWatcher,
+    work: impl Fn() -> W,
+) -> Option<W::Output> {
+    let in_turn = async {
+        loop {
+            leads.wait_for(|leads| *leads).await.ok()?;
+            tokio::select! {
+                ended = work() => return Some(ended),
+                lost = leads.wait_for(|leads| !leads) => drop(lost.ok()?),
+            }
+        }
+    };
+    tokio::select! {
+        ended = in_turn => ended,
+        _ = drain.signalled() => None,
+    }
+}
+
 /// When that has passed; never for what has passed long ago, or does not come.
 async fn passed(at: Option<Instant>) {
     match at.filter(|at| *at > Instant::now()) {

@@ -25,6 +25,7 @@ use super::within;
 use crate::{
     apiserver::watch::{self as apiwatch, Event},
     app::TaskFailed,
+    lease::whenever_leading,
     metrics::Metrics,
 };
 
@@ -115,28 +116,19 @@ impl Held {
 /// Keeps every namespace's ConfigMap as it must be whenever this replica leads, until the drain.
 pub(crate) async fn publish(
     client: Client,
-    mut authority: watch::Receiver<Arc<SigningAuthority>>,
-    mut leads: watch::Receiver<bool>,
+    authority: watch::Receiver<Arc<SigningAuthority>>,
+    leads: watch::Receiver<bool>,
     metrics: Metrics,
     drain: DrainWatcher,
 ) -> Result<(), TaskFailed> {
-    loop {
-        tokio::select! {
-            led = leads.wait_for(|leads| *leads) => if led.is_err() { return Ok(()) },
-            _ = drain.signalled() => return Ok(()),
-        }
-        tokio::select! {
-            () = lead(&client, &mut authority, &metrics) => {
-                return Err(TaskFailed::of("publishing the roots")("its watches ended without being told to"));
-            }
-            lost = leads.wait_for(|leads| !leads) => if lost.is_err() { return Ok(()) },
-            _ = drain.signalled() => return Ok(()),
-        }
+    match whenever_leading(leads, &drain, || lead(client.clone(), authority.clone(), metrics.clone())).await {
+        Some(()) => Err(TaskFailed::of("publishing the roots")("its watches ended without being told to")),
+        None => Ok(()),
     }
 }
 
 /// As the leader; dropped when that is lost, with what it was about to write.
-async fn lead(client: &Client, authority: &mut watch::Receiver<Arc<SigningAuthority>>, metrics: &Metrics) {
+async fn lead(client: Client, mut authority: watch::Receiver<Arc<SigningAuthority>>, metrics: Metrics) {
     let (sender, mut events) = mpsc::channel(256);
     let namespaces: Api<PartialObjectMeta<Namespace>> = Api::all(client.clone());
     let configmaps: Api<ConfigMap> = Api::all(client.clone());
@@ -157,7 +149,7 @@ async fn lead(client: &Client, authority: &mut watch::Receiver<Arc<SigningAuthor
         let mut held = Held::default();
         loop {
             let roots = authority.borrow_and_update().root_pem().to_owned();
-            let failed = write(client, &mut held, &roots, metrics).await;
+            let failed = write(&client, &mut held, &roots, &metrics).await;
             let retry = async {
                 match failed {
                     true => tokio::time::sleep(RETRY).await,

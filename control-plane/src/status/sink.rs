@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    convert::Infallible,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -20,6 +21,7 @@ use tokio::{
 
 use crate::{
     app::TaskFailed,
+    lease::whenever_leading,
     metrics::Metrics,
     objects::{Kind, ObjectKey},
     source::kubernetes::Watched,
@@ -64,29 +66,22 @@ impl Sink {
     pub(crate) async fn write(
         self: Arc<Self>,
         client: Client,
-        mut leads: watch::Receiver<bool>,
+        leads: watch::Receiver<bool>,
         metrics: Metrics,
         drain: DrainWatcher,
     ) -> Result<(), TaskFailed> {
-        loop {
-            tokio::select! {
-                led = leads.wait_for(|leads| *leads) => if led.is_err() { return Ok(()) },
-                _ = drain.signalled() => return Ok(()),
-            }
-            // A predecessor's failures are not ours.
-            self.lock().values_mut().for_each(|pending| pending.failed = 0);
-            tokio::select! {
-                () = self.lead(&client, &metrics) => {}
-                lost = leads.wait_for(|leads| !leads) => if lost.is_err() { return Ok(()) },
-                _ = drain.signalled() => return Ok(()),
-            }
-        }
+        let work = || self.clone().lead(client.clone(), metrics.clone());
+        let None = whenever_leading(leads, &drain, work).await;
+        Ok(())
     }
 
     /// Never ends; dropped when the lead is lost, and with it what was about to be written.
-    async fn lead(&self, client: &Client, metrics: &Metrics) {
+    async fn lead(self: Arc<Self>, client: Client, metrics: Metrics) -> Infallible {
+        // A predecessor's failures are not ours.
+        self.lock().values_mut().for_each(|pending| pending.failed = 0);
         loop {
             let changed = self.changed.notified();
+            let client = &client;
             let mut writes = stream::iter(self.due())
                 .map(|(key, status)| async move {
                     let written = write(client, &key, &status).await;
