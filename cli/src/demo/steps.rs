@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 
-use anyhow::{Context as _, ensure};
+use anyhow::{Context as _, bail, ensure};
 use lab::{
     apps::{load::Report, stream::Outcome},
     control::Lab,
@@ -369,8 +369,12 @@ fn switch_off(lab: &Lab) -> Evidence {
                     .map(|l| format!("{name}: {l}")),
             );
         }
-        ensure!(left.is_empty(), "left behind: {}", left.join("; "));
-        Ok(())
+        if left.is_empty() {
+            return Ok(());
+        }
+        // What a pod that leaves waits for.
+        let (_, sockets) = lab.run("demo/client", &["cat", "/proc/net/tcp", "/proc/net/tcp6"])?;
+        bail!("left behind: {}\nThe client's sockets:\n{sockets}", left.join("; "));
     })?;
     ensure!(processes(lab)? == pids, "process ids changed");
     Ok(vec![

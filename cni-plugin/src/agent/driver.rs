@@ -463,6 +463,7 @@ impl Driver {
             announced: state.is_some_and(State::is_announced),
             dns: options_of(pod, &self.settings.options).dns,
             older_flows: self.older_flows.get(uid).copied(),
+            captured_flows: state.and_then(State::captured_flows),
         }
     }
 

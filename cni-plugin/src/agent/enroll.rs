@@ -102,6 +102,8 @@ enum Rules {
     Flushed {
         until: Instant,
         count_at: Instant,
+        /// Captured flows at the last count.
+        open: usize,
     },
     Clean,
 }
@@ -162,6 +164,14 @@ impl State {
 
     pub fn has_rules(&self) -> bool {
         matches!(self.rules, Rules::Applied { .. })
+    }
+
+    /// Captured flows at the last count, of a pod that leaves.
+    pub fn captured_flows(&self) -> Option<usize> {
+        match self.rules {
+            Rules::Flushed { open, .. } => Some(open),
+            _ => None,
+        }
     }
 
     pub fn is_announced(&self) -> bool {
@@ -243,7 +253,7 @@ impl State {
         }
         let by_rules = match self.rules {
             Rules::Applied { recheck_at } if self.wanted == Wanted::Enrolled => Some(recheck_at),
-            Rules::Flushed { until, count_at } => Some(until.min(count_at)),
+            Rules::Flushed { until, count_at, .. } => Some(until.min(count_at)),
             _ => None,
         };
         // What failed is due at its retry, whatever else is due later.
@@ -268,7 +278,7 @@ impl State {
             Step::WriteStatus(status) => self.status = status,
             // Not counted at once: peers have to hear of it before the tunnel's port may close.
             Step::FlushRedirects => {
-                self.rules = Rules::Flushed { until: now + pace.grace, count_at: now + pace.count_every };
+                self.rules = Rules::Flushed { until: now + pace.grace, count_at: now + pace.count_every, open: 0 };
             }
             Step::CountFlows => self.counted(outcome, now, pace),
             Step::RemoveRules => self.rules = Rules::Clean,
@@ -277,9 +287,9 @@ impl State {
     }
 
     fn counted(&mut self, outcome: &Outcome, now: Instant, pace: &Pace) {
-        if let Rules::Flushed { until, count_at } = &mut self.rules {
-            *count_at = now + pace.count_every;
-            if *outcome == Outcome::Flows(0) {
+        if let (Rules::Flushed { until, count_at, open }, Outcome::Flows(flows)) = (&mut self.rules, outcome) {
+            (*count_at, *open) = (now + pace.count_every, *flows);
+            if *flows == 0 {
                 *until = now;
             }
         }
@@ -651,6 +661,7 @@ mod tests {
             now += Pace::default().count_every;
             assert_eq!(run(&mut machine, now, &Outcome::Flows(flows)), [Step::CountFlows]);
             if flows > 0 {
+                assert_eq!(machine.get(&pod).and_then(State::captured_flows), Some(flows));
                 assert_eq!(run(&mut machine, now, &Outcome::Flows(flows)), []);
                 now += Pace::default().grace;
             }

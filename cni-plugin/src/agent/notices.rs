@@ -120,6 +120,7 @@ mod tests {
             announced: false,
             dns: false,
             older_flows: None,
+            captured_flows: None,
         }
     }
 

@@ -28,6 +28,9 @@ pub struct PodReport {
     /// Flows that were open when the pod was enrolled and stay as they were.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub older_flows: Option<usize>,
+    /// Captured flows that a leaving pod still has: its rules go when they have ended, or when the grace period is over.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub captured_flows: Option<usize>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
