@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::manifest::containers;
 use crate::cluster::Object;
@@ -14,7 +14,7 @@ struct Setting {
     apply: fn(&mut Vec<Object>, &str) -> Option<()>,
 }
 
-const SETTINGS: [Setting; 10] = [
+const SETTINGS: [Setting; 11] = [
     Setting {
         key: "cni.ambient.dnsCapture",
         takes: "true or false",
@@ -36,6 +36,11 @@ const SETTINGS: [Setting; 10] = [
         apply: |objects, value| environment(objects, "fairwayd", "RUST_LOG", value),
     },
     Setting { key: "controlPlane.replicaCount", takes: "1 to 20", apply: replicas },
+    Setting {
+        key: "controlPlane.workloadCertTtl",
+        takes: "a duration like 90s, 15m or 24h",
+        apply: |objects, value| argument(objects, "fairwayd", "--workload-cert-ttl", duration(value)?),
+    },
     Setting {
         key: "global.imagePullPolicy",
         takes: "Always, IfNotPresent or Never",
@@ -141,11 +146,20 @@ fn log_format(objects: &mut [Object], value: &str) -> Option<()> {
 fn cluster_name(objects: &mut [Object], value: &str) -> Option<()> {
     (!value.is_empty()).then_some(())?;
     environment(objects, "ztunnel", "ISTIO_META_CLUSTER_ID", value)?;
-    for container in containers(workload(objects, "fairwayd")?) {
-        let is_it = |argument: &&mut Value| argument.as_str().is_some_and(|text| text.starts_with("--cluster-id="));
-        *container["args"].as_array_mut()?.iter_mut().find(is_it)? = json!(format!("--cluster-id={value}"));
+    argument(objects, "fairwayd", "--cluster-id", value)
+}
+
+fn argument(objects: &mut [Object], component: &str, flag: &str, value: &str) -> Option<()> {
+    let is_it = |text: &str| text.strip_prefix(flag).is_some_and(|rest| rest.starts_with('='));
+    for container in containers(workload(objects, component)?) {
+        let mut arguments = container["args"].as_array_mut()?.iter_mut();
+        *arguments.find(|argument| argument.as_str().is_some_and(is_it))? = json!(format!("{flag}={value}"));
     }
     Some(())
+}
+
+fn duration(value: &str) -> Option<&str> {
+    mesh_runtime::env::parse_duration(value).filter(|duration| !duration.is_zero()).map(|_| value)
 }
 
 fn boolean(value: &str) -> Option<&str> {
@@ -161,6 +175,8 @@ fn names(value: &str) -> Option<&str> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::Value;
+
     use super::*;
     use crate::install::manifest::{Choice, objects};
 
@@ -173,15 +189,18 @@ mod tests {
     #[test]
     fn every_key_changes_something_and_refuses_nonsense_where_it_can() {
         let plain: Vec<Value> = with(&[]).unwrap().into_iter().map(|object| object.value).collect();
-        let values = ["false", "a,b", "debug", "debug", "1", "Never", "true", "c2", "net2", "debug"];
+        let values = ["false", "a,b", "debug", "debug", "1", "15m", "Never", "true", "c2", "net2", "debug"];
         for (setting, value) in SETTINGS.iter().zip(values) {
             let changed: Vec<Value> = with(&[(setting.key, value)]).unwrap().into_iter().map(|o| o.value).collect();
             assert_ne!(changed, plain, "{}", setting.key);
             parse(&format!("{}={value}", setting.key)).unwrap();
         }
-        for (key, value) in
-            [("controlPlane.replicaCount", "0"), ("cni.ambient.dnsCapture", "maybe"), ("cni.excludeNamespaces", "A b")]
-        {
+        for (key, value) in [
+            ("controlPlane.replicaCount", "0"),
+            ("cni.ambient.dnsCapture", "maybe"),
+            ("cni.excludeNamespaces", "A b"),
+            ("controlPlane.workloadCertTtl", "0s"),
+        ] {
             assert!(with(&[(key, value)]).is_err(), "{key}={value}");
         }
         assert!(parse("cni.unknown=1").unwrap_err().contains("controlPlane.replicaCount"));

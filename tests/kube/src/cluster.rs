@@ -56,6 +56,13 @@ impl Cluster {
         Ok(text)
     }
 
+    /// What `fairway` answers as JSON, whatever its exit status says of it.
+    pub(crate) fn answer(&self, args: &[&str]) -> anyhow::Result<Value> {
+        let output = std::process::Command::new(&self.fairway).args(args).output().context("cannot run fairway")?;
+        let said = || format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).with_context(|| format!("fairway {}: {}", args.join(" "), said()))
+    }
+
     /// Pods with a label `app`, those that are going away left out.
     pub(crate) fn pods(&self, namespace: &str, app: &str) -> anyhow::Result<Vec<Pod>> {
         let mut pods = all_pods(namespace)?;

@@ -16,10 +16,11 @@ use crate::{
 type Run = fn(&Cluster) -> Evidence;
 
 /// Name, what is promised, and how it is shown.
-const STEPS: [(&str, &str, Run); 17] = [
+const STEPS: [(&str, &str, Run); 19] = [
     ("install", "The mesh is installed under running workloads, which notice nothing", install::run),
     ("label", "A namespace is labelled: same pods, same containers, every byte between nodes is TLS", enrol::run),
     ("policy", "Policies by identity hold, and say so in their status", policy::identities),
+    ("plaintext", "Who would be refused under STRICT is told before it is set", policy::before_strict),
     ("strict", "STRICT: strangers are refused, kubelet's probes go on", policy::strict),
     ("names", "DNS, headless services and a StatefulSet work captured", workloads::names),
     (
@@ -42,6 +43,7 @@ const STEPS: [(&str, &str, Run); 17] = [
         faults::conflist_overwritten,
     ),
     ("reboot", "All namespaces of a node go and come back", faults::node_reboot),
+    ("settings", "A setting is changed under load: certificates last a minute from now on", install::settings),
     ("roots", "The CA's root is rotated under load", faults::root_rotation),
     ("leader", "The leading replica is killed: another writes", faults::leader_killed),
     ("unlabel", "The label is removed: pods go on, unencrypted, nothing restarted", leave::unlabel),

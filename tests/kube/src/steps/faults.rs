@@ -184,6 +184,9 @@ pub(super) fn node_reboot(cluster: &Cluster) -> Evidence {
     Ok(vec![format!("{there} sandboxes of {node} were killed; all pods were back, captured, after {}", took(back))])
 }
 
+/// Long enough for certificates of [`super::install::CERTIFICATES`] to be renewed, and for those before them to expire.
+const RENEWED: Duration = Duration::from_secs(75);
+
 pub(super) fn root_rotation(cluster: &Cluster) -> Evidence {
     let clients = cluster.pods(INSIDE, "client")?;
     let root = || {
@@ -191,7 +194,8 @@ pub(super) fn root_rotation(cluster: &Cluster) -> Evidence {
         Ok::<_, anyhow::Error>(text(&map["data"]["root-cert.pem"]))
     };
     let before = root()?;
-    let load = cluster.start_load(&clients[0].name, "server", 60, true)?;
+    let seconds = u32::try_from(4 * RENEWED.as_secs())?;
+    let load = cluster.start_load(&clients[0].name, "server", seconds, true)?;
     let mut lines = Vec::new();
     for step in ["prepare", "switch", "finish"] {
         let previous = root()?;
@@ -204,8 +208,8 @@ pub(super) fn root_rotation(cluster: &Cluster) -> Evidence {
                 Ok(())
             })?;
         }
-        // The load goes on under each state.
-        std::thread::sleep(Duration::from_secs(5));
+        // Every certificate in use is renewed under each state, and the load with it.
+        std::thread::sleep(RENEWED);
     }
     let counted = counted(load)?;
     ensure!(root()? != before, "the root is the old one");

@@ -41,3 +41,27 @@ pub(super) fn run(cluster: &Cluster) -> Evidence {
         format!("{} pods with the same containers as before", before.len()),
     ])
 }
+
+/// How long certificates are valid from [`settings`] on.
+pub(super) const CERTIFICATES: &str = "1m";
+
+pub(super) fn settings(cluster: &Cluster) -> Evidence {
+    let before = all_pods(INSIDE)?;
+    let load = cluster.start_load(&cluster.pod(INSIDE, "client")?.name, "server", 30, true)?;
+    let started = Instant::now();
+    let setting = format!("controlPlane.workloadCertTtl={CERTIFICATES}");
+    let printed = cluster.fairway(&["upgrade", "--hub", &cluster.hub, "--tag", &cluster.tag, "--set", &setting])?;
+    let changed = started.elapsed();
+    let counted = crate::cluster::counted(load)?;
+    kubectl::rolled_out(SYSTEM, "deployment/fairwayd")?;
+    let deployment = kubectl::get(&["-n", SYSTEM, "deployment/fairwayd"])?;
+    let arguments = deployment["spec"]["template"]["spec"]["containers"][0]["args"].to_string();
+    ensure!(arguments.contains(&format!("--workload-cert-ttl={CERTIFICATES}")), "fairwayd runs with {arguments}");
+    ensure!(all_pods(INSIDE)? == before, "pods changed");
+    ensure!(counted.errors == 0, "meanwhile: {}", crate::cluster::told(&counted));
+    Ok(vec![
+        format!("`fairway upgrade --set {setting}` returned after {}", took(changed)),
+        printed.lines().last().unwrap_or_default().trim().to_owned(),
+        format!("meanwhile: {}", crate::cluster::told(&counted)),
+    ])
+}

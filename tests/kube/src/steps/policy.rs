@@ -75,6 +75,25 @@ fn condition(policy: &str) -> anyhow::Result<(String, String, String)> {
     })
 }
 
+/// `fairway check --strict` names the stranger that calls in clear text, and nobody once he has stopped.
+pub(super) fn before_strict(cluster: &Cluster) -> Evidence {
+    let (client, stranger) = (cluster.pod(INSIDE, "client")?.name, cluster.pod(OUTSIDE, "stranger")?.name);
+    let url = format!("http://server.{INSIDE}/");
+    cluster.get(OUTSIDE, &stranger, &url)?;
+    cluster.get(INSIDE, &client, &url)?;
+    let named = callers(cluster, &[])?;
+    ensure!(named.iter().any(|caller| caller.starts_with(&format!("{OUTSIDE}/stranger "))), "it names {named:?}");
+    let later = callers(cluster, &["--watch", "5s"])?;
+    ensure!(later.is_empty(), "nobody called meanwhile, and it names {later:?}");
+    Ok(vec![format!("named: {}", named.join("; ")), "and nobody in the five seconds after".to_owned()])
+}
+
+fn callers(cluster: &Cluster, options: &[&str]) -> anyhow::Result<Vec<String>> {
+    let said = cluster.answer(&[&["check", "--strict", INSIDE, "-o", "json"], options].concat())?;
+    let callers = said["callers"].as_array().cloned().unwrap_or_default();
+    Ok(callers.iter().map(|c| format!("{} to {}", text(&c["source"]), text(&c["destination"]))).collect())
+}
+
 pub(super) fn strict(cluster: &Cluster) -> Evidence {
     let (client, stranger) = (cluster.pod(INSIDE, "client")?.name, cluster.pod(OUTSIDE, "stranger")?.name);
     let url = format!("http://server.{INSIDE}/");
