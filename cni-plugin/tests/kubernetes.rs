@@ -384,6 +384,10 @@ async fn stopping_is_an_upgrade_while_the_daemon_set_stands() {
 async fn the_end_of_the_daemon_set_leaves_nothing_behind() {
     let node = Node::new().await;
     let (agent, ns, mut ztunnel) = with_a_captured_pod(&node).await;
+    for kept in ["state", "keys"] {
+        let folder = Path::new("/run/ztunnel").join(kept);
+        fs::create_dir(&folder).and_then(|()| fs::write(folder.join("of-ztunnel"), "")).expect("write");
+    }
     agent.leave().await;
     assert!(!chain().contains("fairway-cni") && chain().contains("bridge"), "{}", chain());
     assert!(!rules::verify_installed(&ns).expect("readable"));

@@ -13,6 +13,7 @@ use mesh_runtime::{
     drain::{self, DrainTrigger, DrainWatcher, Drained},
     env::ProcessEnv,
     metrics::Registry,
+    private::PrivateFolder,
     readiness::Readiness,
     signal::Shutdown,
     telemetry,
@@ -185,8 +186,10 @@ impl App {
         let metrics = ControlMetrics::new(&registry, &config.version);
         let workers = Workers::spawn(config.workers, "ztunnel").context("cannot start the worker threads")?;
         let trust = Arc::new(Trust::new(config.trust_domains(), config.trust.compliance));
-        let store = config.trust.keys_dir.as_deref().map(KeyStore::open).transpose().context("FAIRWAY_KEYS_DIR")?;
-        let store = store.map(Arc::new);
+        // Others who could write there could write policy; others who could read there could read the mesh.
+        config.state_dir.as_deref().map(PrivateFolder::open).transpose().context("FAIRWAY_STATE_DIR")?;
+        let keys = config.trust.keys_dir.as_deref().map(PrivateFolder::open).transpose().context("FAIRWAY_KEYS_DIR")?;
+        let store = keys.map(KeyStore::new).map(Arc::new);
         let settings = mesh_identity::Config { trust: trust.clone(), store, ..mesh_identity::Config::default() };
         let (identities, certificates) = Identities::new(settings, ca);
         let state = State::new(config.node.clone());

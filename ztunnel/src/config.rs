@@ -210,7 +210,7 @@ impl Config {
             xds: (r.raw("XDS_ADDRESS").as_deref() != Some("")).then(|| upstream(r, "XDS", &cluster_id, &proxy)),
             xds_on_demand: control_plane::on_demand(r, &dns),
             static_config: control_plane::static_config(r),
-            state_dir: control_plane::state_dir(r),
+            state_dir: r.optional("FAIRWAY_STATE_DIR").map(PathBuf::from),
             ca: upstream(r, "CA", &cluster_id, &proxy),
             cluster_id: cluster_id.into(),
             secret_ttl: r.duration("SECRET_TTL", Duration::from_secs(24 * 3600)),

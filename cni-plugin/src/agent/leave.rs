@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs, io,
-    path::PathBuf,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -58,6 +58,8 @@ pub fn fate(standing: &Standing, mode: Option<&plan::Mode>) -> Fate {
     }
 }
 
+/// What ztunnel keeps beside the socket (the chart's `ztunnel.keepState`).
+const KEPT: [&str; 2] = ["state", "keys"];
 /// Between two looks at the flows that may end by themselves.
 const LOOK_AGAIN: Duration = Duration::from_millis(500);
 const ASK_LIMIT: Duration = Duration::from_secs(2);
@@ -188,6 +190,9 @@ impl Traces {
         for path in self.files() {
             done.add(path.display(), place::remove(&path));
         }
+        for path in KEPT.map(|name| self.zds_socket.with_file_name(name)) {
+            done.add(path.display(), remove_folder(&path));
+        }
         done
     }
 
@@ -207,6 +212,14 @@ impl Traces {
         let status = AnnotationStatus(client.clone());
         let written = join_all(pods.iter().map(|pod| status.write(pod, None))).await;
         written.into_iter().collect::<Result<Vec<()>, String>>().map(|written| !written.is_empty())
+    }
+}
+
+fn remove_folder(path: &Path) -> io::Result<bool> {
+    match fs::remove_dir_all(path) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

@@ -22,7 +22,7 @@ pub mod verify;
 pub use ca::{CaClient, CaError};
 pub use grpc::{ControlPlane, ControlPlaneError, GrpcCa, GrpcCaConfig, RootSource, TokenSource};
 pub use manager::{Config, Entry, EntryState, FetchError, IdentityError, Manager, Priority};
-pub use store::{KeyStore, StoreError};
+pub use store::KeyStore;
 pub use svid::{Svid, SvidError};
 pub use tls::{Compliance, ControlTls, client_config, peer_name, server_config};
 pub use trust::Trust;

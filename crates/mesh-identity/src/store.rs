@@ -5,13 +5,14 @@
 
 use std::{
     fs, io,
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     sync::Arc,
     time::SystemTime,
 };
 
 use mesh_core::identity::Identity;
+use mesh_runtime::private::PrivateFolder;
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 
 use crate::{
@@ -28,55 +29,23 @@ const MAX_FILES: usize = 4096;
 const SUFFIX: &str = ".svid";
 const UNFINISHED: &str = ".new";
 
-/// Why a folder does not keep keys.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    #[error("{}: cannot be used", path.display())]
-    Io { path: PathBuf, source: io::Error },
-    #[error("{}: not a folder; expected one of mode 0700 that is ours, best on a tmpfs", .0.display())]
-    NotAFolder(PathBuf),
-    #[error("{}: belongs to user {owner}; expected {expected}, who runs this process", path.display())]
-    Owner { path: PathBuf, owner: u32, expected: u32 },
-    #[error("{}: mode {mode:04o} lets others in; expected 0700", path.display())]
-    Mode { path: PathBuf, mode: u32 },
-}
-
 /// A folder of keys.
 #[derive(Debug)]
 pub struct KeyStore {
-    folder: PathBuf,
-    owner: u32,
+    folder: PrivateFolder,
 }
 
 impl KeyStore {
-    /// Opens `folder`, making it when only the last part of its path is missing.
-    ///
-    /// # Errors
-    /// When others than this process's user can get at it.
-    pub fn open(folder: &Path) -> Result<Self, StoreError> {
-        let failed = |source| StoreError::Io { path: folder.to_owned(), source };
-        match fs::DirBuilder::new().mode(0o700).create(folder) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(failed(error)),
-            _ => {}
-        }
-        // What the kernel shows of a process belongs to its effective user.
-        let owner = fs::metadata("/proc/self").map_err(failed)?.uid();
-        let found = fs::symlink_metadata(folder).map_err(failed)?;
-        let path = folder.to_owned();
-        match found.mode() & 0o777 {
-            _ if !found.is_dir() => Err(StoreError::NotAFolder(path)),
-            _ if found.uid() != owner => Err(StoreError::Owner { path, owner: found.uid(), expected: owner }),
-            mode if mode & 0o077 != 0 => Err(StoreError::Mode { path, mode }),
-            _ => Ok(Self { folder: path, owner }),
-        }
+    pub fn new(folder: PrivateFolder) -> Self {
+        Self { folder }
     }
 
     /// Every certificate that is valid at `now`; files of others are removed, and what is no certificate is left alone and reported.
     pub(crate) fn load(&self, now: SystemTime, trust: &Arc<Trust>) -> Vec<Svid> {
-        let files = match fs::read_dir(&self.folder) {
+        let files = match fs::read_dir(self.folder.path()) {
             Ok(files) => files,
             Err(error) => {
-                tracing::warn!(folder = %self.folder.display(), %error, "cannot read the folder of keys");
+                tracing::warn!(folder = %self.folder.path().display(), %error, "cannot read the folder of keys");
                 return Vec::new();
             }
         };
@@ -94,7 +63,7 @@ impl KeyStore {
 
     fn read(&self, path: &Path, generation: u64, trust: &Arc<Trust>) -> Result<Svid, String> {
         let found = fs::symlink_metadata(path).map_err(|error| error.to_string())?;
-        if !found.is_file() || found.uid() != self.owner || found.mode() & 0o077 != 0 {
+        if !found.is_file() || found.uid() != self.folder.owner() || found.mode() & 0o077 != 0 {
             return Err("not a private file; expected mode 0600 and this process's user".to_owned());
         }
         if found.len() > MAX_FILE as u64 {
@@ -128,7 +97,7 @@ impl KeyStore {
     }
 
     fn path(&self, identity: &Identity) -> PathBuf {
-        self.folder.join(escaped(&identity.to_string()) + SUFFIX)
+        self.folder.path().join(escaped(&identity.to_string()) + SUFFIX)
     }
 }
 
@@ -231,7 +200,7 @@ mod tests {
 
     fn store() -> (tempfile::TempDir, KeyStore) {
         let above = tempfile::tempdir().unwrap();
-        let store = KeyStore::open(&above.path().join("keys")).unwrap();
+        let store = KeyStore::new(PrivateFolder::open(&above.path().join("keys")).unwrap());
         (above, store)
     }
 
@@ -264,21 +233,7 @@ mod tests {
         let whole = fs::read(&a).unwrap();
         fs::write(&a, &whole[..whole.len() - 1]).unwrap();
         mode(&b, 0o640);
-        fs::rename(&c, store.folder.join("c.svid")).unwrap();
+        fs::rename(&c, store.folder.path().join("c.svid")).unwrap();
         assert_eq!(loaded(&store, SystemTime::now()), [svids[3].identity.clone()]);
-    }
-
-    #[test]
-    fn a_folder_that_others_can_enter_is_refused_with_what_would_be_right() {
-        let above = tempfile::tempdir().unwrap();
-        let folder = above.path().join("keys");
-        fs::create_dir(&folder).unwrap();
-        mode(&folder, 0o755);
-        let text = KeyStore::open(&folder).unwrap_err().to_string();
-        assert!(text.contains("mode 0755 lets others in; expected 0700"), "{text}");
-        let file = above.path().join("file");
-        fs::write(&file, "").unwrap();
-        assert!(KeyStore::open(&file).unwrap_err().to_string().contains("not a folder"));
-        assert!(KeyStore::open(&above.path().join("a/b")).is_err(), "more than one part is missing");
     }
 }

@@ -10,6 +10,7 @@ pub mod drain;
 pub mod env;
 pub mod folder;
 pub mod metrics;
+pub mod private;
 pub mod readiness;
 pub mod signal;
 pub mod telemetry;

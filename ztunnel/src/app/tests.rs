@@ -209,6 +209,10 @@ async fn certificates_outlive_a_restart_when_told_where() {
     let error = App::start_with_ca(config(), Arc::new(DeadCa)).await.err().expect("open to others");
     let text = format!("{error:#}");
     assert!(text.starts_with("FAIRWAY_KEYS_DIR: ") && text.ends_with("expected 0700"), "{text}");
+    let mut config = Config::default_for_tests();
+    config.state_dir = Some(folder);
+    let error = App::start_with_ca(config, Arc::new(DeadCa)).await.err().expect("open to others");
+    assert!(format!("{error:#}").starts_with("FAIRWAY_STATE_DIR: "), "{error:#}");
 }
 
 #[tokio::test]

@@ -1,10 +1,6 @@
 //! How the control plane is reached, what it is told of this process, and what takes its place.
 
-use std::{
-    collections::BTreeMap,
-    fmt,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, fmt, path::Path};
 
 use mesh_identity::{ControlPlane, ControlTls, RootSource, TokenSource};
 use mesh_runtime::env::Reader;
@@ -114,18 +110,6 @@ pub(super) fn on_demand(r: &Reader<'_>, dns: &Dns) -> bool {
         );
     }
     wanted
-}
-
-/// Others who could write there could write policy; others who could read there could read the mesh.
-pub(super) fn state_dir(r: &Reader<'_>) -> Option<PathBuf> {
-    use std::os::unix::fs::PermissionsExt as _;
-    const NAME: &str = "FAIRWAY_STATE_DIR";
-    let text = r.optional(NAME)?;
-    let mode = std::fs::metadata(&text).ok().filter(std::fs::Metadata::is_dir).map(|m| m.permissions().mode());
-    if mode.is_none_or(|mode| mode & 0o077 != 0) {
-        r.problem(NAME, &text, "an existing directory that only this user may enter (mode 0700)");
-    }
-    Some(text.into())
 }
 
 pub(super) fn metadata(r: &Reader<'_>, proxy: &ProxyConfig) -> BTreeMap<String, serde_json::Value> {

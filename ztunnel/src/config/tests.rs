@@ -127,19 +127,6 @@ fn asking_on_demand_excludes_the_dns_proxy_and_facts_are_in_one_place() {
     assert_eq!(parse(&[("LOCAL_XDS", "a"), ("LOCAL_XDS_PATH", "b")]).unwrap_err().0.len(), 1);
 }
 
-#[test]
-fn saved_state_lives_in_a_private_directory_only() {
-    use std::os::unix::fs::PermissionsExt as _;
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().to_str().unwrap();
-    let allow = |mode| std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
-    allow(0o755);
-    assert!(parse(&[("FAIRWAY_STATE_DIR", path)]).unwrap_err().to_string().contains("0700"));
-    allow(0o700);
-    assert_eq!(parse(&[("FAIRWAY_STATE_DIR", path)]).unwrap().state_dir.as_deref(), Some(directory.path()));
-    assert!(parse(&[("FAIRWAY_STATE_DIR", "/nonexistent")]).is_err());
-}
-
 /// Each variable with a value that is not its default.
 const VARIABLES: &[(&str, &str)] = &[
     ("ALT_CA_HOSTNAME", "x"),

@@ -3,6 +3,8 @@ use std::{
     time::Duration,
 };
 
+use mesh_runtime::private::PrivateFolder;
+
 use super::*;
 use crate::{authority::SigningAuthority, ca::BoxFuture};
 
@@ -133,7 +135,7 @@ async fn forgetting_answers_waiters_and_stops_renewal() {
 #[tokio::test(start_paused = true)]
 async fn a_restart_while_the_ca_is_away_costs_no_certificate_and_renewal_goes_on() {
     let above = tempfile::tempdir().unwrap();
-    let store = Arc::new(KeyStore::open(&above.path().join("keys")).unwrap());
+    let store = Arc::new(KeyStore::new(PrivateFolder::open(&above.path().join("keys")).unwrap()));
     let (manager, _ca, task) = start_with(Some(store.clone()));
     let (wanted, gone) = (identity(), Identity::new("cluster.local", "demo", "gone"));
     let before = manager.certificate(&wanted, Priority::RealTime).await.unwrap();

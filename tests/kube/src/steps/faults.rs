@@ -48,6 +48,10 @@ pub(super) fn control_plane_outage(cluster: &Cluster) -> Evidence {
         let called = kubectl::eventually("a new pod of a known identity to call out", Duration::from_secs(20), || {
             cluster.get(INSIDE, "made-known", "http://server/")
         })?;
+        // A ztunnel that starts now knows what its predecessor knew.
+        kubectl::run(&["-n", SYSTEM, "rollout", "restart", "daemonset/ztunnel"])?;
+        kubectl::rolled_out(SYSTEM, "daemonset/ztunnel")?;
+        cluster.get(INSIDE, &client.name, "http://server/")?;
         // The outage itself: more than a minute of it is what the step promises.
         std::thread::sleep(Duration::from_secs(75).saturating_sub(gone.elapsed()));
         Ok::<_, anyhow::Error>((called, gone))
@@ -65,7 +69,8 @@ pub(super) fn control_plane_outage(cluster: &Cluster) -> Evidence {
     let lines = vec![
         format!("away for {}; meanwhile: {}", took(away), told(&counted)),
         format!("a pod created meanwhile, of an identity known on its node, calls out: {}", called.trim()),
-        "and is reached after the control plane's return".to_owned(),
+        "every ztunnel was replaced meanwhile, and served".to_owned(),
+        "the pod is reached after the control plane's return".to_owned(),
     ];
     ensure!(counted.errors == 0, "{}", lines.join("\n"));
     Ok(lines)
@@ -218,7 +223,7 @@ pub(super) fn root_rotation(cluster: &Cluster) -> Evidence {
     Ok(lines)
 }
 
-pub(super) fn leader_killed(_: &Cluster) -> Evidence {
+pub(super) fn leader_killed(cluster: &Cluster) -> Evidence {
     let holder = || {
         let lease = kubectl::get(&["-n", SYSTEM, "lease", "fairwayd"])?;
         let holder = text(&lease["spec"]["holderIdentity"]);
@@ -226,6 +231,7 @@ pub(super) fn leader_killed(_: &Cluster) -> Evidence {
         Ok(holder)
     };
     let before = holder()?;
+    let load = cluster.start_load(&cluster.pod(INSIDE, "client")?.name, "server", 30, true)?;
     kubectl::run(&["-n", SYSTEM, "delete", "pod", &before, "--grace-period=0", "--force"])?;
     let started = Instant::now();
     let after = kubectl::eventually("another holder", PATIENCE, || {
@@ -239,5 +245,10 @@ pub(super) fn leader_killed(_: &Cluster) -> Evidence {
         kubectl::get(&["-n", INSIDE, "configmap", "istio-ca-root-cert"]).map(drop)
     })?;
     kubectl::rolled_out(SYSTEM, "deployment/fairwayd")?;
-    Ok(vec![format!("{before} was killed; {after} led {} later and restored a deleted ConfigMap", took(taken))])
+    let counted = counted(load)?;
+    ensure!(counted.errors == 0, "meanwhile: {}", told(&counted));
+    Ok(vec![
+        format!("{before} was killed; {after} led {} later and restored a deleted ConfigMap", took(taken)),
+        format!("meanwhile: {}", told(&counted)),
+    ])
 }
