@@ -99,9 +99,7 @@ fn apply_all(lab: &Running, texts: Vec<(String, String)>, report: impl Fn(&str))
             Err(error) => wrong.extend(told(&error)),
         }
     }
-    for file in applied {
-        wrong.extend(lab.problems(&file).unwrap_or_else(|error| told(&error)));
-    }
+    wrong.extend(lab.problems(&applied).unwrap_or_else(|error| told(&error)));
     wrong
 }
 

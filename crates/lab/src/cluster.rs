@@ -289,21 +289,26 @@ impl Cluster {
         Ok(report.join("\n"))
     }
 
-    /// What the control plane finds wrong with what a file put there, at the lines of that file.
+    /// What the control plane finds wrong with what files put there, at their lines. Files may need each other: none is judged before
+    /// all have been read.
     ///
     /// # Errors
-    /// When something of it is gone, or the control plane does not read it in time.
-    pub async fn problems(&self, file: &str) -> Result<String> {
+    /// When something of them is gone, or the control plane does not read it in time.
+    pub async fn problems(&self, files: &[String]) -> Result<String> {
         let program = self.programs.get("fairwayd").ok_or_else(|| self.no_program("fairwayd"))?;
         let admin = SocketAddr::from((Ipv4Addr::LOCALHOST, components::CONTROL_ADMIN_PORT));
         let mut found = Vec::new();
-        for version in self.applied.versions(file, &self.paths.manifests())? {
+        let manifests = self.paths.manifests();
+        let versions: Vec<Vec<String>> =
+            files.iter().map(|file| self.applied.versions(file, &manifests)).collect::<Result<_>>()?;
+        for version in versions.into_iter().flatten() {
             let answer = http_get(&program.ns, admin, &format!("/debug/problems?version={version}")).await;
             let (status, body) = answer.context("the control plane does not answer")?;
             anyhow::ensure!(status == 200, "the control plane says: {}", body.trim());
             found = serde_json::from_str(&body).context("the control plane's problems cannot be read")?;
         }
-        Ok(self.applied.told(file, &found).join("\n"))
+        let told: Vec<String> = files.iter().flat_map(|file| self.applied.told(file, &found)).collect();
+        Ok(told.join("\n"))
     }
 
     /// Takes back what `apply` of a file left in the manifests' folder: all but namespaces, pods and services.

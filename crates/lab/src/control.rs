@@ -143,12 +143,12 @@ impl Lab {
         Ok(self.ask(&Request::Status)?.status.unwrap_or_default())
     }
 
-    /// What the control plane finds wrong with a file that was applied, a line each.
+    /// What the control plane finds wrong with files that were applied, a line each, once it has read all of them.
     ///
     /// # Errors
-    /// As [`Self::ask`]; and when the control plane does not read the file.
-    pub fn problems(&self, file: &str) -> Result<Vec<String>> {
-        let text = self.ask(&Request::Problems { file: file.to_owned() })?.text;
+    /// As [`Self::ask`]; and when the control plane does not read the files.
+    pub fn problems(&self, files: &[String]) -> Result<Vec<String>> {
+        let text = self.ask(&Request::Problems { files: files.to_vec() })?.text;
         Ok(text.lines().map(str::to_owned).collect())
     }
 

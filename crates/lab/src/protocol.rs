@@ -13,8 +13,8 @@ pub enum Request {
     Status,
     /// Apply a manifest file.
     Apply { file: String, text: String },
-    /// What the control plane finds wrong with a file that was applied, once it has read it; one problem a line, nothing for none.
-    Problems { file: String },
+    /// What the control plane finds wrong with files that were applied, once it has read all of them; one problem a line, nothing for none.
+    Problems { files: Vec<String> },
     /// Delete what a pod, or a file applied before, put there.
     Delete { pod: Option<String>, file: Option<String> },
     /// Set (or with `None` remove) a label of a namespace or a pod.

@@ -212,7 +212,7 @@ async fn simple(cluster: &mut Cluster, request: Request) -> anyhow::Result<Reply
     Ok(match request {
         Request::Status => Reply { status: Some(cluster.status()), ..Reply::ok() },
         Request::Apply { file, text } => Reply::text(cluster.apply(&file, &text).await?),
-        Request::Problems { file } => Reply::text(cluster.problems(&file).await?),
+        Request::Problems { files } => Reply::text(cluster.problems(&files).await?),
         Request::Delete { pod, file } => {
             if let Some(pod) = pod {
                 cluster.delete_pod(&pod).await?;

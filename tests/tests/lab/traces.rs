@@ -120,9 +120,9 @@ fn apply_together(lab: &Lab, folder: &Path) -> anyhow::Result<()> {
     let (success, said) = together(&[&broken, &waypoint]);
     ensure!(!success && !said.contains("waypoint"), "{said}");
     lab.ask(&Request::Delete { pod: None, file: Some(waypoint.clone()) })?;
-    ensure!(lab.problems(&waypoint)?.is_empty());
+    ensure!(lab.problems(std::slice::from_ref(&waypoint))?.is_empty());
     eventually("the waypoint to be missed", || {
-        let said = lab.problems(&user)?.join("\n");
+        let said = lab.problems(std::slice::from_ref(&user))?.join("\n");
         ensure!(said.contains("waypoint t/wp does not exist"), "{said}");
         Ok(())
     })
