@@ -247,4 +247,4 @@ fn observe(metrics: &ControlMetrics, event: Event<'_>) {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

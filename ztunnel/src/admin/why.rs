@@ -22,6 +22,7 @@ use serde_json::{Value, json};
 
 use super::{Context, answer};
 use crate::{
+    discovery::on_demand,
     dns,
     proxy::{
         probe::{Blocked, Way},
@@ -31,7 +32,7 @@ use crate::{
 
 /// What would this pod's connection to `destination` do? With `probe=true`, the way is tried as well.
 pub async fn outbound(context: Context, request: Request) -> Response {
-    let explained = explain_outbound(&context, &request);
+    let explained = explain_outbound(&context, &request).await;
     respond(match explained {
         Ok((mut answer, source, hop)) => {
             if let Some(way) = way_of(hop, source)
@@ -98,14 +99,23 @@ fn respond(result: Result<Value, Unanswerable>) -> Response {
     }
 }
 
-fn explain_outbound(context: &Context, request: &Request) -> Result<(Value, Arc<Workload>, NextHop), Unanswerable> {
+async fn explain_outbound(
+    context: &Context,
+    request: &Request,
+) -> Result<(Value, Arc<Workload>, NextHop), Unanswerable> {
     let named: Authority = required(request, "destination", "IP:PORT or HOST:PORT")?;
-    let index = context.shared.state.snapshot();
+    let state = &context.shared.state;
+    let index = state.snapshot();
     let source = pod(context, &index, request)?;
     let destination = match &named {
         Authority::Address(address) => *address,
         Authority::Host { host, port } => SocketAddr::new(address_of(context, &index, &source, host)?, *port),
     };
+    // As a connection would.
+    on_demand::destination_known(state, &source, destination.ip().to_canonical())
+        .await
+        .map_err(|unanswered| (StatusCode::GATEWAY_TIMEOUT, unanswered.to_string()))?;
+    let index = state.snapshot();
     let source_ip = source.addresses.first().copied().unwrap_or_else(|| unspecified(destination));
     let asked = mesh_core::select::Request {
         source: &source,

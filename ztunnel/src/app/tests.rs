@@ -252,6 +252,19 @@ async fn facts_written_beside_a_proxy_without_discovery_make_it_ready_and_are_en
 }
 
 #[tokio::test]
+async fn why_asks_for_what_it_does_not_hold_as_a_connection_would() {
+    let server = crate::discovery::tests::serve(&crate::discovery::tests::resources());
+    let app = start().await;
+    let life = server.tells(app.shared.state.clone(), |config| config.xds_on_demand = true);
+    app.shared.state.demand().unwrap().fetch("c//Pod/demo/a".into()).await.unwrap();
+    let why = get(app.admin, "/debug/why/outbound?namespace=demo&pod=a&destination=10.0.0.2:80").await;
+    assert_eq!(why["destinationWorkload"]["name"], "b", "{why}");
+    assert_eq!(why["farSide"]["policy"], "demo/shield", "{why}");
+    life.end().await;
+    app.stop().await;
+}
+
+#[tokio::test]
 async fn a_proxy_that_is_switched_off_listens_for_no_traffic() {
     let authority = Arc::new(TestCa(SigningAuthority::generate("cluster.local").unwrap()));
     let config = Config { proxy: false, ..Config::default_for_tests() };

@@ -92,7 +92,7 @@ impl Transport for Dial {
 }
 
 /// `demo/a` and `demo/b`; `demo/b` is shielded from everybody.
-fn resources() -> Vec<Resource> {
+pub(crate) fn resources() -> Vec<Resource> {
     let workload = |name: &str, ip: [u8; 4]| {
         let mut w = Workload::new(format!("c//Pod/demo/{name}"), "demo", name);
         w.addresses = vec![ip.into()];
@@ -112,7 +112,7 @@ fn resources() -> Vec<Resource> {
 }
 
 /// A control plane with a runtime of its own, so that dropping it cuts its connections.
-struct ControlPlaneOf {
+pub(crate) struct ControlPlaneOf {
     address: SocketAddr,
     runtime: Option<tokio::runtime::Runtime>,
 }
@@ -125,7 +125,7 @@ impl Drop for ControlPlaneOf {
     }
 }
 
-fn serve(resources: &[Resource]) -> ControlPlaneOf {
+pub(crate) fn serve(resources: &[Resource]) -> ControlPlaneOf {
     let cache = Arc::new(Cache::new());
     cache.publish(resources.iter().map(|r| Change::Upsert { encoded: resource_to_wire(r), lane: Lane::Bulk }));
     cache.set_ready();
@@ -142,8 +142,17 @@ fn serve(resources: &[Resource]) -> ControlPlaneOf {
     ControlPlaneOf { address, runtime: Some(runtime) }
 }
 
+impl ControlPlaneOf {
+    /// Discovery into a state that there is.
+    pub(crate) fn tells(&self, state: State, change: impl FnOnce(&mut Config)) -> Life {
+        let mut config = Config::default_for_tests();
+        change(&mut config);
+        into(state, Arc::new(Dial(self.address)), config)
+    }
+}
+
 /// One life of a proxy's discovery.
-struct Life {
+pub(crate) struct Life {
     state: State,
     readiness: Readiness,
     trigger: drain::DrainTrigger,
@@ -158,7 +167,11 @@ fn live(address: SocketAddr, change: impl FnOnce(&mut Config)) -> Life {
 }
 
 fn over(transport: Arc<dyn Transport>, config: Config) -> Life {
-    let (config, state, readiness) = (Arc::new(config), State::new("".into()), Readiness::default());
+    into(State::new("".into()), transport, config)
+}
+
+fn into(state: State, transport: Arc<dyn Transport>, config: Config) -> Life {
+    let (config, readiness) = (Arc::new(config), Readiness::default());
     let (identities, task) = mesh_identity::Manager::new(mesh_identity::Config::default(), Arc::new(NoCa));
     let manager = tokio::spawn(task);
     let local = Arc::new(Local::new(config.clone(), state.clone(), identities));
@@ -181,7 +194,7 @@ impl Life {
         tokio::time::timeout(std::time::Duration::from_secs(20), wait).await.expect("in time");
     }
 
-    async fn end(self) {
+    pub(crate) async fn end(self) {
         self.trigger.drain(std::time::Duration::from_secs(20)).await;
         self.running.await.unwrap();
         self.manager.abort();
