@@ -127,7 +127,11 @@ impl Reviewer {
             let _permit = permit;
             reviewer.review(&body)
         });
-        reviewed.await.unwrap_or_else(|_| text(StatusCode::INTERNAL_SERVER_ERROR, "the review failed\n"))
+        reviewed.await.unwrap_or_else(|error| {
+            self.count("failed");
+            tracing::error!(%error, "a review ended without an answer");
+            text(StatusCode::INTERNAL_SERVER_ERROR, "the review failed\n")
+        })
     }
 
     /// Computes for a while if the object is large.
