@@ -29,6 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::transport::Server;
 
 use crate::{
+    admission,
     ca::CertificateService,
     callers::{Bearers, Tokens},
     keeper::{
@@ -84,6 +85,7 @@ pub enum StartError {
 pub struct Running {
     pub address: SocketAddr,
     pub admin_address: SocketAddr,
+    pub webhook_address: Option<SocketAddr>,
     trigger: DrainTrigger,
     tasks: JoinSet<Result<(), TaskFailed>>,
 }
@@ -118,18 +120,29 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     let mut tasks = JoinSet::new();
     let Opened { authority, problem, tokens, run } = open(&config, pipeline, &metrics).await?;
     let bearers = Bearers { tokens, metrics: metrics.clone() };
-    let certificate = Certificate::new(authority.clone(), config.server_names(), SystemTime::now())?;
+    let certificate =
+        |protocol| Certificate::new(authority.clone(), config.server_names(), protocol, SystemTime::now());
+    let (certificate, webhook_certificate) = (certificate(b"h2")?, certificate(b"http/1.1")?);
 
     let listener = TcpListener::bind(config.listen).await.map_err(listen_error(config.listen, "--listen"))?;
     let address = listener.local_addr().map_err(listen_error(config.listen, "--listen"))?;
     let admin = std::net::TcpListener::bind(config.admin).map_err(listen_error(config.admin, "--admin"))?;
     let admin_address = admin.local_addr().map_err(listen_error(config.admin, "--admin"))?;
+    let webhook = match config.webhook.filter(|_| matches!(config.source, Source::Kubernetes { .. })) {
+        Some(address) => Some(TcpListener::bind(address).await.map_err(listen_error(address, "--webhook"))?),
+        None => None,
+    };
+    let webhook_address = webhook.as_ref().and_then(|listener| listener.local_addr().ok());
 
     let observer = metrics.clone();
     let discovery =
         DeltaService::new(cache, Arc::new(bearers.clone()), Arc::new(move |event| observer.observe(&event)))
             .into_server();
     let policy = Arc::new(config.issue_policy());
+    if let Some(listener) = webhook {
+        let (settings, metrics, drain) = (config.object_settings(), metrics.clone(), drain.clone());
+        tasks.spawn(admission::serve(listener, webhook_certificate, settings, metrics, drain));
+    }
     let certificates = CertificateService { authority, bearers, policy, state: state.clone(), metrics };
     let router = Server::builder()
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
@@ -144,7 +157,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     run(&mut tasks, &drain);
     drop(drain);
     tracing::info!(%address, admin = %admin_address, source = %config.source, "control plane started");
-    Ok(Running { address, admin_address, trigger, tasks })
+    Ok(Running { address, admin_address, webhook_address, trigger, tasks })
 }
 
 type Tasks = JoinSet<Result<(), TaskFailed>>;
@@ -195,6 +208,7 @@ async fn open(config: &Config, pipeline: Pipeline, metrics: &Metrics) -> Result<
                 ClusterPipeline::new(Objects::new(settings.clone()), pipeline, sink.clone(), metrics.clone());
             let leases = Api::namespaced(client.clone(), &config.namespace);
             let (identity, metrics, signer) = (identity.clone(), metrics.clone(), authority.clone());
+            let configuration = config.webhook.map(|_| keeper::bundle::name(&config.namespace));
             let run = move |tasks: &mut Tasks, drain: &DrainWatcher| {
                 let (leading, leads) = watch::channel(false);
                 tasks.spawn(pipeline.run(Feed::start(&client, &settings), drain.clone()));
@@ -203,8 +217,12 @@ async fn open(config: &Config, pipeline: Pipeline, metrics: &Metrics) -> Result<
                     None => tasks.spawn(secret::follow(keeper, secrets, drain.clone())),
                 };
                 tasks.spawn(lease::run(leases, identity, leading, metrics.clone(), drain.clone()));
-                let (of_roots, of_status) = (leads.clone(), leads);
+                let (of_roots, of_status) = (leads.clone(), leads.clone());
                 tasks.spawn(sink.write(client.clone(), of_status, metrics.clone(), drain.clone()));
+                if let Some(name) = configuration {
+                    let (client, signer, metrics) = (client.clone(), signer.clone(), metrics.clone());
+                    tasks.spawn(keeper::bundle::publish(client, name, signer, leads, metrics, drain.clone()));
+                }
                 tasks.spawn(keeper::roots::publish(client, signer, of_roots, metrics, drain.clone()));
             };
             Ok(Opened { authority, problem, tokens, run: Box::new(run) })

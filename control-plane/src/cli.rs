@@ -81,6 +81,10 @@ struct Run {
     /// Where to serve readiness, metrics and debugging pages.
     #[arg(long, value_name = "IP:PORT", default_value = "127.0.0.1:15014")]
     admin: SocketAddr,
+    /// Where the API server may ask whether objects of the mesh are right before it takes them: ValidatingWebhookConfiguration
+    /// fairway-NAMESPACE, whose caBundle is kept right. With --kubernetes only; off unless given.
+    #[arg(long, value_name = "IP:PORT")]
+    webhook: Option<SocketAddr>,
     #[arg(long, value_name = "DOMAIN", default_value = mesh_core::identity::DEFAULT_TRUST_DOMAIN)]
     trust_domain: String,
     /// Default and longest life of workload certificates.
@@ -195,6 +199,12 @@ fn run(run: Run) -> Result<(), String> {
 async fn config(run: Run) -> Result<Config, String> {
     let source = source(run.kubernetes, run.manifests, run.state)?;
     let source = match source {
+        Chosen::Folder { .. } if run.webhook.is_some() => {
+            return Err(
+                "--webhook goes with --kubernetes only: nobody asks before a manifest is written; use `fairwayd check`"
+                    .to_owned(),
+            );
+        }
         Chosen::Folder { manifests, state } => Source::Folder { manifests, state },
         Chosen::Kubernetes => {
             let config = apiserver::configuration().await.map_err(|error| error_chain(&error))?;
@@ -214,6 +224,7 @@ async fn config(run: Run) -> Result<Config, String> {
         revision: run.revision,
         listen: run.listen,
         admin: run.admin,
+        webhook: run.webhook,
         trust_domain: run.trust_domain,
         workload_cert_ttl: run.workload_cert_ttl,
         server_names: run.server_names,
@@ -354,5 +365,13 @@ mod tests {
                 _ => panic!("{chosen:?} instead of {expected:?}"),
             }
         }
+    }
+
+    #[tokio::test]
+    async fn a_webhook_is_for_a_cluster() {
+        let words = ["fairwayd", "run", "--manifests", "x", "--state", "x", "--webhook", "127.0.0.1:1"];
+        let Command::Run(run) = Cli::try_parse_from(words).unwrap().command else { panic!() };
+        let told = config(run).await.unwrap_err();
+        assert!(told.contains("--webhook goes with --kubernetes only"), "{told}");
     }
 }

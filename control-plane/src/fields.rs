@@ -10,6 +10,8 @@ use std::{
     sync::Arc,
 };
 
+use mesh_core::{mesh_config::Message, spelling::nearest};
+
 use crate::{
     problem::{Place, Problem},
     yaml::{Node, Value},
@@ -196,7 +198,12 @@ impl<'a> Fields<'a> {
     /// `None` when absent or null.
     pub(crate) fn get(&self, name: &'static str) -> Option<Cursor<'a>> {
         self.known.borrow_mut().push(name);
-        self.each().find(|(key, value)| *key == name && value.node.value != Value::Null).map(|(_, value)| value)
+        self.given().find(|(key, _)| *key == name).map(|(_, value)| value)
+    }
+
+    /// Every field that is not null.
+    pub(crate) fn given(&self) -> impl Iterator<Item = (&'a str, Cursor<'a>)> {
+        self.each().filter(|(_, value)| value.node.value != Value::Null)
     }
 
     pub(crate) fn required(&self, name: &'static str) -> Option<Cursor<'a>> {
@@ -223,27 +230,18 @@ impl<'a> Fields<'a> {
         self.each().next().is_none()
     }
 
-    /// Rejects fields that are nearly, but not, one that was asked for; for documents of which only a part concerns us. Whether there
-    /// are any.
-    pub(crate) fn deny_misspelt(&self) -> bool {
-        let known = self.known.borrow();
-        let mut found = false;
-        for (name, field) in self.each().filter(|(name, _)| !known.contains(name)) {
-            if let Some(meant) = known.iter().find(|known| distance(name, known) <= 2) {
-                field.reject("unknown field", format!("did you mean `{meant}`?"));
-                found = true;
-            }
-        }
-        found
+    /// Rejects fields that a message of Istio's does not have; whether there are any.
+    pub(crate) fn deny_unknown_to(&self, message: &Message) -> bool {
+        let unknown = self.each().filter_map(|(name, field)| Some((field, message.field(name).err()?)));
+        unknown.map(|(field, unknown)| field.reject("unknown field", unknown.remedy())).count() > 0
     }
 
     /// Rejects fields that were never asked for: in a policy, a misspelt one would silently change what it means.
     pub(crate) fn deny_unknown(&self) {
         let known = self.known.borrow();
         for (name, field) in self.each().filter(|(name, _)| !known.contains(name)) {
-            let nearest = known.iter().map(|k| (distance(name, k), k)).min().filter(|(d, _)| *d <= 2);
-            let remedy = match nearest {
-                Some((_, nearest)) => format!("did you mean `{nearest}`?"),
+            let remedy = match nearest(name, known.iter().copied()) {
+                Some(nearest) => format!("did you mean `{nearest}`?"),
                 None => format!("known here: {}", known.join(", ")),
             };
             field.reject("unknown field", remedy);
@@ -263,34 +261,4 @@ fn kind(node: &Node) -> &'static str {
 /// Keeps a message short whatever the input.
 pub(crate) fn excerpt(text: &str) -> String {
     text.chars().take(80).collect()
-}
-
-/// Levenshtein's, for short names; anything long is far from everything.
-fn distance(a: &str, b: &str) -> usize {
-    if a.len() > 64 {
-        return usize::MAX;
-    }
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = row[0];
-        row[0] = i + 1;
-        for (j, y) in b.iter().enumerate() {
-            let next = (diagonal + usize::from(x != *y)).min(row[j] + 1).min(row[j + 1] + 1);
-            diagonal = std::mem::replace(&mut row[j + 1], next);
-        }
-    }
-    row[b.len()]
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn distance_counts_edits() {
-        for (a, b, expected) in [("form", "from", 2), ("rule", "rules", 1), ("", "abc", 3), ("same", "same", 0)] {
-            assert_eq!(distance(a, b), expected, "{a} {b}");
-        }
-    }
 }

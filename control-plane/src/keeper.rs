@@ -3,7 +3,9 @@
 //! A mounted folder comes first; without one, a Secret, which is made when there is none. Either may change while we run: what can be
 //! used takes effect at once, on certificates for workloads as on the server's own; what cannot leaves the last good authority in force.
 
+pub(crate) mod bundle;
 pub(crate) mod folder;
+mod listed;
 pub(crate) mod roots;
 pub(crate) mod rotate;
 pub(crate) mod secret;
@@ -26,6 +28,10 @@ use crate::{
 const LAYOUTS: [[&str; 3]; 2] = [["ca-cert.pem", "ca-key.pem", "root-cert.pem"], ["tls.crt", "tls.key", "ca.crt"]];
 /// Istio's certificates above the CA's own.
 const CHAIN: &str = "cert-chain.pem";
+/// The field manager of what is written for others to trust.
+const MANAGER: &str = "fairwayd";
+/// After a write failed.
+const RETRY: Duration = Duration::from_secs(5);
 /// For one answer of the API server.
 const DEADLINE: Duration = Duration::from_secs(10);
 

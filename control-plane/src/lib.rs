@@ -10,6 +10,7 @@
 
 #![forbid(unsafe_code)]
 
+mod admission;
 mod apiserver;
 pub mod app;
 mod ca;

@@ -26,6 +26,7 @@ pub(crate) struct Metrics {
     pub(crate) ca_rejected: IntCounter,
     pub(crate) leader: IntGauge,
     pub(crate) writes: IntCounterVec,
+    pub(crate) admission_reviews: IntCounterVec,
     pub(crate) problems: IntGauge,
     pub(crate) services: IntGauge,
     pub(crate) workloads: IntGauge,
@@ -82,6 +83,12 @@ impl Metrics {
                 Opts::new("fairwayd_writes_total", "Objects the leader wrote, by what they are and what came of it"),
                 &["what", "outcome"],
             )),
+            admission_reviews: by(
+                "fairwayd_admission_reviews_total",
+                "Objects the API server asked about: allowed, warned (allowed with warnings), denied, passed (not ours to judge), or \
+                 unanswered: malformed, oversized, timed_out, failed",
+                "result",
+            ),
             leader: gauge("fairway_leader", "Whether this replica writes what only one may write"),
             problems: gauge("fairwayd_manifest_problems", "Problems found in the manifests as they are now"),
             services: gauge("pilot_services", "Services known"),

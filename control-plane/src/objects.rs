@@ -1,7 +1,8 @@
 //! The objects of a cluster, trimmed to what the mesh needs, as they were written.
 //!
 //! Reading an object gives one of three things: the object; nothing, for a kind that is none of our business; or, for a security policy
-//! that is wrong but whose name could be read, a stand-in that denies: a mistake must not open what its author meant to close.
+//! that is wrong but whose name could be read, a stand-in that denies (and for the mesh's configuration, one that keeps closed what it was
+//! to close): a mistake must not open what its author meant to close.
 
 mod decode;
 mod egress;

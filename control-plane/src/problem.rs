@@ -71,15 +71,21 @@ impl fmt::Display for Place {
     }
 }
 
+impl Problem {
+    /// `spec.rules[0].form: unknown field; did you mean `from`?`, for who knows where.
+    pub(crate) fn without_place(&self) -> String {
+        let Self { field, message, remedy, .. } = self;
+        match field.is_empty() {
+            true => format!("{message}; {remedy}"),
+            false => format!("{field}: {message}; {remedy}"),
+        }
+    }
+}
+
 /// `policies.yaml:12: spec.rules[0].form: unknown field; did you mean `from`?`
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { place, field, message, remedy } = self;
-        write!(f, "{place}: ")?;
-        if !field.is_empty() {
-            write!(f, "{field}: ")?;
-        }
-        write!(f, "{message}; {remedy}")
+        write!(f, "{}: {}", self.place, self.without_place())
     }
 }
 

@@ -12,14 +12,14 @@ use serde_json::{Value, json};
 
 use crate::{
     index::{Bound, ClusterIndex},
-    objects::{Condition, Kind, ObjectKey, ServiceEntry, Spec, Status},
+    objects::{AuthorizationPolicy, Condition, Kind, ObjectKey, ServiceEntry, Spec, Status},
     problem::Problem,
     source::kubernetes::Stated,
 };
 
 pub(crate) use sink::Sink;
 
-const ACCEPTED: &str = "ZtunnelAccepted";
+pub(crate) const ACCEPTED: &str = "ZtunnelAccepted";
 const BOUND: &str = "istio.io/WaypointBound";
 const MISSING: &str = "istio.io/WaypointMissing";
 const UNSUPPORTED: &str = "UnsupportedValue";
@@ -67,34 +67,46 @@ pub(crate) fn wanted(key: &ObjectKey, stated: &Stated, problems: &[Problem], ind
     }
 }
 
-/// Whether ztunnels enforce a policy as it is written.
-fn policy(key: &ObjectKey, stated: &Stated, problems: &[Problem], index: &ClusterIndex) -> Option<Told> {
-    let told = |is_true, reason, message: String| {
-        let message = message.chars().take(MAX_MESSAGE).collect();
-        Some(Told { kind: ACCEPTED, is_true, reason, message, observed_generation: stated.status.generation })
+/// What ztunnels make of a policy, as its condition says it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Acceptance {
+    pub(crate) is_true: bool,
+    reason: &'static str,
+    pub(crate) message: String,
+}
+
+/// Whether ztunnels enforce a policy as it is written, if that is for them to say; `written` is an AuthorizationPolicy as it was read.
+pub(crate) fn acceptance(
+    rejected: bool,
+    problems: &[Problem],
+    written: Option<&AuthorizationPolicy>,
+) -> Option<Acceptance> {
+    let of = |is_true, reason, message: String| {
+        Some(Acceptance { is_true, reason, message: message.chars().take(MAX_MESSAGE).collect() })
     };
-    let all = || problems.iter().map(said).collect::<Vec<_>>().join("; ");
-    if stated.rejected {
-        return told(
+    let all = || problems.iter().map(Problem::without_place).collect::<Vec<_>>().join("; ");
+    if rejected {
+        return of(
             false,
             UNSUPPORTED,
             format!("rejected, the last good version stays in force, or else what it selects is denied: {}", all()),
         );
     }
-    let Spec::AuthorizationPolicy(policy) = &index.object(key)?.spec else { return None };
-    match &policy.policy {
-        Some(_) if problems.is_empty() => told(true, "Accepted", "accepted by ztunnel".to_owned()),
-        Some(_) => told(true, UNSUPPORTED, format!("accepted, but not all of it: {}", all())),
+    match &written?.policy {
+        Some(_) if problems.is_empty() => of(true, "Accepted", "accepted by ztunnel".to_owned()),
+        Some(_) => of(true, UNSUPPORTED, format!("accepted, but not all of it: {}", all())),
         // Either its action enforces nothing at layer 4, or it is for waypoints, which is not for ztunnel to say anything of.
-        None => problems.iter().any(|p| p.field == "spec.action").then(|| told(false, UNSUPPORTED, all()))?,
+        None => problems.iter().any(|p| p.field == "spec.action").then(|| of(false, UNSUPPORTED, all()))?,
     }
 }
 
-fn said(problem: &Problem) -> String {
-    match problem.field.is_empty() {
-        true => format!("{}; {}", problem.message, problem.remedy),
-        false => format!("{}: {}; {}", problem.field, problem.message, problem.remedy),
-    }
+fn policy(key: &ObjectKey, stated: &Stated, problems: &[Problem], index: &ClusterIndex) -> Option<Told> {
+    let written = index.object(key).and_then(|object| match &object.spec {
+        Spec::AuthorizationPolicy(policy) => Some(policy),
+        _ => None,
+    });
+    let Acceptance { is_true, reason, message } = acceptance(stated.rejected, problems, written)?;
+    Some(Told { kind: ACCEPTED, is_true, reason, message, observed_generation: stated.status.generation })
 }
 
 fn bound(bound: &Bound) -> Told {
@@ -124,7 +136,7 @@ fn missing(
 ) -> Option<Told> {
     let dynamic = problems.iter().find(|p| p.field == "spec.resolution" && p.message.starts_with("DYNAMIC_DNS"));
     let (reason, message) = match (dynamic.filter(|_| stated.rejected), entry(key, index)) {
-        (Some(problem), _) => ("NoWaypointForWildcardService", said(problem)),
+        (Some(problem), _) => ("NoWaypointForWildcardService", problem.without_place()),
         (None, Some(entry)) if entry.races && !has_waypoint => (
             "NoWaypointForRacingConnectStrategy",
             "only a waypoint races connections; label the entry istio.io/use-waypoint".to_owned(),

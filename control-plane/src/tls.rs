@@ -1,4 +1,4 @@
-//! The TLS listener under the gRPC services: server certificate only, callers prove themselves by token.
+//! The TLS listener under the gRPC services and the webhook: server certificate only, who calls gRPC proves himself by token.
 
 use std::{
     io,
@@ -24,7 +24,7 @@ use tonic::transport::server::Connected;
 /// Of the server's own certificate; renewed at half of it.
 const CERTIFICATE_TTL: Duration = Duration::from_secs(30 * 24 * 3600);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Handshakes at once; further connections wait in the backlog.
+/// Handshakes, and connections that nobody has looked at yet; further ones wait in the backlog.
 const MAX_HANDSHAKES: usize = 128;
 /// Rest after a failed accept: out of descriptors, most likely, and spinning would make it worse.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -34,6 +34,7 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 pub(crate) struct Certificate {
     authority: watch::Receiver<Arc<SigningAuthority>>,
     names: Vec<String>,
+    protocol: &'static [u8],
     config: Arc<ServerConfig>,
     renew_at: SystemTime,
 }
@@ -47,21 +48,23 @@ pub enum CertificateError {
 }
 
 impl Certificate {
+    /// For a server that speaks `protocol` (ALPN).
     pub(crate) fn new(
         authority: watch::Receiver<Arc<SigningAuthority>>,
         names: Vec<String>,
+        protocol: &'static [u8],
         now: SystemTime,
     ) -> Result<Self, CertificateError> {
         let current = authority.borrow().clone();
-        let config = server_config(&current, &names, now)?;
-        Ok(Self { authority, names, config, renew_at: now + CERTIFICATE_TTL / 2 })
+        let config = server_config(&current, &names, protocol, now)?;
+        Ok(Self { authority, names, protocol, config, renew_at: now + CERTIFICATE_TTL / 2 })
     }
 
     /// The configuration for a connection accepted `now`, signed by the authority of now.
     fn current(&mut self, now: SystemTime) -> Arc<ServerConfig> {
         if now >= self.renew_at || self.authority.has_changed().unwrap_or(false) {
             let authority = self.authority.borrow_and_update().clone();
-            match server_config(&authority, &self.names, now) {
+            match server_config(&authority, &self.names, self.protocol, now) {
                 Ok(config) => (self.config, self.renew_at) = (config, now + CERTIFICATE_TTL / 2),
                 Err(error) => tracing::error!(%error, "the old server certificate stays in use"),
             }
@@ -73,6 +76,7 @@ impl Certificate {
 fn server_config(
     authority: &SigningAuthority,
     names: &[String],
+    protocol: &[u8],
     now: SystemTime,
 ) -> Result<Arc<ServerConfig>, CertificateError> {
     let certificate = authority.server_certificate(names, CERTIFICATE_TTL, now)?;
@@ -80,7 +84,7 @@ fn server_config(
         .with_safe_default_protocol_versions()?
         .with_no_client_auth()
         .with_single_cert(certificate.chain, certificate.key)?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
+    config.alpn_protocols = vec![protocol.to_vec()];
     Ok(Arc::new(config))
 }
 
@@ -112,9 +116,10 @@ pub(crate) async fn accept(
                 Ok(Err(error)) => return tracing::debug!(%peer, %error, "TLS handshake failed"),
                 Err(_) => return tracing::debug!(%peer, "TLS handshake timed out"),
             };
-            drop(slot);
             // Refused only while the server is going away.
             drop(connections.send(Ok(Connection::new(stream, stop))).await);
+            // Until somebody has it: what nobody looks at must not pile up.
+            drop(slot);
         });
     }
     handshakes.shutdown().await;

@@ -14,7 +14,8 @@ struct Setting {
     apply: fn(&mut Vec<Object>, &str) -> Option<()>,
 }
 
-const SETTINGS: [Setting; 11] = [
+const SETTINGS: [Setting; 12] = [
+    Setting { key: "admission.enabled", takes: "true or false", apply: admission },
     Setting {
         key: "cni.ambient.dnsCapture",
         takes: "true or false",
@@ -99,6 +100,19 @@ fn find<'a>(objects: &'a mut [Object], kind: &str, name: &str) -> Option<&'a mut
 
 fn workload<'a>(objects: &'a mut [Object], name: &str) -> Option<&'a mut Object> {
     objects.iter_mut().find(|object| object.name() == name && ["Deployment", "DaemonSet"].contains(&object.kind.name))
+}
+
+/// Without it nobody asks, and nobody listens.
+fn admission(objects: &mut Vec<Object>, value: &str) -> Option<()> {
+    if boolean(value)? == "true" {
+        return Some(());
+    }
+    objects.retain(|object| object.kind.name != "ValidatingWebhookConfiguration");
+    for container in containers(workload(objects, "fairwayd")?) {
+        let arguments = container["args"].as_array_mut()?;
+        arguments.retain(|argument| !argument.as_str().is_some_and(|text| text.starts_with("--webhook=")));
+    }
+    Some(())
 }
 
 /// The agent reads its settings once: its pods are replaced when they change.
@@ -189,21 +203,32 @@ mod tests {
     #[test]
     fn every_key_changes_something_and_refuses_nonsense_where_it_can() {
         let plain: Vec<Value> = with(&[]).unwrap().into_iter().map(|object| object.value).collect();
-        let values = ["false", "a,b", "debug", "debug", "1", "15m", "Never", "true", "c2", "net2", "debug"];
+        let values = ["false", "false", "a,b", "debug", "debug", "1", "15m", "Never", "true", "c2", "net2", "debug"];
         for (setting, value) in SETTINGS.iter().zip(values) {
             let changed: Vec<Value> = with(&[(setting.key, value)]).unwrap().into_iter().map(|o| o.value).collect();
             assert_ne!(changed, plain, "{}", setting.key);
             parse(&format!("{}={value}", setting.key)).unwrap();
         }
         for (key, value) in [
+            ("admission.enabled", "0"),
             ("controlPlane.replicaCount", "0"),
+            ("controlPlane.workloadCertTtl", "0s"),
             ("cni.ambient.dnsCapture", "maybe"),
             ("cni.excludeNamespaces", "A b"),
-            ("controlPlane.workloadCertTtl", "0s"),
         ] {
             assert!(with(&[(key, value)]).is_err(), "{key}={value}");
         }
         assert!(parse("cni.unknown=1").unwrap_err().contains("controlPlane.replicaCount"));
+    }
+
+    #[test]
+    fn without_admission_nothing_of_it_is_left() {
+        let told = |objects: Vec<Object>| {
+            let asks = objects.iter().any(|object| object.is("ValidatingWebhookConfiguration", "fairway-istio-system"));
+            (asks, objects.iter().any(|object| object.value.to_string().contains("--webhook=")))
+        };
+        assert_eq!(told(with(&[("admission.enabled", "true")]).unwrap()), (true, true));
+        assert_eq!(told(with(&[("admission.enabled", "false")]).unwrap()), (false, false));
     }
 
     #[test]

@@ -21,6 +21,8 @@ pub struct Config {
     /// Where discovery and the CA are served; port 0 picks one.
     pub listen: SocketAddr,
     pub admin: SocketAddr,
+    /// Where the API server may ask what it shall admit; of a cluster only.
+    pub webhook: Option<SocketAddr>,
     pub trust_domain: String,
     /// Default and maximum life of workload certificates.
     pub workload_cert_ttl: Duration,
@@ -62,6 +64,7 @@ impl Config {
             revision: "default".to_owned(),
             listen,
             admin,
+            webhook: None,
             trust_domain: mesh_core::identity::DEFAULT_TRUST_DOMAIN.to_owned(),
             workload_cert_ttl: Duration::from_secs(24 * 3600),
             server_names: Vec::new(),

@@ -1,11 +1,7 @@
 //! The roots, where every namespace finds them: ConfigMap `istio-ca-root-cert`, as pods mount it. Written by the leader, and put back
 //! when it is edited or deleted.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use futures_util::{StreamExt as _, stream};
 use k8s_openapi::{
@@ -21,7 +17,7 @@ use mesh_identity::authority::SigningAuthority;
 use mesh_runtime::drain::DrainWatcher;
 use tokio::sync::{mpsc, watch};
 
-use super::within;
+use super::{MANAGER, RETRY, listed::Listed, within};
 use crate::{
     apiserver::watch::{self as apiwatch, Event},
     app::TaskFailed,
@@ -32,14 +28,10 @@ use crate::{
 const NAME: &str = "istio-ca-root-cert";
 const KEY: &str = "root-cert.pem";
 const LABEL: &str = "istio.io/config";
-/// The field manager.
-const MANAGER: &str = "fairwayd";
 /// Namespaces in which nothing runs that needs them.
 const WITHOUT: [&str; 3] = ["kube-node-lease", "kube-public", "local-path-storage"];
 /// ConfigMaps written at once.
 const AT_ONCE: usize = 8;
-/// After a write failed.
-const RETRY: Duration = Duration::from_secs(5);
 
 /// What namespaces there are, and what they hold.
 #[derive(Debug, Default)]
@@ -48,43 +40,6 @@ struct Held {
     namespaces: Listed<bool>,
     /// What the ConfigMap says; `None` where its label is missing.
     roots: Listed<Option<String>>,
-}
-
-/// Objects by the name or namespace that tells them apart.
-#[derive(Debug)]
-struct Listed<T> {
-    objects: BTreeMap<String, T>,
-    /// Not named yet by the list under way.
-    unlisted: Option<BTreeSet<String>>,
-    complete: bool,
-}
-
-impl<T> Default for Listed<T> {
-    fn default() -> Self {
-        Self { objects: BTreeMap::new(), unlisted: None, complete: false }
-    }
-}
-
-impl<T> Listed<T> {
-    fn on(&mut self, event: Event<(String, T)>) {
-        match event {
-            Event::Listing => self.unlisted = Some(self.objects.keys().cloned().collect()),
-            Event::Set((name, object)) => {
-                if let Some(unlisted) = &mut self.unlisted {
-                    unlisted.remove(&name);
-                }
-                self.objects.insert(name, object);
-            }
-            Event::Gone((name, _)) => drop(self.objects.remove(&name)),
-            Event::Listed => {
-                for name in self.unlisted.take().unwrap_or_default() {
-                    self.objects.remove(&name);
-                }
-                self.complete = true;
-            }
-            Event::Unknown | Event::Failing(_) | Event::Recovered => {}
-        }
-    }
 }
 
 enum Seen {

@@ -75,8 +75,10 @@ impl Read {
             match spec.filter(|_| document.is_usable()) {
                 Some(spec) => self.objects.push(object(spec)),
                 None => {
-                    let stand_in =
-                        document.first_problem().and_then(|p| policy::stand_in(&meta, &cursor, &p, settings));
+                    let stand_in = document.first_problem().and_then(|problem| match meta.key.kind {
+                        Kind::ConfigMap => mesh_config::stand_in(&cursor).map(Spec::MeshConfig),
+                        _ => policy::stand_in(&meta, &cursor, &problem, settings),
+                    });
                     self.rejected.push((meta.key.clone(), stand_in.map(object)));
                 }
             }

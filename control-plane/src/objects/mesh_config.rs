@@ -1,14 +1,17 @@
 //! The mesh's own configuration, where Istio's users keep it: ConfigMap `istio` of the root namespace, key `mesh`.
 //!
-//! Fields that nothing here depends on are none of our business; MeshConfig has many.
+//! Fields that nothing here depends on are none of our business; which names are fields at all is `mesh-core`'s to say, for ztunnel too.
+
+use mesh_core::{mesh_config, workload::OutboundPolicy};
 
 use super::{Settings, decode::Meta};
 use crate::{
-    fields::{Cursor, Fields},
-    yaml,
+    fields::{Cursor, Document, Fields},
+    yaml::{self, Node},
 };
 
 pub(crate) const NAME: &str = "istio";
+const POLICY: &str = "outboundTrafficPolicy";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MeshConfig {
@@ -22,10 +25,7 @@ pub(super) fn is_ours(meta: &Meta, settings: &Settings) -> bool {
 
 pub(super) fn mesh_config(fields: &Fields<'_>) -> Option<MeshConfig> {
     let mesh = fields.required("data")?.fields()?.required("mesh")?;
-    let text = mesh.text()?;
-    // A text of several lines is a block, which starts below its name.
-    let first_line = mesh.line().saturating_add(u32::from(text.contains('\n')));
-    match yaml::parse(text, first_line) {
+    match parse(&mesh)? {
         Ok(Some(node)) => read(&mesh.embedded(&node)),
         Ok(None) => Some(MeshConfig { registry_only: false }),
         Err(yaml::Malformed { line, message }) => {
@@ -35,23 +35,63 @@ pub(super) fn mesh_config(fields: &Fields<'_>) -> Option<MeshConfig> {
     }
 }
 
+/// What is in force in place of a configuration that is wrong and has no last good version: the outbound policy as far as it can be read,
+/// and the closed one where somebody tried to write it.
+pub(super) fn stand_in(object: &Cursor<'_>) -> Option<MeshConfig> {
+    let silent = Document::new(object.place());
+    let data = object.reported_to(&silent).fields()?.get("data")?.fields()?;
+    let mesh = data.get("mesh")?;
+    let registry_only = match parse(&mesh)? {
+        Ok(Some(node)) => wants_registry_only(&mesh.embedded(&node).fields()?),
+        Ok(None) => false,
+        Err(_) => mesh.text()?.contains("REGISTRY_ONLY"),
+    };
+    Some(MeshConfig { registry_only })
+}
+
+fn wants_registry_only(fields: &Fields<'_>) -> bool {
+    let is_meant = |name: &str| match mesh_config::MESH.field(name) {
+        Ok(known) => known == POLICY,
+        Err(unknown) => unknown.nearest == Some(POLICY),
+    };
+    fields.given().any(|(name, policy)| is_meant(name) && outbound(&policy) != Some(OutboundPolicy::AllowAny))
+}
+
+fn parse(mesh: &Cursor<'_>) -> Option<Result<Option<Node>, yaml::Malformed>> {
+    let text = mesh.text()?;
+    // A text of several lines is a block, which starts below its name.
+    let first_line = mesh.line().saturating_add(u32::from(text.contains('\n')));
+    Some(yaml::parse(text, first_line))
+}
+
 fn read(mesh: &Cursor<'_>) -> Option<MeshConfig> {
     let fields = mesh.fields()?;
-    if let Some(aliases) = fields.get("trustDomainAliases").filter(|aliases| !aliases.items().is_empty()) {
+    let named = |name| {
+        let mut given = fields.given();
+        given.find(|(written, _)| mesh_config::MESH.field(written) == Ok(name)).map(|(_, value)| value)
+    };
+    if let Some(aliases) = named("trustDomainAliases").filter(|aliases| !aliases.items().is_empty()) {
         aliases.warn(
             "aliases of the trust domain are not followed: policies match principals as written",
             "write the principals of each trust domain into the policies",
         );
     }
-    let policy = fields.get("outboundTrafficPolicy").and_then(|policy| policy.fields());
-    let mode = policy.as_ref().and_then(|policy| policy.get("mode"));
-    // Both are asked, so that both tell.
-    if fields.deny_misspelt() | policy.as_ref().is_some_and(Fields::deny_misspelt) {
+    // Before anything gives up, so that everything is told.
+    let outbound = named(POLICY).as_ref().map(outbound);
+    if fields.deny_unknown_to(&mesh_config::MESH) {
         return None;
     }
-    let registry_only = match mode {
-        Some(mode) => mode.one_of(&[("ALLOW_ANY", false), ("REGISTRY_ONLY", true)])?,
-        None => false,
+    let policy = outbound.unwrap_or(Some(OutboundPolicy::AllowAny))?;
+    Some(MeshConfig { registry_only: policy == OutboundPolicy::RegistryOnly })
+}
+
+/// `None` when it is wrong.
+fn outbound(policy: &Cursor<'_>) -> Option<OutboundPolicy> {
+    let fields = policy.fields()?;
+    let unknown = fields.deny_unknown_to(&mesh_config::OUTBOUND);
+    let mode = match fields.get("mode") {
+        Some(mode) => mode.one_of(&mesh_config::OUTBOUND_MODES),
+        None => Some(OutboundPolicy::AllowAny),
     };
-    Some(MeshConfig { registry_only })
+    mode.filter(|_| !unknown)
 }

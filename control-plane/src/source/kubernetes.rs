@@ -18,7 +18,7 @@ use crate::{
     objects::{Kind, ObjectKey, Read, Settings, Status, mesh_config},
     problem::{Place, Problem},
 };
-use received::Received;
+pub(crate) use received::Received;
 
 /// Events of each queue that wait to be looked at; watches pause beyond that.
 const QUEUE: usize = 1024;
@@ -56,6 +56,11 @@ impl Watched {
     /// Of a kind that is watched.
     pub(crate) fn of(kind: Kind) -> Option<Self> {
         WATCHED.into_iter().find(|watched| watched.kind == kind)
+    }
+
+    /// By the names the API server has for it.
+    pub(crate) fn named(group: &str, kind: &str) -> Option<Self> {
+        WATCHED.into_iter().find(|watched| watched.group == group && watched.kind.name() == kind)
     }
 
     /// For requests about single objects.

@@ -1,5 +1,6 @@
 //! With an API server as the source.
 
+mod admission;
 mod kept;
 
 use std::{collections::BTreeSet, net::SocketAddr, path::Path, time::Duration};

@@ -99,11 +99,39 @@ fn nobody_may_more_than_what_is_written_down() {
                 .expect("verbs")
                 .iter()
                 .any(|verb| ["update", "patch", "delete"].contains(&verb.as_str().expect("a verb")));
-            if writes && ["secrets", "configmaps", "leases"].iter().any(|kind| resources.contains(kind)) {
+            if writes
+                && ["secrets", "configmaps", "leases", "webhookconfigurations"]
+                    .iter()
+                    .any(|kind| resources.contains(kind))
+            {
                 assert!(rule["resourceNames"].is_array(), "{name} may write any: {text}");
             }
         }
     }
+}
+
+#[test]
+fn the_webhook_is_asked_about_our_kinds_only_and_its_absence_stops_nothing() {
+    let objects = objects("default");
+    let webhooks = &named(&objects, "ValidatingWebhookConfiguration", "fairway-istio-system")["webhooks"];
+    assert_eq!(webhooks.as_array().expect("webhooks").len(), 1);
+    let webhook = &webhooks[0];
+    assert_eq!((&webhook["failurePolicy"], &webhook["timeoutSeconds"]), (&json!("Ignore"), &json!(2)));
+    assert_eq!((&webhook["matchPolicy"], &webhook["sideEffects"]), (&json!("Equivalent"), &json!("None")));
+    let rules = webhook["rules"].as_array().expect("rules").iter();
+    let asked: Vec<Value> = rules
+        .inspect(|rule| assert_eq!(rule["operations"], json!(["CREATE", "UPDATE"])))
+        .map(|rule| json!([rule["apiGroups"][0], rule["resources"]]))
+        .collect();
+    let security = json!(["security.istio.io", ["authorizationpolicies", "peerauthentications"]]);
+    assert_eq!(asked, [security, json!(["networking.istio.io", ["serviceentries", "workloadentries"]])]);
+    // From the API server to the program.
+    let service = &webhook["clientConfig"]["service"];
+    assert_eq!((&service["name"], &service["path"]), (&json!("fairwayd"), &json!("/validate")));
+    let ports = named(&objects, "Service", "fairwayd")["spec"]["ports"].as_array().expect("ports").clone();
+    let port = ports.iter().find(|port| port["port"] == service["port"]).expect("the Service has the port");
+    let arguments = container(&objects, "Deployment", "fairwayd")["args"].as_array().expect("arguments");
+    assert!(arguments.contains(&json!(format!("--webhook=[::]:{}", port["targetPort"]))));
 }
 
 #[test]

@@ -1,11 +1,19 @@
 //! The mesh's own configuration: `./etc/istio/config/mesh` as Istio mounts it, and `PROXY_CONFIG`, merged over its `defaultConfig`. Keys
-//! that are meant for others are theirs; variables of the environment win over both.
+//! that are meant for others are theirs; keys that Istio does not know are mistakes, and refused. Variables of the environment win over
+//! both.
+
+mod checked;
 
 use std::{collections::BTreeMap, fmt, fs, io};
 
-use mesh_core::workload::OutboundPolicy;
+use mesh_core::{
+    mesh_config::{MESH, Message, OUTBOUND, OUTBOUND_MODES, PROXY},
+    workload::OutboundPolicy,
+};
 use mesh_runtime::env::Reader;
 use serde::{Deserialize, Deserializer, de};
+
+use checked::{Checked, Named};
 
 pub(super) const PATH: &str = "./etc/istio/config/mesh";
 const VARIABLE: &str = "PROXY_CONFIG";
@@ -14,9 +22,9 @@ const VARIABLE: &str = "PROXY_CONFIG";
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default, rename_all = "camelCase")]
 pub(super) struct MeshFile {
-    default_config: Option<ProxyConfig>,
+    default_config: Option<Checked<ProxyConfig>>,
     pub(super) trust_domain_aliases: Vec<String>,
-    outbound_traffic_policy: Option<OutboundTrafficPolicy>,
+    outbound_traffic_policy: Option<Checked<OutboundTrafficPolicy>>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
@@ -29,25 +37,32 @@ pub(super) struct ProxyConfig {
     pub(super) proxy_metadata: BTreeMap<String, Text>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
 struct OutboundTrafficPolicy {
-    #[serde(default)]
     mode: OutboundMode,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
-#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
-enum OutboundMode {
-    #[default]
-    AllowAny,
-    RegistryOnly,
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct OutboundMode(OutboundPolicy);
+
+impl Named for MeshFile {
+    const MESSAGE: Message = MESH;
+}
+
+impl Named for ProxyConfig {
+    const MESSAGE: Message = PROXY;
+}
+
+impl Named for OutboundTrafficPolicy {
+    const MESSAGE: Message = OUTBOUND;
 }
 
 impl MeshFile {
     /// Both sources; `file` is the first one's text, when there is one.
     pub(super) fn read(r: &Reader<'_>, file: Option<&str>) -> (Self, ProxyConfig) {
         let mut mesh: Self = file.map(|text| parse(r, PATH, text)).unwrap_or_default();
-        let mut proxy = mesh.default_config.take().unwrap_or_default();
+        let Checked(mut proxy) = mesh.default_config.take().unwrap_or_default();
         if let Some(text) = r.optional(VARIABLE) {
             proxy.merge(parse(r, VARIABLE, &text));
         }
@@ -55,10 +70,7 @@ impl MeshFile {
     }
 
     pub(super) fn outbound_policy(&self) -> OutboundPolicy {
-        match self.outbound_traffic_policy {
-            Some(OutboundTrafficPolicy { mode: OutboundMode::RegistryOnly }) => OutboundPolicy::RegistryOnly,
-            _ => OutboundPolicy::AllowAny,
-        }
+        self.outbound_traffic_policy.map(|Checked(policy)| policy.mode.0).unwrap_or_default()
     }
 }
 
@@ -91,13 +103,39 @@ pub(super) fn mounted(r: &Reader<'_>) -> Option<String> {
 }
 
 /// An empty document is an empty configuration.
-fn parse<T: Default + for<'de> Deserialize<'de>>(r: &Reader<'_>, name: &str, text: &str) -> T {
-    match serde_saphyr::from_str::<Option<T>>(text) {
-        Ok(parsed) => parsed.unwrap_or_default(),
+fn parse<T: Default + Named + for<'de> Deserialize<'de>>(r: &Reader<'_>, name: &str, text: &str) -> T {
+    match serde_saphyr::from_str::<Option<Checked<T>>>(text) {
+        Ok(parsed) => parsed.unwrap_or_default().0,
         Err(error) => {
-            r.problem(name, text, &format!("YAML of Istio's mesh configuration: {error}"));
+            let line = error
+                .location()
+                .and_then(|place| text.lines().nth(usize::try_from(place.line()).ok()?.checked_sub(1)?));
+            r.problem(name, line.unwrap_or_default(), &format!("YAML of Istio's mesh configuration: {error}"));
             T::default()
         }
+    }
+}
+
+impl<'de> Deserialize<'de> for OutboundMode {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Word;
+
+        impl de::Visitor<'_> for Word {
+            type Value = OutboundMode;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                let modes: Vec<&str> = OUTBOUND_MODES.iter().map(|(mode, _)| *mode).collect();
+                write!(f, "one of {}", modes.join(", "))
+            }
+
+            fn visit_str<E: de::Error>(self, written: &str) -> Result<OutboundMode, E> {
+                let mode = OUTBOUND_MODES.iter().find(|(mode, _)| *mode == written);
+                let wrong = || E::invalid_value(de::Unexpected::Str(written), &self);
+                mode.map(|(_, policy)| OutboundMode(*policy)).ok_or_else(wrong)
+            }
+        }
+
+        deserializer.deserialize_str(Word)
     }
 }
 

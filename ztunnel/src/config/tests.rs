@@ -104,8 +104,46 @@ fn the_meshs_file_gives_way_to_proxy_config_and_both_to_variables() {
 }
 
 #[test]
+fn every_field_that_is_istios_is_accepted_in_either_spelling() {
+    let mesh = "rootNamespace: x\nmeshMTLS: {minProtocolVersion: TLSV1_2}\nextensionProviders: [{name: a, prometheus: {}}]\n\
+        mixerCheckServer: x\ningress_class: x\noutbound_traffic_policy: {mode: REGISTRY_ONLY, tls: {mode: SIMPLE}}\n\
+        default_config: {drain_duration: 1s, proxy_admin_port: 7}\n";
+    let config = with_mesh(mesh, &[("PROXY_CONFIG", "{proxyHeaders: {}, stats_port: 8}")]).unwrap();
+    assert_eq!((config.outbound_policy, config.ports.admin, config.ports.stats), (OutboundPolicy::RegistryOnly, 7, 8));
+    for (mode, expected) in [
+        ("{mode: ALLOW_ANY}", OutboundPolicy::AllowAny),
+        ("{mode: ALLOW_ANY_DYNAMIC_DNS}", OutboundPolicy::AllowAny),
+        ("{mode: REGISTRY_ONLY}", OutboundPolicy::RegistryOnly),
+        ("{}", OutboundPolicy::AllowAny),
+        ("null", OutboundPolicy::AllowAny),
+    ] {
+        let config = with_mesh(&format!("outboundTrafficPolicy: {mode}"), &[]).unwrap();
+        assert_eq!(config.outbound_policy, expected, "{mode}");
+    }
+}
+
+#[test]
 fn a_bad_mesh_configuration_is_refused_with_its_place() {
     for (mesh, proxy, wanted) in [
+        ("a: 1", "", ["etc/istio/config/mesh", "line 1", "a: unknown field", ""]),
+        (
+            "trustDomain: x\noutboundTrafficPolcy: {mode: REGISTRY_ONLY}",
+            "",
+            ["etc/istio/config/mesh", "line 2", "outboundTrafficPolcy", "did you mean `outboundTrafficPolicy`?"],
+        ),
+        (
+            "trustDomain: x\noutboundTrafficPolicy:\n  modus: REGISTRY_ONLY",
+            "",
+            ["etc/istio/config/mesh", "line 3", "modus", "did you mean `mode`?"],
+        ),
+        (
+            "defaultConfig:\n  proxyMetdata: {}",
+            "",
+            ["etc/istio/config/mesh", "line 2", "proxyMetdata", "did you mean `proxyMetadata`?"],
+        ),
+        ("", "{proxyMetdata: {}}", ["PROXY_CONFIG", "line 1", "proxyMetdata", "did you mean `proxyMetadata`?"]),
+        ("outboundTrafficPolicy: REGISTRY_ONLY", "", ["etc/istio/config/mesh", "line 1", "REGISTRY_ONLY", "mapping"]),
+        ("- a", "", ["etc/istio/config/mesh", "line 1", "", ""]),
         ("outboundTrafficPolicy: {mode: DENY}", "", ["etc/istio/config/mesh", "line 1", "DENY", "REGISTRY_ONLY"]),
         ("defaultConfig:\n  statsPort: many", "", ["etc/istio/config/mesh", "line 2", "many", "u16"]),
         ("defaultConfig: {concurrency: 2000}", "", ["defaultConfig", "concurrency", "2000", "1024"]),

@@ -281,7 +281,7 @@ fn the_mesh_config_decides_what_pods_may_call() {
     assert_eq!(world.set("mesh.yaml", &with("REGISTRY_ONLY")), ["Kubernetes//Pod/demo/web"]);
     assert_eq!(policy(&world), Some(OutboundPolicy::RegistryOnly));
     assert_eq!(world.set("mesh.yaml", &with("REGISTRY")), Vec::<String>::new(), "what was last read stays");
-    let told = "mesh.yaml:9: data.mesh.outboundTrafficPolicy.mode: `REGISTRY` is not valid here; expected one of ALLOW_ANY, REGISTRY_ONLY";
+    let told = "mesh.yaml:9: data.mesh.outboundTrafficPolicy.mode: `REGISTRY` is not valid here; expected one of ALLOW_ANY, REGISTRY_ONLY, ALLOW_ANY_DYNAMIC_DNS";
     assert_eq!(world.catalogue.problems()[0].to_string(), told);
     world.set("mesh.yaml", &with("ALLOW_ANY"));
     assert_eq!((policy(&world), world.catalogue.problems().len()), (None, 0));
@@ -292,6 +292,37 @@ fn the_mesh_config_decides_what_pods_may_call() {
     let twice = mesh("mesh: \"{outboundTrafficPolicyy: {}, outboundTrafficPolicy: {modee: ALLOW_ANY}}\"");
     world.set("mesh.yaml", &twice);
     assert_eq!(world.catalogue.problems().len(), 2, "every misspelt field is told");
+}
+
+#[test]
+fn a_mesh_config_that_never_was_right_keeps_closed_what_it_was_to_close() {
+    let (open, closed) = (None, Some(OutboundPolicy::RegistryOnly));
+    for (text, expected) in [
+        ("{accesLogFile: x}", open),
+        ("{accesLogFile: x, outboundTrafficPolicy: {mode: ALLOW_ANY}}", open),
+        ("{accesLogFile: x, outboundTrafficPolicy: null}", open),
+        ("{accesLogFile: x, outboundTrafficPolicy: {mode: REGISTRY_ONLY}}", closed),
+        ("{accesLogFile: x, outbound_traffic_policy: {mode: REGISTRY_ONLY}}", closed),
+        ("{outboundTrafficPolcy: {mode: REGISTRY_ONLY}}", closed),
+        ("{outboundTrafficPolicy: {mode: REGISTRY}}", closed),
+        ("{outboundTrafficPolicy: {modes: ALLOW_ANY}}", closed),
+        ("{outboundTrafficPolicy: {}, outboundTrafficPolcy: REGISTRY_ONLY}", closed),
+        ("{outboundTrafficPolicy: {mode: REGISTRY_ONLY}", closed),
+        ("{trustDomain: x", open),
+    ] {
+        let mut world = World::of(&pod("web", "10.0.0.1", ""));
+        world.set("mesh.yaml", &mesh(&format!("mesh: \"{text}\"")));
+        assert_eq!(world.workload("web").outbound_policy, expected, "{text}");
+        assert!(!world.catalogue.problems().is_empty(), "{text}");
+        // Once it is right, it decides; wrong again, it stays.
+        world.set("mesh.yaml", &mesh("mesh: \"{meshMTLS: {}, ingress_class: x, mixerAddress: x}\""));
+        assert_eq!((world.workload("web").outbound_policy, world.catalogue.problems()), (None, Vec::new()), "{text}");
+        world.set("mesh.yaml", &mesh(&format!("mesh: \"{text}\"")));
+        assert_eq!(world.workload("web").outbound_policy, None, "the last good version stays: {text}");
+    }
+    let mut world = World::of(&pod("web", "10.0.0.1", ""));
+    world.set("mesh.yaml", &mesh("mesh: \"{outbound_traffic_policy: {mode: REGISTRY_ONLY}}\""));
+    assert_eq!((world.workload("web").outbound_policy, world.catalogue.problems()), (closed, Vec::new()));
 }
 
 #[test]

@@ -18,25 +18,56 @@ use crate::{
 
 /// Short-lived: [`Received::read`] turns it into what is kept.
 #[derive(Clone, Debug)]
-pub(super) struct Received {
+pub(crate) struct Received {
     /// Name, namespace and version.
     meta: ObjectMeta,
     fields: Vec<Entry>,
 }
 
 impl Received {
-    pub(super) fn key(&self, watched: &Watched) -> ObjectKey {
+    pub(crate) fn key(&self, watched: &Watched) -> ObjectKey {
         let text = |text: &Option<String>| -> Arc<str> { text.as_deref().unwrap_or_default().into() };
         ObjectKey::new(watched.kind, &text(&self.meta.namespace), &text(&self.meta.name))
     }
 
     /// Named `name`, it is read like a document of that kind: items of lists do not say what they are.
-    pub(super) fn read(self, name: &Arc<str>, watched: &Watched, settings: &Settings) -> Read {
+    pub(crate) fn read(self, name: &Arc<str>, watched: &Watched, settings: &Settings) -> Read {
         let mut fields = self.fields;
         fields.retain(|entry| entry.key != "apiVersion" && entry.key != "kind");
         fields.push(entry("apiVersion".to_owned(), text(&*watched.api_version())));
         fields.push(entry("kind".to_owned(), text(watched.kind.name())));
         objects::read(&Place::object(name), &node(Value::Map(fields)), settings)
+    }
+}
+
+impl Received {
+    /// Gives an object that is being made the name it will have, but for its end.
+    pub(crate) fn named(mut self) -> Self {
+        let metadata = self.fields.iter_mut().find(|entry| entry.key == "metadata").map(|entry| &mut entry.value.value);
+        if let (None, Some(Value::Map(metadata))) = (&self.meta.name, metadata)
+            && let Some(Value::Text(start)) = metadata.iter().find(|e| e.key == "generateName").map(|e| &e.value.value)
+        {
+            let name = format!("{start}00000");
+            metadata.push(entry("name".to_owned(), text(&name)));
+            self.meta.name = Some(name);
+        }
+        self
+    }
+
+    pub(crate) fn is_going(&self) -> bool {
+        let metadata = self.fields.iter().find(|entry| entry.key == "metadata").map(|entry| &entry.value.value);
+        let is_time = |entry: &Entry| entry.key == "deletionTimestamp" && entry.value.value != Value::Null;
+        matches!(metadata, Some(Value::Map(metadata)) if metadata.iter().any(is_time))
+    }
+
+    /// Whether what users ask for is the same in both; who they are and what came of them may differ.
+    pub(crate) fn asks_the_same(&self, other: &Self) -> bool {
+        let asked = |of: &Self| -> Vec<Entry> {
+            let rest =
+                of.fields.iter().filter(|entry| !["metadata", "status", "apiVersion", "kind"].contains(&&*entry.key));
+            rest.cloned().collect()
+        };
+        asked(self) == asked(other)
     }
 }
 

@@ -25,7 +25,7 @@ fn holder(api: &ApiServer) -> Option<String> {
     api.get(LEASES, "istio-system", "fairwayd")?["spec"]["holderIdentity"].as_str().map(str::to_owned)
 }
 
-fn ca_secret(authority: &SigningAuthority, roots: &str) -> Value {
+pub(super) fn ca_secret(authority: &SigningAuthority, roots: &str) -> Value {
     let bytes = |pem: &str| serde_json::to_value(k8s_openapi::ByteString(pem.as_bytes().to_vec())).unwrap();
     json!({
         "apiVersion": "v1", "kind": "Secret", "type": "istio.io/ca-root",

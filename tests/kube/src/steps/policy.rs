@@ -30,6 +30,16 @@ spec:
   rules: [{to: [{operation: {paths: [/private]}}]}]
 "#;
 
+/// Well-formed, as far as its definition can say.
+const WITH_A_SCHEME: &str = r#"
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: with-a-scheme, namespace: fairway-e2e}
+spec:
+  selector: {matchLabels: {app: nobody}}
+  rules: [{from: [{source: {principals: ["spiffe://cluster.local/ns/fairway-e2e/sa/client"]}}]}]
+"#;
+
 const STRICT: &str = r#"
 apiVersion: security.istio.io/v1
 kind: PeerAuthentication
@@ -53,6 +63,14 @@ pub(super) fn identities(cluster: &Cluster) -> Evidence {
         ensure!(reason == "UnsupportedValue", "reason {reason}: {message}");
         Ok(message)
     })?;
+    let denied = kubectl::eventually("a wrong policy to be denied", PATIENCE, || {
+        // Whatever comes of it, nothing is kept.
+        match kubectl::run_with_input(&["apply", "--dry-run=server", "-f", "-"], WITH_A_SCHEME) {
+            Ok(taken) => anyhow::bail!("it was taken: {taken}"),
+            Err(error) => Ok(error.to_string()),
+        }
+    })?;
+    ensure!(denied.contains("spec.rules[0].from[0].source.principals[0]"), "why the policy is denied: {denied}");
     kubectl::run(&["-n", INSIDE, "delete", "authorizationpolicies.security.istio.io", "--all"])?;
     kubectl::eventually("the visitor to be let in again", PATIENCE, || {
         cluster.get(INSIDE, &visitor, "http://server/")
@@ -62,6 +80,7 @@ pub(super) fn identities(cluster: &Cluster) -> Evidence {
         format!("the client is not: {}", allowed.trim()),
         "ZtunnelAccepted is True".to_owned(),
         format!("a policy that needs L7 says so: {unsupported}"),
+        format!("a wrong one is denied: {denied}"),
     ])
 }
 
