@@ -2,6 +2,7 @@
 
 pub mod flows;
 pub mod host;
+pub mod istio;
 pub mod model;
 pub mod reconcile;
 

@@ -20,7 +20,7 @@ use mesh_net::{
     NetNs, SocketOptions,
     isolate::test_main,
     link::{Netlink, Route},
-    nft::{Batch, Nft},
+    nft::{Batch, Chain, ChainType, Family, Hook, Nft, Rule},
     sockets::{self, listen_tcp, tcp_socket},
 };
 
@@ -47,6 +47,11 @@ fn main() -> ExitCode {
             a_pod_without_ipv6_is_captured_for_ipv4_and_half_of_it_is_refused,
         ),
         ("bypassing_inbound_capture_leaves_inbound_alone", bypassing_inbound_capture_leaves_inbound_alone),
+        (
+            "rules_of_istios_agent_are_taken_over_under_open_flows",
+            rules_of_istios_agent_are_taken_over_under_open_flows,
+        ),
+        ("a_sidecars_rules_are_left_alone", a_sidecars_rules_are_left_alone),
         (
             "probes_of_the_node_pass_by_and_its_other_traffic_does_not",
             probes_of_the_node_pass_by_and_its_other_traffic_does_not,
@@ -220,6 +225,61 @@ fn leaving_spares_captured_flows_and_leaves_no_trace() {
     passes_both_ways(&mut direct, &mut served);
     flush_redirects(&pod).expect("nothing to flush is no error");
     assert!(!verify_installed(&pod).expect("no rules, no mismatch"));
+}
+
+/// As iptables-nft would have it: base chains that jump to chains of Istio's.
+fn iptables(pod: &NetNs, family: Family, chains: [(&str, Hook, &str); 2], outbound: u16) {
+    let mut batch = Batch::new(family);
+    batch.add_table("nat");
+    for (base, hook, chain) in chains {
+        batch.add_chain("nat", &Chain::base(base, ChainType::Nat, hook, -100));
+        batch.add_chain("nat", &Chain::regular(chain));
+        batch.add_rule("nat", base, &Rule::new("").jump(chain));
+    }
+    batch.add_rule("nat", chains[1].2, &Rule::new("").tcp().redirect(outbound));
+    batch.add_rule("nat", "OUTPUT", &Rule::new("the pod's own").tcp().accept());
+    Nft::in_ns(pod).expect("netlink").apply(batch).expect("apply");
+}
+
+fn rules_of_istios_agent_are_taken_over_under_open_flows() {
+    let (pod, peer) = pod_and_peer();
+    let chains = [("PREROUTING", Hook::Prerouting, "ISTIO_PRERT"), ("OUTPUT", Hook::Output, "ISTIO_OUTPUT")];
+    for family in [Family::Ip, Family::Ip6] {
+        iptables(&pod, family, chains, 15001);
+    }
+    let outbound = proxy(&pod, 15001);
+    let mut older = (dial(&pod, "10.1.1.2:80"), accept(&outbound));
+
+    assert!(apply(&pod, &Options::default()).expect("apply"));
+    passes_both_ways(&mut older.0, &mut older.1);
+    let mut newer = (dial(&pod, "10.1.1.2:80"), accept(&outbound));
+    passes_both_ways(&mut newer.0, &mut newer.1);
+    assert!(!apply(&pod, &Options::default()).expect("apply"), "nothing is left to change");
+    // Istio's agent was there once more, and wrote only its own.
+    iptables(&pod, Family::Ip, chains, 15001);
+    assert!(apply(&pod, &Options::default()).expect("apply"));
+
+    remove(&pod).expect("remove");
+    let mut nft = Nft::in_ns(&pod).expect("netlink");
+    for family in [Family::Ip, Family::Ip6] {
+        assert_eq!(nft.chains(family, "nat").expect("chains"), ["PREROUTING", "OUTPUT"]);
+        let rules = nft.rules(family, "nat").expect("rules");
+        assert!(rules.iter().all(|rule| rule.comment == "the pod's own"), "{rules:?}");
+    }
+    let elsewhere = listen(&peer, "10.1.1.2:80");
+    let (mut direct, mut served) = (dial(&pod, "10.1.1.2:80"), accept(&elsewhere));
+    passes_both_ways(&mut direct, &mut served);
+}
+
+fn a_sidecars_rules_are_left_alone() {
+    let (pod, _peer) = pod_and_peer();
+    let chains = [("PREROUTING", Hook::Prerouting, "ISTIO_INBOUND"), ("OUTPUT", Hook::Output, "ISTIO_OUTPUT")];
+    iptables(&pod, Family::Ip, chains, 15001);
+    let rules = || Nft::in_ns(&pod).expect("netlink").rules(Family::Ip, "nat").expect("rules");
+    let before = rules();
+    apply(&pod, &Options::default()).expect("apply");
+    remove(&pod).expect("remove");
+    assert_eq!(rules(), before);
 }
 
 fn cni_check(pod: &NetNs) -> bool {

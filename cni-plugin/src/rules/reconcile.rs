@@ -10,7 +10,7 @@ use mesh_net::{
     nft::{Batch, Nft},
 };
 
-use super::{flows, model};
+use super::{flows, istio, model};
 use crate::rules::model::{FAMILY, MANGLE, MANIFEST, NAT, OUTPUT, Options, PREROUTING, RAW};
 
 /// Why rules could not be read or written, or are not what they should be.
@@ -26,11 +26,12 @@ pub enum RulesError {
 
 type Result<T> = std::result::Result<T, RulesError>;
 
-/// Makes the namespace's rules those of `options`; says whether anything had to change. IPv6 is left out where `lo` has none.
+/// Makes the namespace's rules those of `options`, and nobody else's; says whether anything had to change. IPv6 is left out where `lo`
+/// has none.
 pub fn apply(ns: &NetNs, options: &Options) -> Result<bool> {
     let options = Options { ipv6: options.ipv6 && has_ipv6(ns)?, ..options.clone() };
     match verify_exactly(ns, &options) {
-        Ok(()) => return Ok(false),
+        Ok(()) => return istio::remove(ns),
         Err(RulesError::Mismatch(_)) => {}
         Err(error) => return Err(error),
     }
@@ -43,6 +44,8 @@ pub fn apply(ns: &NetNs, options: &Options) -> Result<bool> {
     }
     Nft::in_ns(ns)?.apply(model::batch(&options))?;
     verify_exactly(ns, &options)?;
+    // After ours: at no moment is the pod uncaptured.
+    istio::remove(ns)?;
     Ok(true)
 }
 

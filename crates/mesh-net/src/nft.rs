@@ -247,6 +247,8 @@ pub struct InstalledRule {
     pub handle: u64,
     /// Empty when the rule has none.
     pub comment: String,
+    /// The chain that it jumps or goes to.
+    pub target: Option<String>,
     /// Packets its counter has seen; `None` without a counter.
     pub packets: Option<u64>,
 }
@@ -360,6 +362,9 @@ const LIST_ELEMENT: u16 = 1;
 const DATA_VALUE: u16 = 1;
 const EXPR_NAME: u16 = 1;
 const EXPR_DATA: u16 = 2;
+const IMMEDIATE_DATA: u16 = 2;
+const DATA_VERDICT: u16 = 2;
+const VERDICT_CHAIN: u16 = 2;
 const COUNTER_PACKETS: u16 = 2;
 /// nfgenmsg: family, version, resource id.
 const GENERIC_HEADER: usize = 4;
@@ -402,8 +407,16 @@ fn installed_rule(reply: &Reply) -> Option<InstalledRule> {
         chain: string(attr(reply, RULE_CHAIN)?),
         handle: u64::from_be_bytes(attr(reply, RULE_HANDLE)?.try_into().ok()?),
         comment: attr(reply, RULE_USERDATA).map(comment_of).unwrap_or_default(),
+        target: attr(reply, RULE_EXPRESSIONS).and_then(target),
         packets: attr(reply, RULE_EXPRESSIONS).and_then(packets),
     })
+}
+
+fn target(expressions: &[u8]) -> Option<String> {
+    let named = |e: &&[u8]| Attrs(e).value(EXPR_NAME).is_some_and(|n| string(n) == "immediate");
+    let loads = Attrs(expressions).map(|(_, e)| e).filter(named).filter_map(|e| Attrs(e).value(EXPR_DATA));
+    let mut verdicts = loads.filter_map(|e| Attrs(Attrs(e).value(IMMEDIATE_DATA)?).value(DATA_VERDICT));
+    verdicts.find_map(|verdict| Attrs(verdict).value(VERDICT_CHAIN)).map(string)
 }
 
 fn packets(expressions: &[u8]) -> Option<u64> {
@@ -434,6 +447,7 @@ mod tests {
             installed_rule(&Reply::for_test(NEWRULE, body.clone()));
             comment_of(&body);
             packets(&body);
+            target(&body);
             element_ip(&body);
         }
 

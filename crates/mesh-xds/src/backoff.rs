@@ -4,20 +4,32 @@ use std::time::Duration;
 
 use rand::RngExt as _;
 
-/// First delay 10 ms, doubled up to 15 s, each drawn from the upper half of its range so that a restarted server is not met by
-/// every client at once.
-#[derive(Clone, Debug, Default)]
+/// First delay 10 ms, doubled up to 15 s unless told otherwise, each drawn from the upper half of its range so that a restarted
+/// server is not met by every client at once.
+#[derive(Clone, Debug)]
 pub struct Backoff {
     attempt: u32,
+    cap: Duration,
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self::capped(Self::CAP)
+    }
 }
 
 impl Backoff {
     const FIRST: Duration = Duration::from_millis(10);
     const CAP: Duration = Duration::from_secs(15);
 
+    /// No delay is longer than this.
+    pub fn capped(cap: Duration) -> Self {
+        Self { attempt: 0, cap }
+    }
+
     /// The next delay. `rng` decides the jitter.
     pub fn next_delay(&mut self, rng: &mut impl rand::Rng) -> Duration {
-        let full = Self::FIRST.saturating_mul(1 << self.attempt.min(16)).min(Self::CAP);
+        let full = Self::FIRST.saturating_mul(1 << self.attempt.min(16)).min(self.cap);
         self.attempt = self.attempt.saturating_add(1);
         full.mul_f64(rng.random_range(0.5..=1.0))
     }
@@ -43,5 +55,7 @@ mod tests {
         assert!(last >= Backoff::CAP / 2 && last <= Backoff::CAP);
         backoff.reset();
         assert!(backoff.next_delay(&mut rng) <= Duration::from_millis(10));
+        let mut capped = Backoff::capped(Duration::from_secs(1));
+        assert!((0..40).all(|_| capped.next_delay(&mut rng) <= Duration::from_secs(1)));
     }
 }

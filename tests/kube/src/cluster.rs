@@ -9,7 +9,7 @@ use lab::{
 };
 use serde_json::Value;
 
-use crate::kubectl;
+use crate::{kubectl, mesh::Mesh};
 
 /// The namespace that joins the mesh.
 pub(crate) const INSIDE: &str = "fairway-e2e";
@@ -21,6 +21,7 @@ pub(crate) const REDIRECTION: &str = "ambient.istio.io/redirection";
 
 #[derive(Debug)]
 pub(crate) struct Cluster {
+    pub(crate) mesh: Mesh,
     pub(crate) fairway: PathBuf,
     pub(crate) hub: String,
     pub(crate) tag: String,

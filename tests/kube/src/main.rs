@@ -1,4 +1,4 @@
-//! `kube-e2e`: Fairway on the cluster that `kubectl` speaks to. Steps build on each other, in the order of a cluster's life with the
+//! `kube-e2e`: Fairway, or for comparison another mesh, on the cluster that `kubectl` speaks to. Steps build on each other, in the order of a cluster's life with the
 //! mesh; each prints what it counted. The exit status is 0 when every step is as promised and nothing is left behind.
 //!
 //! `cargo xtask e2e` builds the images, brings them onto the nodes, and runs this.
@@ -7,6 +7,7 @@
 
 mod cluster;
 mod kubectl;
+mod mesh;
 mod report;
 mod steps;
 
@@ -14,10 +15,12 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::Parser;
 
-use crate::{cluster::Cluster, report::Report};
+use crate::{cluster::Cluster, mesh::Mesh, report::Report};
 
 #[derive(Debug, Parser)]
 struct Args {
+    #[command(flatten)]
+    mesh: Mesh,
     /// The `fairway` program that installs and uninstalls.
     #[arg(long, default_value = "fairway")]
     fairway: PathBuf,
@@ -49,6 +52,7 @@ struct Args {
 fn main() -> anyhow::Result<ExitCode> {
     let args = Args::parse();
     let cluster = Cluster {
+        mesh: args.mesh,
         fairway: args.fairway,
         hub: args.hub,
         tag: args.tag,

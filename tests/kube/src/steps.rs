@@ -16,7 +16,8 @@ use crate::{
 type Run = fn(&Cluster) -> Evidence;
 
 /// Name, what is promised, and how it is shown.
-const STEPS: [(&str, &str, Run); 19] = [
+const STEPS: [(&str, &str, Run); 21] = [
+    ("workloads", "Workloads of every kind run, without a mesh or beside one", install::workloads),
     ("install", "The mesh is installed under running workloads, which notice nothing", install::run),
     ("label", "A namespace is labelled: same pods, same containers, every byte between nodes is TLS", enrol::run),
     ("policy", "Policies by identity hold, and say so in their status", policy::identities),
@@ -48,7 +49,11 @@ const STEPS: [(&str, &str, Run); 19] = [
     ("leader", "The leading replica is killed: another writes", faults::leader_killed),
     ("unlabel", "The label is removed: pods go on, unencrypted, nothing restarted", leave::unlabel),
     ("uninstall", "The mesh is removed: nothing is left on nodes or API server", leave::uninstall),
+    ("remove", "The workloads are removed", leave::remove),
 ];
+
+/// Steps about what `fairway` alone promises, or that exchange what is there.
+const OURS_ALONE: [&str; 5] = ["install", "settings", "roots", "leader", "uninstall"];
 
 pub(crate) fn run(cluster: &Cluster, report: &mut Report, only: &[String], keep: bool) {
     let known: Vec<&str> = STEPS.iter().map(|(name, ..)| *name).collect();
@@ -59,8 +64,15 @@ pub(crate) fn run(cluster: &Cluster, report: &mut Report, only: &[String], keep:
         return;
     }
     for (name, title, step) in STEPS {
-        let wanted = only.is_empty() || only.iter().any(|chosen| chosen == name);
-        let leaves = ["unlabel", "uninstall"].contains(&name);
+        let chosen = only.iter().any(|chosen| chosen == name);
+        if OURS_ALONE.contains(&name) && cluster.mesh.installed {
+            if chosen {
+                report.step(name, title, || anyhow::bail!("not with --installed"));
+            }
+            continue;
+        }
+        let wanted = only.is_empty() || chosen;
+        let leaves = ["unlabel", "uninstall", "remove"].contains(&name);
         if wanted && !(leaves && keep && only.is_empty()) {
             report.step(name, title, || step(cluster));
         }

@@ -37,6 +37,9 @@ use crate::{
 
 /// Upstream's messages stay below 1 KiB; a longer one is refused by the kernel's truncation flag.
 const PACKET: usize = 4096;
+/// The longest pause before the agent is looked for again. Its socket is on this node, so looking costs nothing; and Istio's agent puts
+/// its rules into pods that run already before it announces them, which refuses their connections until it finds us.
+const AGENT_AGAIN: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_secs(5);
 /// The agent gives up on an acknowledgement after 5 s.
 const START_DEADLINE: Duration = Duration::from_secs(4);
@@ -57,6 +60,8 @@ pub struct Manager {
     drain_deadline: Duration,
     readiness: Readiness,
     not_ready: Option<Pending>,
+    /// Why there is no agent, as last told.
+    without_agent: Option<String>,
 }
 
 /// Why a session is over.
@@ -96,14 +101,24 @@ impl Manager {
         readiness: Readiness,
         drain_deadline: Duration,
     ) -> Self {
-        let mut manager = Self { socket, start, pods, local, metrics, drain_deadline, readiness, not_ready: None };
+        let mut manager = Self {
+            socket,
+            start,
+            pods,
+            local,
+            metrics,
+            drain_deadline,
+            readiness,
+            not_ready: None,
+            without_agent: None,
+        };
         manager.set_ready(false);
         manager
     }
 
     /// Follows the agent until the drain starts, then stops every pod: orderly, within the deadline.
     pub async fn run(mut self, drain: DrainWatcher) {
-        let mut backoff = Backoff::default();
+        let mut backoff = Backoff::capped(AGENT_AGAIN);
         let (mode, _guard) = loop {
             tokio::select! {
                 // First, so that no pod is taken in while leaving.
@@ -119,10 +134,13 @@ impl Manager {
     async fn follow(&mut self, backoff: &mut Backoff) {
         let ended = self.session(backoff).await;
         self.set_ready(false);
-        let waiting = !self.pods.lock().waiting.is_empty();
-        let delay = backoff.next_delay(&mut rand::rng()).min(if waiting { RETRY } else { Duration::MAX });
-        let cause = std::error::Error::source(&ended).map(ToString::to_string);
-        tracing::warn!(error = %ended, cause, ?delay, "no node agent: pods stay served, new ones wait");
+        let delay = backoff.next_delay(&mut rand::rng());
+        let error = error_chain(&ended);
+        // Once, not every second.
+        if self.without_agent.as_ref() != Some(&error) {
+            tracing::warn!(error, "no node agent: pods stay served, new ones wait");
+            self.without_agent = Some(error);
+        }
         tokio::time::sleep(delay).await;
         self.retry_waiting().await;
     }
@@ -172,6 +190,7 @@ impl Manager {
             }
             if session.is_complete() {
                 backoff.reset();
+                self.without_agent = None;
             }
             self.set_ready(session.is_complete());
         }

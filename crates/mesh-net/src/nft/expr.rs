@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use super::{DATA_VERDICT, IMMEDIATE_DATA, VERDICT_CHAIN};
 use crate::netlink::Message;
 
 /// One expression. Matches come as a load followed by [`Expr::Mask`]s and a [`Expr::Cmp`]; [`super::Rule`] composes them.
@@ -186,9 +187,7 @@ const LIST_ELEMENT: u16 = 1;
 const EXPR_NAME: u16 = 1;
 const EXPR_DATA: u16 = 2;
 const DATA_VALUE: u16 = 1;
-const DATA_VERDICT: u16 = 2;
 const VERDICT_CODE: u16 = 1;
-const VERDICT_CHAIN: u16 = 2;
 const REG_VERDICT: u32 = 0;
 const REG_1: u32 = 1;
 const REG_2: u32 = 2;
@@ -212,7 +211,6 @@ const NG_MODULUS: u16 = 2;
 const NG_TYPE: u16 = 3;
 const NG_RANDOM: u32 = 1;
 const IMMEDIATE_DREG: u16 = 1;
-const IMMEDIATE_DATA: u16 = 2;
 const BITWISE_SREG: u16 = 1;
 const BITWISE_DREG: u16 = 2;
 const BITWISE_LENGTH: u16 = 3;

@@ -31,13 +31,15 @@ fn ready(pod: &str) -> anyhow::Result<()> {
 
 pub(super) fn control_plane_outage(cluster: &Cluster) -> Evidence {
     let client = cluster.pod(INSIDE, "client")?;
-    let replicas = kubectl::get(&["-n", SYSTEM, "deployment/fairwayd"])?["spec"]["replicas"].to_string();
-    let scale = |to: &str| kubectl::run(&["-n", SYSTEM, "scale", "deployment/fairwayd", &format!("--replicas={to}")]);
+    let name = &cluster.mesh.control_plane;
+    let deployment = format!("deployment/{name}");
+    let replicas = kubectl::get(&["-n", SYSTEM, &deployment])?["spec"]["replicas"].to_string();
+    let scale = |to: &str| kubectl::run(&["-n", SYSTEM, "scale", &deployment, &format!("--replicas={to}")]);
     let load = cluster.start_load(&client.name, "server", 100, true)?;
     scale("0")?;
     let result = (|| {
         kubectl::eventually("the control plane to be gone", PATIENCE, || {
-            let left = kubectl::list(&["-n", SYSTEM, "pods", "-l", "app=fairwayd"])?;
+            let left = kubectl::list(&["-n", SYSTEM, "pods", "-l", &format!("app={name}")])?;
             ensure!(left.is_empty(), "{} pods left", left.len());
             Ok(())
         })?;
@@ -57,7 +59,7 @@ pub(super) fn control_plane_outage(cluster: &Cluster) -> Evidence {
         Ok::<_, anyhow::Error>((called, gone))
     })();
     scale(&replicas)?;
-    kubectl::rolled_out(SYSTEM, "deployment/fairwayd")?;
+    kubectl::rolled_out(SYSTEM, &deployment)?;
     let (called, gone) = result?;
     let away = gone.elapsed();
     let counted = counted(load)?;
@@ -78,7 +80,7 @@ pub(super) fn control_plane_outage(cluster: &Cluster) -> Evidence {
 
 pub(super) fn agent_killed(cluster: &Cluster) -> Evidence {
     let node = cluster.pod(INSIDE, "client")?.node;
-    let agent = agent_on(&node)?;
+    let agent = agent_on(cluster, &node)?;
     for n in 0..6 {
         run_pod(cluster, &format!("made-{n}"), "client", Some(&node))?;
         if n == 2 {
@@ -100,7 +102,7 @@ pub(super) fn agent_killed(cluster: &Cluster) -> Evidence {
         Ok(())
     })?;
     ensure!(uncaptured == 0, "{uncaptured} times a pod ran without rules");
-    kubectl::rolled_out(SYSTEM, "daemonset/fairway-node")?;
+    kubectl::rolled_out(SYSTEM, &format!("daemonset/{}", cluster.mesh.agent))?;
     remove_made()?;
     Ok(vec![
         "the agent was killed among 6 starting pods; all run captured, none was ever seen running without rules"
@@ -108,33 +110,36 @@ pub(super) fn agent_killed(cluster: &Cluster) -> Evidence {
     ])
 }
 
-fn agent_on(node: &str) -> anyhow::Result<String> {
+fn agent_on(cluster: &Cluster, node: &str) -> anyhow::Result<String> {
     let selector = format!("--field-selector=spec.nodeName={node}");
-    let agents = kubectl::list(&["-n", SYSTEM, "pods", "-l", "k8s-app=fairway-node", &selector])?;
+    let label = format!("k8s-app={}", cluster.mesh.agent);
+    let agents = kubectl::list(&["-n", SYSTEM, "pods", "-l", &label, &selector])?;
     let agent = agents.first().context("no node agent there")?;
     Ok(text(&agent["metadata"]["name"]))
 }
 
-/// Whether the pod's network namespace has the capture's tables.
+/// Whether the pod's network namespace has the capture's tables, or chains in those of iptables.
 pub(super) fn has_rules(cluster: &Cluster, pod: &crate::cluster::Pod) -> anyhow::Result<bool> {
     let container = pod.containers.first().map(|c| c.0.rsplit('/').next().unwrap_or_default().to_owned());
     let id = container.filter(|id| !id.is_empty()).context("no container yet")?;
     let script = format!(
-        "for p in /proc/[0-9]*; do if grep -q {id} $p/cgroup 2>/dev/null; then nsenter -t ${{p#/proc/}} -n nft list tables; break; fi; done"
+        "for p in /proc/[0-9]*; do if grep -q {id} $p/cgroup 2>/dev/null; then nsenter -t ${{p#/proc/}} -n nft list chains; break; fi; done"
     );
-    Ok(cluster.on_node(&pod.node, &["sh", "-c", &script])?.contains("istio-ambient"))
+    let chains = cluster.on_node(&pod.node, &["sh", "-c", &script])?;
+    Ok(chains.contains("istio-ambient") || chains.contains("ISTIO_"))
 }
 
 pub(super) fn conflist_overwritten(cluster: &Cluster) -> Evidence {
     let node = cluster.pod(INSIDE, "client")?.node;
     let folder = "/etc/cni/net.d";
-    let list = format!("cd {folder} && grep -l fairway-cni *.conflist | head -n1");
+    let plugin = &cluster.mesh.plugin;
+    let list = format!("cd {folder} && grep -l {plugin} *.conflist | head -n1");
     let file = cluster.on_node(&node, &["sh", "-c", &list])?.trim().to_owned();
-    ensure!(!file.is_empty(), "no conflist names fairway-cni");
+    ensure!(!file.is_empty(), "no conflist names {plugin}");
     let text = cluster.on_node(&node, &["cat", &format!("{folder}/{file}")])?;
     let mut conflist: serde_json::Value = serde_json::from_str(&text)?;
     let plugins = conflist["plugins"].as_array_mut().context("no plugins")?;
-    plugins.retain(|plugin| plugin["type"] != "fairway-cni");
+    plugins.retain(|entry| entry["type"] != *plugin);
     let without = conflist.to_string();
     let write = format!("cat > {folder}/.new <<'END'\n{without}\nEND\nmv {folder}/.new {folder}/{file}");
     cluster.on_node(&node, &["sh", "-c", &write])?;
@@ -142,7 +147,7 @@ pub(super) fn conflist_overwritten(cluster: &Cluster) -> Evidence {
     run_pod(cluster, "made-slipped", "client", Some(&node))?;
     kubectl::eventually("the entry to be back", Duration::from_secs(30), || {
         let text = cluster.on_node(&node, &["cat", &format!("{folder}/{file}")])?;
-        ensure!(text.contains("fairway-cni"), "the entry is missing");
+        ensure!(text.contains(plugin.as_str()), "the entry is missing");
         Ok(())
     })?;
     let healed = started.elapsed();
@@ -150,7 +155,7 @@ pub(super) fn conflist_overwritten(cluster: &Cluster) -> Evidence {
     cluster.all_enrolled(PATIENCE)?;
     remove_made()?;
     Ok(vec![
-        format!("{file} on {node} lost our entry and had it back within {}", took(healed)),
+        format!("{file} on {node} lost the entry {plugin} and had it back within {}", took(healed)),
         "a pod started in that moment is captured".to_owned(),
     ])
 }

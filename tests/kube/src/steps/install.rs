@@ -10,7 +10,7 @@ use crate::{
 
 const WORKLOADS: &str = include_str!("../../manifests/workloads.yaml");
 
-pub(super) fn run(cluster: &Cluster) -> Evidence {
+pub(super) fn workloads(cluster: &Cluster) -> Evidence {
     kubectl::apply(WORKLOADS, &cluster.image)?;
     for (namespace, what) in [
         (INSIDE, "deployment/server"),
@@ -24,6 +24,13 @@ pub(super) fn run(cluster: &Cluster) -> Evidence {
     ] {
         kubectl::rolled_out(namespace, what)?;
     }
+    let pods = all_pods(INSIDE)?;
+    let captured = pods.iter().filter(|(_, pod)| pod.redirection.is_some()).count();
+    ensure!(captured == 0, "{captured} of {} pods are captured already", pods.len());
+    Ok(vec![format!("{} pods on {} nodes", pods.len(), cluster.nodes()?.len())])
+}
+
+pub(super) fn run(cluster: &Cluster) -> Evidence {
     let before = all_pods(INSIDE)?;
     let load = cluster.start_load(&cluster.pod(INSIDE, "client")?.name, "server", 20, true)?;
     let started = Instant::now();
