@@ -23,16 +23,22 @@ pub(crate) struct Document {
     pub(crate) place: Place,
     problems: RefCell<Vec<Problem>>,
     unusable: Cell<bool>,
+    wrong: Cell<bool>,
 }
 
 impl Document {
     pub(crate) fn new(place: Place) -> Self {
-        Self { place, problems: RefCell::default(), unusable: Cell::new(false) }
+        Self { place, problems: RefCell::default(), unusable: Cell::new(false), wrong: Cell::new(false) }
     }
 
     /// Whether nothing was found that makes the document mean something else than written.
     pub(crate) fn is_usable(&self) -> bool {
         !self.unusable.get()
+    }
+
+    /// Whether nobody could honour what is written; what is unusable here may be for other programs.
+    pub(crate) fn is_wrong(&self) -> bool {
+        self.wrong.get()
     }
 
     /// The first problem so far.
@@ -100,6 +106,12 @@ impl<'a> Cursor<'a> {
 
     /// Reports a problem that makes the document unusable.
     pub(crate) fn reject(&self, message: impl Into<String>, remedy: impl Into<String>) {
+        self.document.wrong.set(true);
+        self.unsupported(message, remedy);
+    }
+
+    /// As [`Self::reject`], of what is right in itself and not for us to do.
+    pub(crate) fn unsupported(&self, message: impl Into<String>, remedy: impl Into<String>) {
         self.document.unusable.set(true);
         self.document.report(self.line, &self.path, message, remedy);
     }

@@ -96,7 +96,7 @@ fn object(raw: Option<&RawValue>) -> Result<Received, String> {
 }
 
 fn is_wrong(read: &Read) -> bool {
-    read.unidentified || !read.rejected.is_empty()
+    read.unidentified || read.wrong
 }
 
 /// Whether an AuthorizationPolicy deserves a warning is for its status to say: one for waypoints has conditions of its own.

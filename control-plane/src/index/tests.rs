@@ -248,9 +248,22 @@ fn dry_run_policies_stay_dry_and_waypoint_policies_stay_out() {
         .replace("name: p}", "name: p, annotations: {istio.io/dry-run: \"true\"}}");
     assert!(World::of(&(pod("web", "10.0.0.1", "") + &dry)).allows("web", 80, None));
     let mut world = World::new();
-    world.set("f.yaml", &authz("demo", "p", "{targetRefs: [{kind: Service, name: web}]}"));
-    assert_eq!(world.index.model().policies().count(), 0);
-    assert_eq!(world.catalogue.problems().len(), 1);
+    for (spec, problems) in [
+        ("{targetRefs: [{kind: Service, name: web}]}", 1),
+        ("{targetRefs: [{kind: Service, name: web}], action: CUSTOM, provider: {name: p}, rules: [{}]}", 1),
+        // Wrong, and still nobody's to enforce here.
+        ("{targetRefs: [{kind: Service, name: web}], rules: [{form: []}]}", 2),
+    ] {
+        world.set("f.yaml", &authz("demo", "p", spec));
+        assert_eq!((world.index.model().policies().count(), world.catalogue.problems().len()), (0, problems), "{spec}");
+    }
+    // Attached to nothing, it is a policy of its namespace.
+    for spec in ["{targetRefs: [], action: DENY, rules: [{}]}", "{targetRefs: x, rules: [{}]}"] {
+        assert!(
+            !World::of(&(pod("web", "10.0.0.1", "") + &authz("demo", "p", spec))).allows("web", 80, None),
+            "{spec}"
+        );
+    }
 }
 
 /// Whether plaintext to `web` is refused on ports 80 and 8080.

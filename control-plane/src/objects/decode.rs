@@ -28,6 +28,8 @@ pub(crate) struct Read {
     pub(crate) statuses: Vec<(ObjectKey, Status)>,
     /// Something was written that may be an object of ours, but not which.
     pub(crate) unidentified: bool,
+    /// Something of it means nothing to anybody.
+    pub(crate) wrong: bool,
     pub(crate) problems: Vec<Problem>,
 }
 
@@ -56,6 +58,7 @@ impl Read {
         self.rejected.extend(other.rejected);
         self.statuses.extend(other.statuses);
         self.unidentified |= other.unidentified;
+        self.wrong |= other.wrong;
         self.problems.extend(other.problems);
     }
 
@@ -64,6 +67,7 @@ impl Read {
         let cursor = cursor.reported_to(&document);
         let found = object(&cursor, settings);
         self.unidentified |= found.is_none() && !document.is_usable();
+        self.wrong |= document.is_wrong();
         if let Some((meta, spec)) = found {
             if meta.key.kind.is_stated() && matches!(place, Place::Object { .. }) {
                 self.statuses.push((meta.key.clone(), Status::read(&cursor)));

@@ -169,7 +169,7 @@ fn is_host(text: &str) -> bool {
 fn resolution(spec: &Fields<'_>) -> Option<Resolution> {
     let Some(resolution) = spec.get("resolution") else { return Some(Resolution::None) };
     if resolution.text() == Some("DYNAMIC_DNS") {
-        resolution.reject("DYNAMIC_DNS needs a waypoint, which looks each name up", "use NONE, STATIC or DNS");
+        resolution.unsupported("DYNAMIC_DNS needs a waypoint, which looks each name up", "use NONE, STATIC or DNS");
         return None;
     }
     resolution.one_of(&[

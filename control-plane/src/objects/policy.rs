@@ -37,9 +37,12 @@ pub(super) fn authorization(meta: &Meta, fields: &Fields<'_>, settings: &Setting
         return Some(AuthorizationPolicy { policy: Some(policy), selector: Labels::new() });
     };
     let selector = selector(&spec);
-    let targets = [spec.get("targetRef"), spec.get("targetRefs")];
+    let target = target(&spec);
     let action = spec.get("action");
-    let translator = Translator { meta, action: action_of(action.as_ref()) };
+    let is_custom = action.as_ref().is_some_and(|action| action.text() == Some("CUSTOM"));
+    // What a waypoint does by its provider's word is for the waypoint to read.
+    let action = if target.is_some() && is_custom { None } else { action_of(action.as_ref()) };
+    let translator = Translator { meta, action };
     if let Some(provider) = spec.get("provider").filter(|_| translator.action.is_some()) {
         provider.reject("a provider decides for CUSTOM only", "remove it");
     }
@@ -48,7 +51,7 @@ pub(super) fn authorization(meta: &Meta, fields: &Fields<'_>, settings: &Setting
     let rules = rules.iter().filter_map(|rule| translator.rule(rule, &mut omitted)).collect();
     spec.deny_unknown();
     let origin = if omitted.is_empty() { origin } else { noted(origin, &omitted, "left out, so it allows nothing") };
-    if let Some(target) = targets.into_iter().flatten().next() {
+    if let Some(target) = target {
         target.warn("a policy with targetRefs is enforced by waypoints only, not here", "use `selector` for layer 4");
         return Some(AuthorizationPolicy { policy: None, selector });
     }
@@ -57,6 +60,13 @@ pub(super) fn authorization(meta: &Meta, fields: &Fields<'_>, settings: &Setting
     };
     let policy = policy(meta, settings, &selector, action_kind, rules, origin);
     Some(AuthorizationPolicy { policy: Some(policy), selector })
+}
+
+/// What a policy for waypoints is attached to.
+fn target<'a>(spec: &Fields<'a>) -> Option<Cursor<'a>> {
+    // Both are asked for, so that both are known.
+    let (one, list) = (spec.get("targetRef"), spec.get("targetRefs"));
+    one.or(list.filter(|list| !list.items().is_empty()))
 }
 
 /// `None` for AUDIT, which enforces nothing.
@@ -73,8 +83,10 @@ fn action_of(action: Option<&Cursor<'_>>) -> Option<Action> {
             None
         }
         Some("CUSTOM") => {
-            action
-                .reject("CUSTOM needs an external authorizer, which is not supported at layer 4", "use ALLOW or DENY");
+            action.unsupported(
+                "CUSTOM needs an external authorizer, which is not supported at layer 4",
+                "use ALLOW or DENY, or targetRefs",
+            );
             None
         }
         Some(other) => {
@@ -106,6 +118,10 @@ fn policy(
 pub(super) fn stand_in(meta: &Meta, cursor: &Cursor<'_>, problem: &Problem, settings: &Settings) -> Option<Spec> {
     let silent = Document::new(problem.place.clone());
     let fields = cursor.reported_to(&silent).fields()?;
+    if spec_of(&fields).is_some_and(|spec| target(&spec).is_some()) {
+        // Nothing of it was ever to be enforced here.
+        return None;
+    }
     // A selector that cannot be read selects everything in the namespace.
     let selector = spec_of(&fields).map(|spec| selector(&spec)).filter(|_| silent.is_usable()).unwrap_or_default();
     let told = format!("{} (rejected: {})", meta.key, problem.message).into();

@@ -72,6 +72,9 @@ fn what_means_what_it_says_is_allowed_without_a_word() {
         policy(
             json!({"targetRefs": [{"kind": "Service", "name": "w"}], "rules": [{"to": [{"operation": {"paths": ["/"]}}]}]}),
         ),
+        policy(
+            json!({"targetRefs": [{"kind": "Service", "name": "w"}], "action": "CUSTOM", "provider": {"name": "p"}, "rules": [{}]}),
+        ),
         peers(json!({"mtls": {"mode": "STRICT"}})),
         entry(
             json!({"hosts": ["a.example"], "resolution": "DNS", "ports": [{"number": 443, "name": "tls", "protocol": "TLS"}]}),
@@ -132,6 +135,15 @@ fn what_has_less_effect_than_it_says_is_allowed_with_a_warning() {
             policy(json!({"action": "AUDIT", "rules": [{}]})),
             "its condition ZtunnelAccepted will be False: spec.action: AUDIT has no effect at layer 4; annotate an ALLOW or DENY policy \
              with istio.io/dry-run: \"true\"",
+        ),
+        // For others than ztunnel, such as an ingress gateway: it is in nobody's way.
+        (
+            policy(json!({"action": "CUSTOM", "provider": {"name": "p"}, "rules": [{}]})),
+            "spec.action: CUSTOM needs an external authorizer, which is not supported at layer 4; use ALLOW or DENY, or targetRefs",
+        ),
+        (
+            entry(json!({"hosts": ["*.example"], "resolution": "DYNAMIC_DNS"})),
+            "spec.resolution: DYNAMIC_DNS needs a waypoint, which looks each name up; use NONE, STATIC or DNS",
         ),
         (
             peers(json!({"portLevelMtls": {"80": {"mode": "STRICT"}}})),
