@@ -65,8 +65,8 @@ pub(super) fn authorization(meta: &Meta, fields: &Fields<'_>, settings: &Setting
 /// What a policy for waypoints is attached to.
 fn target<'a>(spec: &Fields<'a>) -> Option<Cursor<'a>> {
     // Both are asked for, so that both are known.
-    let (one, list) = (spec.get("targetRef"), spec.get("targetRefs"));
-    one.or(list.filter(|list| !list.items().is_empty()))
+    let (one, list) = (spec.get("targetRef"), spec.get("targetRefs").filter(|list| !list.items().is_empty()));
+    one.or(list)
 }
 
 /// `None` for AUDIT, which enforces nothing.
