@@ -68,20 +68,37 @@ const TRIES: usize = 3;
 
 /// Asks for our own DaemonSet, a few times where there is no answer to build on.
 pub async fn standing(client: &Client, namespace: &str, daemon_set: &str, node: &str) -> Standing {
-    let mut standing = Standing::Unknown(String::new());
-    for _ in 0..TRIES {
-        standing = match timeout(ASK_LIMIT, ask(client, namespace, daemon_set, node)).await {
+    let mut answers = Vec::new();
+    while answers.len() < TRIES {
+        match timeout(ASK_LIMIT, ask(client, namespace, daemon_set, node)).await {
             Ok(Ok(standing)) => return standing,
-            // Our account, or what it may do, has been deleted; said once, it may be the server's trouble.
-            Ok(Err(kube::Error::Api(status))) if matches!(status.code, 401 | 403) => {
-                Standing::Ends("the API server no longer knows our account")
-            }
-            Ok(Err(error)) => Standing::Unknown(error_chain(&error)),
-            Err(_) => Standing::Unknown(format!("no answer within {ASK_LIMIT:?}")),
-        };
+            Ok(Err(kube::Error::Api(status))) if matches!(status.code, 401 | 403) => answers.push(Unanswered::Refused),
+            Ok(Err(error)) => answers.push(Unanswered::Failed(error_chain(&error))),
+            Err(_) => answers.push(Unanswered::Failed(format!("no answer within {ASK_LIMIT:?}"))),
+        }
         sleep(ASK_AGAIN).await;
     }
-    standing
+    without_answer(answers)
+}
+
+/// What became of a question.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Unanswered {
+    /// With 401 or 403.
+    Refused,
+    Failed(String),
+}
+
+/// Refused every time, our account, or what it may do, has been deleted; among failures it may be the server's trouble.
+fn without_answer(answers: Vec<Unanswered>) -> Standing {
+    let failed = answers.into_iter().find_map(|answer| match answer {
+        Unanswered::Refused => None,
+        Unanswered::Failed(why) => Some(why),
+    });
+    match failed {
+        Some(why) => Standing::Unknown(why),
+        None => Standing::Ends("the API server no longer knows our account"),
+    }
 }
 
 async fn ask(client: &Client, namespace: &str, daemon_set: &str, node: &str) -> kube::Result<Standing> {
@@ -261,6 +278,16 @@ fn paths(host: &Host) -> Vec<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn one_refusal_among_failures_is_no_end() {
+        let failed = || Unanswered::Failed("no answer".to_owned());
+        let ends = Standing::Ends("the API server no longer knows our account");
+        assert_eq!(without_answer(vec![Unanswered::Refused; TRIES]), ends);
+        for mixed in [vec![failed(), failed(), Unanswered::Refused], vec![Unanswered::Refused, failed()]] {
+            assert_eq!(without_answer(mixed), Standing::Unknown("no answer".to_owned()));
+        }
+    }
 
     #[test]
     fn only_a_daemon_set_that_stands_makes_it_an_upgrade() {

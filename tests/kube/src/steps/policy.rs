@@ -102,7 +102,7 @@ pub(super) fn before_strict(cluster: &Cluster) -> Evidence {
     cluster.get(INSIDE, &client, &url)?;
     let named = callers(cluster, &[])?;
     ensure!(named.iter().any(|caller| caller.starts_with(&format!("{OUTSIDE}/stranger "))), "it names {named:?}");
-    let later = callers(cluster, &["--watch", "5s"])?;
+    let later = callers(cluster, &["--for", "5s"])?;
     ensure!(later.is_empty(), "nobody called meanwhile, and it names {later:?}");
     Ok(vec![format!("named: {}", named.join("; ")), "and nobody in the five seconds after".to_owned()])
 }
