@@ -3,7 +3,8 @@
 use std::{
     collections::BTreeSet,
     fs, io,
-    path::PathBuf,
+    os::unix::fs::MetadataExt as _,
+    path::{Path, PathBuf},
     time::{Duration, Instant},
 };
 
@@ -130,6 +131,31 @@ pub struct Traces {
     pub node: String,
     /// How long captured flows may go on.
     pub grace: Duration,
+    /// The sockets of the agent that leaves. Another file in their place is a successor's: Istio's agent, or ours of another DaemonSet,
+    /// may be started before this one is gone.
+    pub sockets: Vec<Bound>,
+}
+
+/// A socket's file, known again by what it is and not by its path.
+#[derive(Clone, Debug)]
+pub struct Bound {
+    path: PathBuf,
+    file: (u64, u64),
+}
+
+impl Bound {
+    pub fn at(path: PathBuf) -> io::Result<Self> {
+        Ok(Self { file: file_id(&path)?, path })
+    }
+
+    fn was_replaced(&self) -> bool {
+        file_id(&self.path).is_ok_and(|file| file != self.file)
+    }
+}
+
+fn file_id(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 impl Traces {
@@ -194,7 +220,8 @@ impl Traces {
     fn files(&self) -> Vec<PathBuf> {
         let install = self.install.iter().flat_map(|i| [i.kubeconfig(), i.installed_binary()]);
         let run = [Decisions::path(&self.run_dir), socket_path(&self.run_dir), self.zds_socket.clone()];
-        install.chain(run).collect()
+        let replaced = |path: &PathBuf| self.sockets.iter().any(|bound| bound.path == *path && bound.was_replaced());
+        install.chain(run).filter(|path| !replaced(path)).collect()
     }
 
     /// Whether there was an annotation to remove.
