@@ -50,12 +50,14 @@ use config::{Kubernetes, World};
 use driver::{Driver, Settings};
 use enroll::Pace;
 use host::Host;
-use leave::{Done, Fate, Standing, Traces};
+use leave::{Bound, Done, Fate, Standing, Traces};
 use probes::Probes;
 use report::{Metrics, Reports};
 use sandbox::Sandboxes;
 use source::{FolderSource, KubernetesSource, PodSource};
 use status::{AnnotationStatus, FolderStatus, StatusWriter};
+
+use crate::request::socket_path;
 
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// Of captured flows when everything is removed: well within the grace period of a pod.
@@ -139,6 +141,7 @@ fn traces(config: &Config, host: Host, kubernetes: &Kubernetes) -> Traces {
         zds_socket: config.zds_socket.clone(),
         node: config.node.clone(),
         grace: config.grace.min(LAST_GRACE),
+        sockets: Vec::new(),
     }
 }
 
@@ -164,6 +167,9 @@ impl Agent {
         }
         let ztunnels = SeqListener::bind(&config.zds_socket)
             .with_context(|| format!("ZTUNNEL_UDS_ADDRESS: cannot listen on {}", config.zds_socket.display()))?;
+        let sockets = [socket_path(&config.run_dir), config.zds_socket.clone()].map(Bound::at);
+        let sockets =
+            sockets.into_iter().collect::<io::Result<Vec<_>>>().context("a socket that was just made is gone")?;
         let admin_listener = listen("FAIRWAY_ADMIN_ADDR", config.admin)?;
         let admin = admin_listener.local_addr()?;
         let health_listener = config.health.map(|address| listen("FAIRWAY_HEALTH_ADDR", address)).transpose()?;
@@ -176,7 +182,10 @@ impl Agent {
         let (reports_tx, reports) = watch::channel(Reports::default());
         let (synced_tx, synced) = oneshot::channel();
         let metrics = Metrics::new(&registry);
-        let Node { host, source, sandboxes, status, own } = Node::of(&config, &metrics).await?;
+        let Node { host, source, sandboxes, status, mut own } = Node::of(&config, &metrics).await?;
+        if let Some(own) = &mut own {
+            own.traces.sockets = sockets;
+        }
         let settings = Settings {
             pace: Pace { grace: config.grace, ..Pace::default() },
             node: config.node,

@@ -12,7 +12,12 @@ use cni_plugin::{
     agent::{Agent, Config},
     rules::{self, Options, host},
 };
-use mesh_net::{NetNs, isolate::test_main, link::Netlink};
+use mesh_net::{
+    NetNs,
+    isolate::test_main,
+    link::Netlink,
+    nft::{Batch, Chain, Family, Nft},
+};
 use serde_json::{Value, json};
 use tokio::task::spawn_blocking;
 
@@ -43,6 +48,9 @@ fn main() -> ExitCode {
         }),
         ("the_end_of_the_daemon_set_leaves_nothing_behind", || {
             run(the_end_of_the_daemon_set_leaves_nothing_behind());
+        }),
+        ("an_agent_of_istios_that_came_meanwhile_keeps_sockets_and_routing", || {
+            run(an_agent_of_istios_that_came_meanwhile_keeps_sockets_and_routing());
         }),
         ("a_pod_that_stays_uncaptured_gets_an_event_and_one_without_sandbox_does_not", || {
             run(a_pod_that_stays_uncaptured_gets_an_event_and_one_without_sandbox_does_not());
@@ -399,6 +407,26 @@ async fn the_end_of_the_daemon_set_leaves_nothing_behind() {
     for folder in ["/run/bin", "/run/cni", "/run/ztunnel"] {
         assert!(left(folder).is_empty(), "{folder}: {:?}", left(folder));
     }
+}
+
+async fn an_agent_of_istios_that_came_meanwhile_keeps_sockets_and_routing() {
+    let node = Node::new().await;
+    let (agent, ns, _ztunnel) = with_a_captured_pod(&node).await;
+    let sockets = ["/run/cni/pluginevent.sock", "/run/ztunnel/ztunnel.sock"];
+    let successors = sockets.map(|path| {
+        fs::remove_file(path).expect("our socket");
+        std::os::unix::net::UnixListener::bind(path).expect("bind")
+    });
+    let mut batch = Batch::new(Family::Ip);
+    batch.add_table("mangle");
+    batch.add_chain("mangle", &Chain::regular("ISTIO_PRERT"));
+    Nft::in_ns(&ns).expect("netlink").apply(batch).expect("apply");
+    agent.leave().await;
+    assert!(sockets.iter().all(|path| fs::exists(path).expect("stat")));
+    assert!(!rules::verify_installed(&ns).expect("readable"), "our rules are gone");
+    let routes = Netlink::in_ns(&ns).expect("netlink").routes(rules::model::ROUTE_TABLE).expect("routes");
+    assert!(!routes.is_empty(), "both agents use the same routing");
+    drop(successors);
 }
 
 async fn a_node_without_an_agent_is_cleaned_by_hand() {

@@ -365,7 +365,7 @@ impl Machine {
         due
     }
 
-    /// A step has ended. Pods that need nothing any more are forgotten; their uids are returned.
+    /// A step has ended.
     pub fn finish(&mut self, uid: &Uid, step: Step, outcome: &Outcome, now: Instant) {
         let Some(state) = self.pods.get_mut(uid) else { return };
         state.in_flight = None;
@@ -398,10 +398,6 @@ impl Machine {
 
     pub fn get(&self, uid: &str) -> Option<&State> {
         self.pods.get(uid)
-    }
-
-    pub fn iter(&self) -> impl Iterator<Item = (&Uid, &State)> {
-        self.pods.iter()
     }
 }
 

@@ -3,6 +3,7 @@
 use std::{
     collections::BTreeSet,
     fs, io,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -149,6 +150,31 @@ pub struct Traces {
     pub node: String,
     /// How long captured flows may go on.
     pub grace: Duration,
+    /// The sockets of the agent that leaves. Another file in their place is a successor's: Istio's agent, or ours of another DaemonSet,
+    /// may be started before this one is gone.
+    pub sockets: Vec<Bound>,
+}
+
+/// A socket's file, known again by what it is and not by its path.
+#[derive(Clone, Debug)]
+pub struct Bound {
+    path: PathBuf,
+    file: (u64, u64),
+}
+
+impl Bound {
+    pub fn at(path: PathBuf) -> io::Result<Self> {
+        Ok(Self { file: file_id(&path)?, path })
+    }
+
+    fn was_replaced(&self) -> bool {
+        file_id(&self.path).is_ok_and(|file| file != self.file)
+    }
+}
+
+fn file_id(path: &Path) -> io::Result<(u64, u64)> {
+    let metadata = fs::symlink_metadata(path)?;
+    Ok((metadata.dev(), metadata.ino()))
 }
 
 impl Traces {
@@ -207,16 +233,23 @@ impl Traces {
         for path in self.files() {
             done.add(path.display(), place::remove(&path));
         }
-        for path in KEPT.map(|name| self.zds_socket.with_file_name(name)) {
-            done.add(path.display(), remove_folder(&path));
+        // With another agent in our place, ztunnel may well stay.
+        if !self.has_successor_at(&self.zds_socket) {
+            for path in KEPT.map(|name| self.zds_socket.with_file_name(name)) {
+                done.add(path.display(), remove_folder(&path));
+            }
         }
         done
+    }
+
+    fn has_successor_at(&self, path: &Path) -> bool {
+        self.sockets.iter().any(|bound| bound.path == path && bound.was_replaced())
     }
 
     fn files(&self) -> Vec<PathBuf> {
         let install = self.install.iter().flat_map(|i| [i.kubeconfig(), i.installed_binary()]);
         let run = [Decisions::path(&self.run_dir), socket_path(&self.run_dir), self.zds_socket.clone()];
-        install.chain(run).collect()
+        install.chain(run).filter(|path| !self.has_successor_at(path)).collect()
     }
 
     /// Whether there was an annotation to remove.

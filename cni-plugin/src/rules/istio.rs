@@ -13,6 +13,19 @@ const TABLES: [&str; 3] = ["nat", "mangle", "raw"];
 const MARKER: &str = "ISTIO_PRERT";
 const CHAINS: [&str; 2] = [MARKER, "ISTIO_OUTPUT"];
 
+/// Whether the pod is captured by them, wholly or in part.
+pub fn are_present(ns: &NetNs) -> Result<bool, RulesError> {
+    let mut nft = Nft::in_ns(ns)?;
+    for family in [Family::Ip, Family::Ip6] {
+        for table in TABLES {
+            if nft.chains(family, table)?.iter().any(|chain| chain == MARKER) {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
 /// Takes the chains out, with the rules that lead to them; says whether there were any. Connections that they captured go on.
 pub fn remove(ns: &NetNs) -> Result<bool, RulesError> {
     let mut nft = Nft::in_ns(ns)?;

@@ -118,13 +118,17 @@ pub fn flush_redirects(ns: &NetNs) -> Result<()> {
     Ok(nft.apply(batch)?)
 }
 
-/// Last step of leaving: no trace remains. Captured flows that are still open are cut.
+/// Last step of leaving: no trace of ours remains. Captured flows that are still open are cut.
 pub fn remove(ns: &NetNs) -> Result<()> {
     let mut batch = Batch::new(FAMILY);
     for table in [NAT, RAW, MANGLE] {
         batch.remove_table(table);
     }
     Nft::in_ns(ns)?.apply(batch)?;
+    if istio::are_present(ns)? {
+        // Its agent has the pod by now, and uses the same routing.
+        return Ok(());
+    }
     let mut netlink = Netlink::in_ns(ns)?;
     let lo = netlink.index("lo")?;
     for (rule, route) in model::routing(lo, has_ipv6(ns)?) {

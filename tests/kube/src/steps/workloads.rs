@@ -44,6 +44,9 @@ pub(super) fn kinds(cluster: &Cluster) -> Evidence {
         kubectl::run(&["-n", INSIDE, "wait", "--for=condition=Complete", job, "--timeout=50s"])?;
     }
     kubectl::run(&["-n", INSIDE, "wait", "--for=condition=Ready", "pod/hooked", "--timeout=50s"])?;
+    let hooked = cluster.pod(INSIDE, "hooked")?;
+    // A hook that fails has its container ended and started again.
+    let failed: u64 = hooked.containers.iter().map(|container| container.2).sum();
     let host = cluster.pod(INSIDE, "host")?;
     ensure!(host.redirection.is_none(), "a pod on the host's network is annotated");
     cluster.get(INSIDE, &host.name, "http://server/")?;
@@ -60,6 +63,7 @@ pub(super) fn kinds(cluster: &Cluster) -> Evidence {
         Ok(())
     })?;
     kubectl::run(&["-n", INSIDE, "delete", "--wait=true", "pod/hooked", "job/once", "job/early"])?;
+    ensure!(failed == 0, "the postStart hook failed {failed} times before it reached a service");
     Ok(vec![
         "a Job that calls a service completes, and its pod is let go".to_owned(),
         "an init container and a postStart hook reach a service".to_owned(),
