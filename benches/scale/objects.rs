@@ -21,8 +21,7 @@ pub(crate) struct PodFacts<'a> {
 pub(crate) fn pod(facts: &PodFacts<'_>) -> Value {
     let PodFacts { namespace, name, app, uid, node, host_address, address, life } = facts;
     let ready = if *life == Life::Ready { "True" } else { "False" };
-    let condition =
-        |kind: &str, status: &str| json!({"type": kind, "status": status, "observedGeneration": 1, "lastProbeTime": null, "lastTransitionTime": TIME});
+    let condition = |kind: &str, status: &str| json!({"type": kind, "status": status, "observedGeneration": 1, "lastProbeTime": null, "lastTransitionTime": TIME});
     let mut pod = json!({
         "apiVersion": "v1",
         "kind": "Pod",
@@ -169,9 +168,19 @@ fn labels(app: &str) -> Value {
 /// Of the controller that made the pod, and of the kubelet that runs it.
 fn pod_fields(address: &str) -> Value {
     let none = || json!({});
-    let named = |names: &[&str]| -> Value { names.iter().map(|name| ((*name).to_owned(), none())).collect::<serde_json::Map<_, _>>().into() };
-    let probe = named(&["f:failureThreshold", "f:initialDelaySeconds", "f:periodSeconds", "f:successThreshold", "f:timeoutSeconds"]);
-    let env = |name: &str, value: Value| (format!("k:{{\"name\":\"{name}\"}}"), json!({".": {}, "f:name": {}, value.as_str().unwrap_or("f:value"): {}}));
+    let named = |names: &[&str]| -> Value {
+        names.iter().map(|name| ((*name).to_owned(), none())).collect::<serde_json::Map<_, _>>().into()
+    };
+    let probe = named(&[
+        "f:failureThreshold",
+        "f:initialDelaySeconds",
+        "f:periodSeconds",
+        "f:successThreshold",
+        "f:timeoutSeconds",
+    ]);
+    let env = |name: &str, value: Value| {
+        (format!("k:{{\"name\":\"{name}\"}}"), json!({".": {}, "f:name": {}, value.as_str().unwrap_or("f:value"): {}}))
+    };
     let envs: serde_json::Map<String, Value> = [
         env("POD_NAME", json!("f:valueFrom")),
         env("POD_IP", json!("f:valueFrom")),
@@ -184,10 +193,20 @@ fn pod_fields(address: &str) -> Value {
     ]
     .into_iter()
     .collect();
-    let condition = |kind: &str| (format!("k:{{\"type\":\"{kind}\"}}"), named(&[".", "f:lastProbeTime", "f:lastTransitionTime", "f:observedGeneration", "f:status", "f:type"]));
+    let condition = |kind: &str| {
+        (
+            format!("k:{{\"type\":\"{kind}\"}}"),
+            named(&[".", "f:lastProbeTime", "f:lastTransitionTime", "f:observedGeneration", "f:status", "f:type"]),
+        )
+    };
     let conditions: serde_json::Map<String, Value> =
         ["ContainersReady", "Initialized", "PodReadyToStartContainers", "Ready"].map(condition).into_iter().collect();
-    let port = |port: u16| (format!("k:{{\"containerPort\":{port},\"protocol\":\"TCP\"}}"), named(&[".", "f:containerPort", "f:name", "f:protocol"]));
+    let port = |port: u16| {
+        (
+            format!("k:{{\"containerPort\":{port},\"protocol\":\"TCP\"}}"),
+            named(&[".", "f:containerPort", "f:name", "f:protocol"]),
+        )
+    };
     let ports: serde_json::Map<String, Value> = [8080, 9090].map(port).into_iter().collect();
     let container = json!({
         ".": {}, "f:args": {}, "f:env": envs, "f:image": {}, "f:imagePullPolicy": {},
@@ -254,8 +273,10 @@ pub(crate) fn ztunnel(node: &str, address: &str) -> Value {
         life: Life::Ready,
     });
     // It is on the mesh's own ground, and in no mesh itself.
-    pod["metadata"]["annotations"] = json!({"ambient.istio.io/redirection": "disabled", "sidecar.istio.io/inject": "false"});
-    pod["metadata"]["labels"] = json!({"app": "ztunnel", "istio.io/dataplane-mode": "none", "controller-revision-hash": "6c9d8f7b5"});
+    pod["metadata"]["annotations"] =
+        json!({"ambient.istio.io/redirection": "disabled", "sidecar.istio.io/inject": "false"});
+    pod["metadata"]["labels"] =
+        json!({"app": "ztunnel", "istio.io/dataplane-mode": "none", "controller-revision-hash": "6c9d8f7b5"});
     pod["metadata"]["ownerReferences"][0]["kind"] = json!("DaemonSet");
     pod["metadata"]["ownerReferences"][0]["name"] = json!("ztunnel");
     pod

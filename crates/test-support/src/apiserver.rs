@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 use tokio::{net::TcpListener, sync::watch, task::JoinSet};
 
 pub use request::Asked;
+use request::Target;
 use store::{Key, Store};
 
 /// How a server behaves where real ones differ.
@@ -152,6 +153,12 @@ impl ApiServer {
 
     pub fn get(&self, resource: &str, namespace: &str, name: &str) -> Option<Value> {
         lock(&self.shared.store).get(&Key::new(resource, namespace, name))
+    }
+
+    /// What there is under a path, `/api/v1/nodes/n1` say.
+    pub fn at(&self, path: &str) -> Option<Value> {
+        let target = Target::of(&path.parse().ok()?)?;
+        lock(&self.shared.store).get(&target.key())
     }
 
     /// Paths of all objects, sorted.
