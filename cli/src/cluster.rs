@@ -318,6 +318,7 @@ mod tests {
             let name = format!("c{n:04}");
             api.put(json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name, "namespace": "n"}}));
         }
+        api.server.know("apis/none.example/v1/things", false);
         let cluster = api.cluster();
         assert_eq!(cluster.list("/api/v1/configmaps", "").await.unwrap().len(), PAGE + 7);
         assert_eq!(

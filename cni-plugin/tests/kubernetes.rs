@@ -19,13 +19,11 @@ use mesh_net::{
     nft::{Batch, Chain, Family, Nft},
 };
 use serde_json::{Value, json};
+use test_support::{ApiServer, apiserver::Mood};
 use tokio::task::spawn_blocking;
 
-#[path = "support/api.rs"]
-mod api;
 mod support;
 
-use api::{Api, Mood};
 use support::{Ztunnel, cni, eventually, get, netns_path, run, sandbox};
 
 fn main() -> ExitCode {
@@ -67,16 +65,24 @@ fn main() -> ExitCode {
     ])
 }
 
+const PODS: &str = "api/v1/pods";
+const NODES: &str = "api/v1/nodes";
+
 /// A node whose API server is ours.
 struct Node {
-    api: Api,
+    api: ApiServer,
 }
 
 impl Node {
     async fn new() -> Self {
         Netlink::open().expect("netlink").set_up(1).expect("lo");
         fs::create_dir_all("/run/netns").expect("mkdir");
-        let api = Api::start().await;
+        let api = ApiServer::start().await;
+        // The agent's role has pods/status only.
+        api.refuse(|asked| {
+            let is_pod = asked.path.contains("/pods/") && !asked.path.ends_with("/status");
+            (asked.method == "PATCH" && is_pod).then_some(403)
+        });
         fs::write("/run/kubeconfig", api.kubeconfig()).expect("write");
         let node = Self { api };
         node.process(1, "0::/init.scope", Path::new("/proc/self/ns/net"));
@@ -143,13 +149,13 @@ impl Node {
     fn namespace(&self, mode: &str) {
         let labels = json!({"istio.io/dataplane-mode": mode});
         let metadata = json!({"name": "demo", "labels": labels});
-        self.api.put("namespaces", json!({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}));
+        self.api.put("api/v1/namespaces", json!({"apiVersion": "v1", "kind": "Namespace", "metadata": metadata}));
     }
 
     fn pod(&self, name: &str, uid: &str, ip: &str, labels: Value) {
         let ips = if ip.is_empty() { json!([]) } else { json!([{"ip": ip}]) };
         self.api.put(
-            "pods",
+            PODS,
             json!({
                 "apiVersion": "v1", "kind": "Pod",
                 "metadata": {"name": name, "namespace": "demo", "uid": uid, "labels": labels},
@@ -166,13 +172,13 @@ impl Node {
         });
         let metadata = json!({"name": "fairway-node", "namespace": "istio-system"});
         self.api.put(
-            "daemonsets",
+            "apis/apps/v1/daemonsets",
             json!({"apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": metadata, "spec": spec}),
         );
     }
 
     fn annotation(&self, name: &str) -> Option<String> {
-        let pod = self.api.object("pods", &format!("demo/{name}"))?;
+        let pod = self.api.get(PODS, "demo", name)?;
         Some(pod["metadata"]["annotations"]["ambient.istio.io/redirection"].as_str()?.to_owned())
     }
 
@@ -311,10 +317,10 @@ async fn an_api_server_that_fails_un_enrols_nobody() {
     .await;
     rules::verify(&ns, &Options::default()).expect("still captured");
     // What happened meanwhile is caught up with.
-    node.api.delete("pods", "demo/app");
+    node.api.delete(PODS, "demo", "app");
     node.api.set(Mood::Working);
     assert_eq!(ztunnel.next().await, "del uid-app");
-    let patched_after = node.api.asked().iter().filter(|asked| asked.contains("null")).count();
+    let patched_after = node.api.asked().iter().filter(|asked| asked.body.contains("null")).count();
     assert_eq!(patched_after, 0, "an annotation goes with its pod");
     agent.stop().await;
 }
@@ -470,7 +476,10 @@ async fn a_pod_that_stays_uncaptured_gets_an_event_and_one_without_sandbox_does_
     node.pod("lost", "uid-lost", "10.0.0.8", json!({}));
     node.pod("pulling", "uid-pulling", "", json!({}));
     let agent = node.start().await;
-    let events = || node.api.asked().into_iter().filter(|asked| asked.contains("/events")).collect::<Vec<_>>();
+    let events = || {
+        let asked = node.api.asked().into_iter().filter(|asked| asked.path.contains("/events"));
+        asked.map(|asked| asked.to_string()).collect::<Vec<_>>()
+    };
     eventually("an event", async || !events().is_empty()).await;
     let shown = get(&agent, "/debug/pods").await;
     assert!(shown.contains(r#""state": "uncaptured""#) && shown.contains(r#""state": "awaited""#), "{shown}");
@@ -487,8 +496,7 @@ async fn the_taint_goes_when_the_agent_is_ready_and_not_before() {
     let taints =
         json!([{"key": "a", "effect": "NoSchedule"}, {"key": "cni.istio.io/not-ready", "effect": "NoSchedule"}]);
     let metadata = json!({"name": "n1"});
-    node.api
-        .put("nodes", json!({"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": {"taints": taints}}));
+    node.api.put(NODES, json!({"apiVersion": "v1", "kind": "Node", "metadata": metadata, "spec": {"taints": taints}}));
     let agent = node.start_installing().await;
     eventually("only the chain is missing", async || {
         let answer = get(&agent, "/readyz").await;
@@ -496,7 +504,7 @@ async fn the_taint_goes_when_the_agent_is_ready_and_not_before() {
     })
     .await;
     let keys = || {
-        let found = node.api.object("nodes", "/n1").expect("node")["spec"]["taints"].clone();
+        let found = node.api.get(NODES, "", "n1").expect("node")["spec"]["taints"].clone();
         found.as_array().expect("a list").iter().map(|t| t["key"].as_str().expect("key").to_owned()).collect::<Vec<_>>()
     };
     assert_eq!(keys(), ["a", "cni.istio.io/not-ready"]);

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 /// Crate to layer. Crates of one layer never name each other; `lab` and `cli` may use every program as a library.
-const LAYERS: [(&str, u8); 17] = [
+const LAYERS: [(&str, u8); 18] = [
     ("proto", 0),
     ("mesh-core", 0),
     ("mesh-net", 0),
@@ -16,6 +16,8 @@ const LAYERS: [(&str, u8); 17] = [
     ("control-plane", 30),
     ("lab", 35),
     ("cli", 36),
+    // Above every program, so that none can depend on it but for its tests.
+    ("test-support", 37),
     ("kube-tests", 40),
     ("system-tests", 40),
     ("benches", 40),

@@ -49,15 +49,15 @@ async fn what_is_installed_is_what_uninstall_removes() {
     for component in &COMPONENTS {
         let kind = Kind::named(component.kind).unwrap();
         let path = format!("{}/{}", kind.path(Some("istio-system")), component.name);
-        let image = api.object(&path).unwrap()["spec"]["template"]["spec"]["containers"][0]["image"].clone();
+        let image = api.server.at(&path).unwrap()["spec"]["template"]["spec"]["containers"][0]["image"].clone();
         assert_eq!(image, format!("h/{}:t", component.name));
     }
-    assert!(api.object(SYSTEM).is_some(), "the namespace is made");
+    assert!(api.server.at(SYSTEM).is_some(), "the namespace is made");
     api.put(root("shop"));
     api.put(root("istio-system"));
     let options = removal(&[]);
     uninstall::with(&api.cluster(), &options).await.unwrap();
-    assert_eq!(api.paths(), ["/api/v1/namespaces/shop/configmaps/theirs"]);
+    assert_eq!(api.server.paths(), ["/api/v1/namespaces/shop/configmaps/theirs"]);
 }
 
 #[tokio::test]
@@ -86,7 +86,7 @@ async fn a_second_installation_keeps_what_is_not_said_again_and_prunes_what_is_n
     let stale = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "stale", "namespace": "istio-system", "labels": {INSTALL: "istio-system"}}});
     api.put(stale);
     install(&api, &["--tag", "two"]).await.unwrap();
-    assert!(api.object(&format!("{SYSTEM}/services/stale")).is_none());
+    assert!(api.server.at(&format!("{SYSTEM}/services/stale")).is_none());
     let record = Record::read(&api.cluster(), "istio-system").await.unwrap().unwrap();
     assert_eq!((record.hub.as_str(), record.tag.as_str()), ("h", "two"));
     assert_eq!(record.settings, BTreeMap::from([("ztunnel.logLevel".to_owned(), "debug".to_owned())]));
@@ -108,7 +108,7 @@ async fn what_belongs_to_somebody_else_is_named_and_nothing_is_changed() {
 async fn a_cluster_that_is_not_fit_is_told_before_anything_is_changed() {
     let api = FakeApi::start().await;
     let info = json!({"operatingSystem": "linux", "kernelVersion": "4.19.0", "architecture": "amd64", "containerRuntimeVersion": "containerd://2"});
-    api.put_at("/api/v1/nodes/old", json!({"metadata": {"name": "old"}, "status": {"nodeInfo": info}}));
+    api.server.put("api/v1/nodes", json!({"metadata": {"name": "old"}, "status": {"nodeInfo": info}}));
     let mut selection = selection(&[]);
     selection.skip_check = false;
     let installation = Installation::prepare(api.cluster(), &selection).await.unwrap();
@@ -122,7 +122,7 @@ async fn a_dry_run_changes_nothing() {
     let api = FakeApi::start().await;
     let installation = Installation::prepare(api.cluster(), &selection(&[])).await.unwrap();
     installation.apply(|_| true, true).await.unwrap();
-    assert!(api.changes().is_empty() && api.paths().is_empty());
+    assert!(api.changes().is_empty() && api.server.paths().is_empty());
 }
 
 #[tokio::test]
@@ -133,7 +133,7 @@ async fn others_in_the_namespace_keep_it() {
         json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "theirs", "namespace": "istio-system"}});
     api.put(theirs);
     uninstall::with(&api.cluster(), &removal(&[])).await.unwrap();
-    assert_eq!(api.paths(), [SYSTEM.to_owned(), format!("{SYSTEM}/configmaps/theirs")]);
+    assert_eq!(api.server.paths(), [SYSTEM.to_owned(), format!("{SYSTEM}/configmaps/theirs")]);
 }
 
 #[tokio::test]
@@ -149,10 +149,13 @@ async fn a_definition_stays_while_there_are_objects_of_it() {
     api.put(define("used"));
     api.put(define("unused"));
     let object = "/apis/g.example/v1/namespaces/shop/used/one";
-    api.put_at(object, json!({"metadata": {"name": "one", "namespace": "shop"}}));
+    api.server.put(
+        "apis/g.example/v1/used",
+        json!({"apiVersion": "g.example/v1", "kind": "Used", "metadata": {"name": "one", "namespace": "shop"}}),
+    );
     uninstall::with(&api.cluster(), &removal(&[])).await.unwrap();
-    assert_eq!(api.paths(), [format!("{DEFINITIONS}/used.g.example"), object.to_owned()]);
+    assert_eq!(api.server.paths(), [format!("{DEFINITIONS}/used.g.example"), object.to_owned()]);
     api.put(define("used"));
     uninstall::with(&api.cluster(), &removal(&["--purge-crds"])).await.unwrap();
-    assert_eq!(api.paths(), [object], "the server itself deletes the objects");
+    assert_eq!(api.server.paths(), [object], "the server itself deletes the objects");
 }

@@ -188,10 +188,7 @@ mod tests {
         let server = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let api = server.block_on(FakeApi::start());
         let z = |name: &str, node: &str, ready: &str| {
-            api.put_at(
-                &format!("/api/v1/namespaces/m/pods/{name}"),
-                pod_of(name, node, json!({"app": "ztunnel"}), ready),
-            );
+            api.server.put("api/v1/pods", pod_of(name, node, json!({"app": "ztunnel"}), ready));
         };
         z("z-old", "n1", "False");
         z("z-new", "n1", "True");

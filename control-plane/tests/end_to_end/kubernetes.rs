@@ -14,17 +14,23 @@ use mesh_core::{
 use mesh_identity::csr::Csr;
 use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
 use serde_json::{Value, json};
+use test_support::{
+    ApiServer,
+    apiserver::{Mood, Options},
+};
 use tonic::{Code, Status, transport::Channel};
 
-use crate::{
-    apiserver::ApiServer,
-    support::{self, NodeProxy, Received, admin, certificate, channel, eventually, types},
-};
+use crate::support::{self, NodeProxy, Received, admin, certificate, channel, eventually, types};
 
 const PODS: &str = "api/v1/pods";
 const SERVICES: &str = "api/v1/services";
 const SECRETS: &str = "api/v1/secrets";
 const POLICIES: &str = "apis/security.istio.io/v1/authorizationpolicies";
+
+/// Whose lists come in small pages, however large a page is asked for.
+async fn api_server() -> ApiServer {
+    ApiServer::with(Options { page: 2, bookmarks: true }).await
+}
 
 struct Cluster {
     api: ApiServer,
@@ -34,7 +40,7 @@ struct Cluster {
 impl Cluster {
     /// One with a node proxy on `n1` and the pods `client` and `web`.
     async fn start() -> Self {
-        let api = ApiServer::start().await;
+        let api = api_server().await;
         api.put(PODS, ztunnel("n1"));
         api.review(&token("n1"), review("n1", "ztunnel"));
         api.put(PODS, pod("client", "10.0.0.1", "n1"));
@@ -67,9 +73,15 @@ async fn run_as(api: &ApiServer, identity: &str) -> Running {
     run_with(api, identity, Path::new("/nowhere")).await
 }
 
+fn source(api: &ApiServer, identity: &str, ca_folder: &Path) -> Source {
+    let mut config = kube::Config::new(api.url().parse().unwrap());
+    config.default_retry = false;
+    let (api_server, identity) = (Box::new(config), identity.to_owned());
+    Source::Kubernetes { api_server, ca_folder: ca_folder.to_owned(), identity }
+}
+
 async fn run_with(api: &ApiServer, identity: &str, ca_folder: &Path) -> Running {
-    let (api_server, identity) = (Box::new(api.config()), identity.to_owned());
-    let source = Source::Kubernetes { api_server, ca_folder: ca_folder.to_owned(), identity };
+    let source = source(api, identity, ca_folder);
     let any_port: SocketAddr = "127.0.0.1:0".parse().unwrap();
     let trusted_accounts = vec![("istio-system".into(), "ztunnel".into())];
     app::start(Config { trusted_accounts, ..Config::new(source, any_port, any_port) }).await.unwrap()
@@ -170,12 +182,12 @@ async fn a_history_that_was_lost_costs_nothing_but_a_new_list() {
     let mut node = cluster.node().await;
     node.initial().await;
     // While nobody watches, one pod goes and one comes.
-    cluster.api.freeze(true);
+    cluster.api.set(Mood::Frozen);
     cluster.api.cut();
     cluster.api.delete(PODS, "demo", "client");
     cluster.api.put(PODS, pod("new", "10.0.0.3", "n2"));
     cluster.api.forget();
-    cluster.api.freeze(false);
+    cluster.api.set(Mood::Working);
     let mut seen = Received { names: names(&[]), removed: names(&[]) };
     while seen.names.is_empty() || seen.removed.is_empty() {
         let (_, change, _) = node.receive().await;
@@ -188,7 +200,7 @@ async fn a_history_that_was_lost_costs_nothing_but_a_new_list() {
 
 #[tokio::test]
 async fn a_kind_is_empty_until_it_is_installed_and_nobody_connects_before_all_is_known() {
-    let api = ApiServer::start().await;
+    let api = api_server().await;
     api.know(POLICIES, false);
     api.put(SERVICES, json!({"metadata": {"namespace": "demo", "name": "web"}, "spec": {"clusterIP": "10.2.0.1", "ports": [{"port": 80}]}}));
     let running = run(&api).await;
@@ -257,7 +269,7 @@ async fn one_review_does_for_all_who_bring_the_same_token() {
     let calls = (0..8).map(|_| cluster.certificate(&token, "client"));
     let answers = futures_util::future::join_all(calls).await;
     assert!(answers.iter().all(Result::is_ok));
-    let reviews = cluster.api.requests().iter().filter(|request| request.contains("tokenreviews")).count();
+    let reviews = cluster.api.asked().iter().filter(|asked| asked.path.contains("tokenreviews")).count();
     assert_eq!(reviews, 1);
     cluster.running.stop().await;
 }
@@ -267,7 +279,7 @@ async fn while_the_api_server_answers_nothing_discovery_and_the_ca_go_on() {
     let cluster = Cluster::start().await;
     assert!(cluster.certificate(&token("n1"), "client").await.is_ok());
     let roots = roots(&cluster.api);
-    cluster.api.freeze(true);
+    cluster.api.set(Mood::Frozen);
     cluster.api.cut();
     let served = async {
         let channel = channel(cluster.running.address, &roots).await;
@@ -283,7 +295,7 @@ async fn while_the_api_server_answers_nothing_discovery_and_the_ca_go_on() {
 
 #[tokio::test]
 async fn replicas_that_start_together_share_one_ca() {
-    let api = ApiServer::start().await;
+    let api = api_server().await;
     let (a, b) = tokio::join!(run(&api), run(&api));
     let roots = roots(&api);
     for running in [&a, &b] {

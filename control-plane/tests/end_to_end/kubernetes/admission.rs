@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use http::Method;
 use mesh_identity::authority::SigningAuthority;
 use rustls_pki_types::{CertificateDer, ServerName, pem::PemObject as _};
 use tokio::{
@@ -28,8 +29,7 @@ fn configuration() -> Value {
 }
 
 async fn run(api: &ApiServer) -> Running {
-    let api_server = Box::new(api.config());
-    let source = Source::Kubernetes { api_server, ca_folder: "/nowhere".into(), identity: "a".to_owned() };
+    let source = source(api, "a", Path::new("/nowhere"));
     let any_port: SocketAddr = "127.0.0.1:0".parse().unwrap();
     app::start(Config { webhook: Some(any_port), ..Config::new(source, any_port, any_port) }).await.unwrap()
 }
@@ -160,7 +160,7 @@ async fn the_bundle_follows_a_rotation_and_is_put_back_and_nothing_is_made_where
     api.put(CONFIGURATIONS, configuration());
     bundle_is(&api, new.root_pem()).await;
     let writes =
-        || api.requests().iter().filter(|r| r.starts_with("PATCH") && r.contains("webhookconfigurations")).count();
+        || api.asked().iter().filter(|a| a.method == Method::PATCH && a.path.contains("webhookconfigurations")).count();
     assert!((4..8).contains(&writes()), "written when it differs, not again and again");
     running.stop().await;
 }

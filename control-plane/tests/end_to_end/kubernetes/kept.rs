@@ -41,7 +41,7 @@ async fn is_vouched_for(running: &Running, roots: &str) -> bool {
 
 #[tokio::test]
 async fn every_namespace_has_the_roots_and_gets_them_back() {
-    let api = ApiServer::start().await;
+    let api = api_server().await;
     for name in ["demo", "kube-system", "kube-public", "kube-node-lease", "local-path-storage"] {
         api.put(NAMESPACES, namespace(name));
     }
@@ -68,7 +68,7 @@ async fn every_namespace_has_the_roots_and_gets_them_back() {
 
 #[tokio::test]
 async fn one_replica_writes_and_another_takes_over_when_it_goes_or_dies() {
-    let api = ApiServer::start().await;
+    let api = api_server().await;
     api.put(NAMESPACES, namespace("demo"));
     let a = run_as(&api, "a").await;
     eventually("a leads", async || holder(&api).as_deref() == Some("a")).await;
@@ -94,7 +94,7 @@ async fn a_ca_that_changes_in_its_secret_takes_effect_on_everything_at_once() {
     let (old, new) =
         (SigningAuthority::generate("cluster.local").unwrap(), SigningAuthority::generate("cluster.local").unwrap());
     let both = format!("{}{}", old.root_pem(), new.root_pem());
-    let api = ApiServer::start().await;
+    let api = api_server().await;
     api.put(NAMESPACES, namespace("demo"));
     api.put(PODS, ztunnel("n1"));
     api.put(PODS, pod("client", "10.0.0.1", "n1"));
@@ -133,7 +133,7 @@ async fn a_ca_that_changes_in_its_secret_takes_effect_on_everything_at_once() {
 #[tokio::test]
 async fn objects_are_told_what_came_of_them_once() {
     const ENTRIES: &str = "apis/networking.istio.io/v1/serviceentries";
-    let api = ApiServer::start().await;
+    let api = api_server().await;
     api.put(POLICIES, policy("good", json!([{}])));
     api.put(POLICIES, policy("wrong", json!([{"form": []}])));
     api.put(ENTRIES, json!({
@@ -156,7 +156,7 @@ async fn objects_are_told_what_came_of_them_once() {
     api.put(POLICIES, corrected);
     eventually("corrected", async || told("wrong") == ["ZtunnelAccepted", "True", "Accepted"]).await;
     // One write for each thing there was to tell: good, wrong, its correction, and the addresses.
-    let writes = || api.requests().iter().filter(|request| request.contains("/status?")).count();
+    let writes = || api.asked().iter().filter(|asked| asked.path.ends_with("/status")).count();
     assert_eq!(writes(), 4);
     running.stop().await;
 
@@ -173,13 +173,7 @@ async fn objects_are_told_what_came_of_them_once() {
 async fn rotate(api: &ApiServer, step: &str) -> (bool, String) {
     let folder = tempfile::tempdir().unwrap();
     let kubeconfig = folder.path().join("config");
-    let config = json!({
-        "apiVersion": "v1", "kind": "Config", "current-context": "c",
-        "clusters": [{"name": "c", "cluster": {"server": format!("http://{}", api.address)}}],
-        "users": [{"name": "u", "user": {}}],
-        "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
-    });
-    fs::write(&kubeconfig, config.to_string()).unwrap();
+    fs::write(&kubeconfig, api.kubeconfig()).unwrap();
     let output = tokio::process::Command::new(env!("CARGO_BIN_EXE_fairwayd"))
         .args(["ca", "rotate", "--step", step])
         .env("KUBECONFIG", &kubeconfig)
@@ -193,7 +187,7 @@ async fn rotate(api: &ApiServer, step: &str) -> (bool, String) {
 
 #[tokio::test]
 async fn an_operator_rotates_the_ca_in_three_steps_and_a_step_out_of_order_is_refused() {
-    let api = ApiServer::start().await;
+    let api = api_server().await;
     let (done, told) = rotate(&api, "prepare").await;
     assert!(!done && told.contains("istio-ca-secret does not exist"), "{told}");
     api.put(NAMESPACES, namespace("demo"));
@@ -244,7 +238,7 @@ async fn a_mounted_ca_comes_before_the_secret_and_is_followed() {
     for file in ["tls.crt", "tls.key", "ca.crt"] {
         symlink(format!("..data/{file}"), mount.path().join(file)).unwrap();
     }
-    let api = ApiServer::start().await;
+    let api = api_server().await;
     let running = run_with(&api, "a", mount.path()).await;
     assert!(is_vouched_for(&running, old.root_pem()).await);
     assert_eq!(api.get(SECRETS, "istio-system", "istio-ca-secret"), None, "none is made");
