@@ -295,7 +295,6 @@ impl Fleet {
                     if node.recorded.is_some() {
                         current.names.push([name, version].map(text));
                     }
-                    self.note(id, &mut last);
                 }
                 Part::Removed(name) => {
                     let id = hash(name);
@@ -303,7 +302,6 @@ impl Fleet {
                     if node.recorded.is_some() {
                         current.removed_names.push(text(name));
                     }
-                    self.note(id, &mut last);
                 }
                 Part::Type(url) => current.type_url = TYPES.into_iter().find(|known| known.as_bytes() == url),
                 Part::Nonce(nonce) => current.nonce = String::from_utf8_lossy(nonce).into_owned(),
@@ -313,6 +311,8 @@ impl Fleet {
             for response in acknowledged {
                 let type_url = response.type_url.context("a response of another type")?;
                 node.take(type_url, &response);
+                let changed = response.upserts.iter().map(|(name, _)| *name).chain(response.removals.iter().copied());
+                changed.for_each(|name| self.note(name, &mut last));
                 let answer = DeltaDiscoveryRequest {
                     type_url: type_url.to_owned(),
                     response_nonce: response.nonce,
