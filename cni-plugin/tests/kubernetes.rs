@@ -31,6 +31,9 @@ fn main() -> ExitCode {
         ("a_new_pod_is_captured_and_annotated", || run(a_new_pod_is_captured_and_annotated())),
         ("a_label_on_the_pod_alone_is_enough", || run(a_label_on_the_pod_alone_is_enough())),
         ("running_pods_are_found_by_their_processes", || run(running_pods_are_found_by_their_processes())),
+        ("a_pod_that_bears_anothers_name_in_cgroups_hides_nobody", || {
+            run(a_pod_that_bears_anothers_name_in_cgroups_hides_nobody());
+        }),
         ("with_a_frozen_api_server_a_known_pod_starts_and_is_annotated_later", || {
             run(with_a_frozen_api_server_a_known_pod_starts_and_is_annotated_later());
         }),
@@ -165,6 +168,12 @@ impl Node {
         );
     }
 
+    fn annotate(&self, plural: &str, key: &str, annotations: Value) {
+        let mut object = self.api.object(plural, key).expect("there");
+        object["metadata"]["annotations"] = annotations;
+        self.api.put(plural, object);
+    }
+
     fn daemon_set(&self) {
         let spec = json!({
             "selector": {"matchLabels": {"k8s-app": "fairway-node"}},
@@ -275,6 +284,29 @@ async fn running_pods_are_found_by_their_processes() {
     }
     agent.stop().await;
     assert_eq!(node.annotation("a").as_deref(), Some("enabled"), "an agent that stops leaves all as it is");
+}
+
+async fn a_pod_that_bears_anothers_name_in_cgroups_hides_nobody() {
+    let node = Node::new().await;
+    node.namespace("ambient");
+    let uid = |n: u32| format!("2a4f6c8e-0b1d-4f3a-9c5e-7d9b1f3a5c{n:02x}");
+    let pods = [(1, "a", "10.0.0.7"), (2, "b", "10.0.0.8"), (3, "c", "10.0.0.9")];
+    let namespaces = pods.map(|(n, name, ip)| {
+        node.pod(name, &uid(n), ip, json!({}));
+        // Between two who say that they are it, whoever is looked for first.
+        if name != "b" {
+            node.annotate("pods", &format!("demo/{name}"), json!({"kubernetes.io/config.hash": uid(2)}));
+        }
+        let ns = sandbox(name, ip);
+        node.process(100 + n, &format!("0::/kubepods/besteffort/pod{}/c", uid(n)), &netns_path(name));
+        ns
+    });
+    let agent = node.start().await;
+    ready(&agent).await;
+    for ns in &namespaces {
+        eventually("captured", async || rules::verify(ns, &Options::default()).is_ok()).await;
+    }
+    agent.stop().await;
 }
 
 async fn with_a_frozen_api_server_a_known_pod_starts_and_is_annotated_later() {

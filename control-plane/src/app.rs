@@ -30,7 +30,7 @@ use tonic::transport::Server;
 
 use crate::{
     admission,
-    ca::CertificateService,
+    ca::{CertificateService, MAX_REQUEST},
     callers::{Bearers, Tokens},
     keeper::{
         self, Keeper, KeeperError,
@@ -149,7 +149,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .max_concurrent_streams(Some(128))
         .add_service(discovery)
-        .add_service(IstioCertificateServiceServer::new(certificates));
+        .add_service(IstioCertificateServiceServer::new(certificates).max_decoding_message_size(MAX_REQUEST));
 
     tasks.spawn(serve(router, listener, certificate, drain.clone()));
     let (pages, watcher) = (pages::server(&registry, &readiness, state, problem), drain.clone());

@@ -19,6 +19,8 @@ use crate::{callers::Bearers, metrics::Metrics, pipeline::Snapshot, placement::P
 
 /// Longer requests are no certificate requests.
 const MAX_CSR_BYTES: usize = 16 * 1024;
+/// Of a whole request, which is held before its sender is known.
+pub(crate) const MAX_REQUEST: usize = 64 * 1024;
 
 /// What the CA will sign.
 #[derive(Clone, Debug)]

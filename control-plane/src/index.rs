@@ -188,7 +188,7 @@ impl ClusterIndex {
         }
     }
 
-    /// Others that claim a host of this object, and what they select: who wins may have changed.
+    /// Others that claim a host or an address of this object, and what they select: who wins may have changed.
     fn rivals_of(&self, object: &Object, units: &mut BTreeSet<ObjectKey>) {
         for rival in self.rivals(object) {
             if let Some(object) = self.objects.get(&rival) {

@@ -86,7 +86,7 @@ impl Metrics {
             admission_reviews: by(
                 "fairwayd_admission_reviews_total",
                 "Objects the API server asked about: allowed, warned (allowed with warnings), denied, passed (not ours to judge), or \
-                 unanswered: malformed, oversized, timed_out, failed",
+                 unanswered: malformed, oversized, timed_out, displaced, failed",
                 "result",
             ),
             leader: gauge("fairway_leader", "Whether this replica writes what only one may write"),

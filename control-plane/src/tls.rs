@@ -5,17 +5,18 @@ use std::{
     net::SocketAddr,
     pin::Pin,
     sync::Arc,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
     time::{Duration, SystemTime},
 };
 
 use mesh_identity::authority::{AuthorityError, SigningAuthority};
+use mesh_runtime::crowd::Crowd;
 use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::{TcpListener, TcpStream},
-    sync::{Semaphore, mpsc, watch},
-    task::JoinSet,
+    sync::{mpsc, watch},
+    time::{Instant, Sleep},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
@@ -24,8 +25,10 @@ use tonic::transport::server::Connected;
 /// Of the server's own certificate; renewed at half of it.
 const CERTIFICATE_TTL: Duration = Duration::from_secs(30 * 24 * 3600);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
-/// Handshakes, and connections that nobody has looked at yet; further ones wait in the backlog.
+/// Handshakes, and connections that nobody has looked at yet. One more takes the place of the oldest.
 const MAX_HANDSHAKES: usize = 128;
+/// Of a peer, after which it is not there. One that speaks HTTP/2 is asked for a sign of life more often, but only once it has spoken.
+const SILENCE: Duration = Duration::from_secs(60);
 /// Rest after a failed accept: out of descriptors, most likely, and spinning would make it worse.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -88,8 +91,8 @@ fn server_config(
     Ok(Arc::new(config))
 }
 
-/// Accepts until `stop_accepting`; what was accepted ends at `stop`. Handshakes run side by side, and a peer that stalls in one costs
-/// a slot for a bounded time only.
+/// Accepts until `stop_accepting`; what was accepted ends at `stop`. Handshakes run side by side, and peers that stall in theirs keep
+/// nobody out.
 pub(crate) async fn accept(
     listener: TcpListener,
     mut certificate: Certificate,
@@ -97,19 +100,18 @@ pub(crate) async fn accept(
     stop_accepting: CancellationToken,
     stop: CancellationToken,
 ) {
-    let slots = Arc::new(Semaphore::new(MAX_HANDSHAKES));
-    let mut handshakes = JoinSet::new();
+    let mut handshakes = Crowd::new(MAX_HANDSHAKES);
     loop {
         let accepted = tokio::select! {
             () = stop_accepting.cancelled() => break,
             // Reap what has finished; an empty set is disabled by the guard.
-            Some(_) = handshakes.join_next(), if !handshakes.is_empty() => continue,
-            accepted = accept_one(&listener, &slots) => accepted,
+            Some(_) = handshakes.ended(), if !handshakes.is_empty() => continue,
+            accepted = accept_one(&listener) => accepted,
         };
-        let Some((stream, peer, slot)) = accepted else { continue };
+        let Some((stream, peer)) = accepted else { continue };
         let acceptor = TlsAcceptor::from(certificate.current(SystemTime::now()));
         let (connections, stop) = (connections.clone(), stop.clone());
-        handshakes.spawn(async move {
+        let displaced = handshakes.admit(async move {
             let handshake = tokio::time::timeout(HANDSHAKE_TIMEOUT, acceptor.accept(stream));
             let stream = match handshake.await {
                 Ok(Ok(stream)) => stream,
@@ -118,23 +120,21 @@ pub(crate) async fn accept(
             };
             // Refused only while the server is going away.
             drop(connections.send(Ok(Connection::new(stream, stop))).await);
-            // Until somebody has it: what nobody looks at must not pile up.
-            drop(slot);
         });
+        if displaced {
+            tracing::debug!(%peer, "{MAX_HANDSHAKES} TLS handshakes are under way; the oldest was given up");
+        }
     }
     handshakes.shutdown().await;
 }
 
-type Slot = tokio::sync::OwnedSemaphorePermit;
-
-async fn accept_one(listener: &TcpListener, slots: &Arc<Semaphore>) -> Option<(TcpStream, SocketAddr, Slot)> {
-    let slot = slots.clone().acquire_owned().await.ok()?;
+async fn accept_one(listener: &TcpListener) -> Option<(TcpStream, SocketAddr)> {
     match listener.accept().await {
         Ok((stream, peer)) => {
             if let Err(error) = stream.set_nodelay(true) {
                 tracing::debug!(%peer, %error, "cannot disable Nagle's algorithm");
             }
-            Some((stream, peer, slot))
+            Some((stream, peer))
         }
         Err(error) => {
             tracing::warn!(%error, "accept failed");
@@ -144,15 +144,17 @@ async fn accept_one(listener: &TcpListener, slots: &Arc<Semaphore>) -> Option<(T
     }
 }
 
-/// A connection that ends when told to, whatever streams are open on it.
+/// A connection that ends when told to, whatever streams are open on it, and when its peer has been silent for too long.
 pub(crate) struct Connection {
     stream: TlsStream<TcpStream>,
     stopped: Pin<Box<WaitForCancellationFutureOwned>>,
+    silent: Pin<Box<Sleep>>,
 }
 
 impl Connection {
     fn new(stream: TlsStream<TcpStream>, stop: CancellationToken) -> Self {
-        Self { stream, stopped: Box::pin(stop.cancelled_owned()) }
+        let silent = Box::pin(tokio::time::sleep(SILENCE));
+        Self { stream, stopped: Box::pin(stop.cancelled_owned()), silent }
     }
 }
 
@@ -167,8 +169,13 @@ impl AsyncRead for Connection {
         if self.stopped.as_mut().poll(cx).is_ready() {
             return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
         }
-        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
-        Poll::Ready(Ok(()))
+        match Pin::new(&mut self.stream).poll_read(cx, buf) {
+            Poll::Ready(read) => {
+                self.silent.as_mut().reset(Instant::now() + SILENCE);
+                Poll::Ready(read)
+            }
+            Poll::Pending => self.silent.as_mut().poll(cx).map(|()| Err(io::ErrorKind::TimedOut.into())),
+        }
     }
 }
 

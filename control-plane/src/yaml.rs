@@ -9,7 +9,8 @@ use serde_saphyr::granit_parser::{Event, Marker, Parser, ScalarStyle, ScanError,
 
 /// Nodes in one document, aliases expanded; keeps a "billion laughs" from growing.
 const MAX_NODES: usize = 200_000;
-const MAX_DEPTH: usize = 64;
+/// Nodes within nodes.
+pub(crate) const MAX_DEPTH: usize = 64;
 
 /// A value and the 1-based line it starts on.
 #[derive(Clone, Debug, PartialEq)]

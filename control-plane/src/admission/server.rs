@@ -8,12 +8,12 @@ use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::TokioIo;
 use mesh_runtime::{
     admin::{Response, json, text},
+    crowd::Crowd,
     drain::DrainWatcher,
 };
 use tokio::{
     net::TcpListener,
     sync::{Semaphore, mpsc},
-    task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
 
@@ -30,8 +30,8 @@ const PATH: &str = "/validate";
 const MAX_BODY: usize = 3 * 1024 * 1024;
 /// Of a connection, which carries one request: the API server gives up after two seconds.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// Requests being received at once; further ones wait in the backlog.
-const AT_ONCE: usize = 16;
+/// Requests being received at once. One more takes the place of the oldest: anybody may connect, and the API server waits for two seconds.
+const AT_ONCE: usize = 32;
 /// Of them, being judged: each holds its object as a tree.
 const JUDGED_AT_ONCE: usize = 2;
 /// Answers under way may go out this long after the drain began.
@@ -56,17 +56,14 @@ pub(crate) async fn serve(
     let (sender, mut connections) = mpsc::channel(1);
     let accepting = tls::accept(listener, certificate, sender, stop_accepting.clone(), stop.clone());
     let serving = async {
-        let mut requests = JoinSet::new();
+        let mut requests = Crowd::new(AT_ONCE);
         while let Some(connection) = connections.recv().await {
             let Ok(connection) = connection else { continue };
-            while requests.len() >= AT_ONCE {
-                requests.join_next().await;
+            if requests.admit(one(connection, reviewer.clone())) {
+                reviewer.count("displaced");
             }
-            // Reap what has finished.
-            while requests.try_join_next().is_some() {}
-            requests.spawn(one(connection, reviewer.clone()));
         }
-        while requests.join_next().await.is_some() {}
+        requests.finish().await;
     };
     let ending = async {
         let (_, guard) = drain.signalled().await;

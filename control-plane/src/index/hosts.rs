@@ -1,8 +1,9 @@
 //! Who a host name belongs to, and which addresses stand for it.
 //!
 //! Several Services and ServiceEntries may claim one host. In each namespace one wins: a Service, else the oldest entry. Of these
-//! winners one is canonical, the one that clients of other namespaces mean. Every answer is a function of the objects that are there,
-//! so a restart gives the same.
+//! winners one is canonical, the one that clients of other namespaces mean; but none whose addresses another namespace has the better
+//! claim to, by the same order: else whoever may write an entry anywhere could put it before any Service. Every answer is a function of
+//! the objects that are there, so a restart gives the same.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -10,13 +11,18 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::IpNet;
 use mesh_core::service::Visibility;
 
 use super::ClusterIndex;
 use crate::objects::{Kind, Object, ObjectKey, ServiceEntry, Spec};
 
-/// Host to the Services and ServiceEntries that claim it.
-pub(super) type Claims = BTreeMap<Arc<str>, BTreeSet<ObjectKey>>;
+/// Hosts and single addresses to the Services and ServiceEntries that claim them.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Claims {
+    hosts: BTreeMap<Arc<str>, BTreeSet<ObjectKey>>,
+    addresses: BTreeMap<IpAddr, BTreeSet<ObjectKey>>,
+}
 
 /// Automatic addresses, by entry and host: one of each family, or what was assigned before.
 pub(super) type Allocation = BTreeMap<(ObjectKey, Arc<str>), Vec<IpAddr>>;
@@ -28,17 +34,16 @@ impl ClusterIndex {
     /// Keeps [`Claims`] in step with one object's change.
     pub(super) fn claim(&mut self, old: Option<&Object>, new: Option<&Object>) {
         if let Some(old) = old {
-            for host in self.claimed(old) {
-                let claimants = self.claims.entry(host.clone()).or_default();
-                claimants.remove(&old.key);
-                if claimants.is_empty() {
-                    self.claims.remove(&host);
-                }
-            }
+            let hosts = self.claimed(old);
+            withdraw(&mut self.claims.hosts, hosts, &old.key);
+            withdraw(&mut self.claims.addresses, claimed_addresses(old), &old.key);
         }
         if let Some(new) = new {
             for host in self.claimed(new) {
-                self.claims.entry(host).or_default().insert(new.key.clone());
+                self.claims.hosts.entry(host).or_default().insert(new.key.clone());
+            }
+            for address in claimed_addresses(new) {
+                self.claims.addresses.entry(address).or_default().insert(new.key.clone());
             }
         }
     }
@@ -51,10 +56,12 @@ impl ClusterIndex {
         }
     }
 
-    /// The others that claim a host of this object.
+    /// The others that claim a host or an address of this object.
     pub(super) fn rivals(&self, object: &Object) -> BTreeSet<ObjectKey> {
-        let hosts = self.claimed(object);
-        let claimants = hosts.iter().filter_map(|host| self.claims.get(host)).flatten();
+        let (hosts, addresses) = (self.claimed(object), claimed_addresses(object));
+        let of_hosts = hosts.iter().filter_map(|host| self.claims.hosts.get(host));
+        let of_addresses = addresses.iter().filter_map(|address| self.claims.addresses.get(address));
+        let claimants = of_hosts.chain(of_addresses).flatten();
         claimants.filter(|key| **key != object.key).cloned().collect()
     }
 
@@ -68,7 +75,7 @@ impl ClusterIndex {
     }
 
     fn winner(&self, host: &str, namespace: &str) -> Option<&ObjectKey> {
-        let claimants = self.claims.get(host)?.iter().filter(|key| *key.namespace == *namespace);
+        let claimants = self.claims.hosts.get(host)?.iter().filter(|key| *key.namespace == *namespace);
         claimants.min_by_key(|key| self.rank(key))
     }
 
@@ -80,12 +87,21 @@ impl ClusterIndex {
 
     /// Whom clients of other namespaces mean.
     pub(super) fn is_canonical(&self, key: &ObjectKey, host: &str) -> bool {
-        let claimants = self.claims.get(host).into_iter().flatten();
-        let public = claimants.filter(|key| {
-            self.entry(key).is_none_or(|entry| entry.visibility == Some(Visibility::Public))
-                && self.winner(host, &key.namespace) == Some(*key)
-        });
-        public.min_by_key(|key| self.rank(key)) == Some(key)
+        let claimants = self.claims.hosts.get(host).into_iter().flatten();
+        let public = claimants.filter(|key| self.is_public(key) && self.winner(host, &key.namespace) == Some(*key));
+        public.min_by_key(|key| self.rank(key)) == Some(key) && !self.is_beaten(key)
+    }
+
+    /// Whether another namespace has the better claim to an address of an entry.
+    fn is_beaten(&self, key: &ObjectKey) -> bool {
+        let addresses = self.objects.get(key).map(|object| claimed_addresses(object)).unwrap_or_default();
+        let claimants = addresses.iter().filter_map(|address| self.claims.addresses.get(address)).flatten();
+        let mut foreign = claimants.filter(|other| other.namespace != key.namespace && self.is_public(other));
+        foreign.any(|other| self.rank(other) < self.rank(key))
+    }
+
+    fn is_public(&self, key: &ObjectKey) -> bool {
+        self.entry(key).is_none_or(|entry| entry.visibility == Some(Visibility::Public))
     }
 
     /// Services first, then the oldest; RFC 3339 times in UTC sort as text.
@@ -126,6 +142,29 @@ impl ClusterIndex {
     /// The automatic addresses of a host of an entry, where it has any.
     pub(crate) fn allocated(&self, key: &ObjectKey, host: &Arc<str>) -> Vec<IpAddr> {
         self.allocation.get(&(key.clone(), host.clone())).cloned().unwrap_or_default()
+    }
+}
+
+/// But not those found for hosts, which nobody else has.
+fn claimed_addresses(object: &Object) -> Vec<IpAddr> {
+    match &object.spec {
+        Spec::Service(service) if !service.external_name => service.addresses.clone(),
+        Spec::ServiceEntry(entry) if entry.visibility.is_some() => {
+            let single = entry.addresses.iter().filter(|net| net.prefix_len() == net.max_prefix_len());
+            single.map(IpNet::addr).collect()
+        }
+        _ => Vec::new(),
+    }
+}
+
+fn withdraw<K: Ord>(claims: &mut BTreeMap<K, BTreeSet<ObjectKey>>, of: Vec<K>, key: &ObjectKey) {
+    for claimed in of {
+        if let Some(claimants) = claims.get_mut(&claimed) {
+            claimants.remove(key);
+            if claimants.is_empty() {
+                claims.remove(&claimed);
+            }
+        }
     }
 }
 

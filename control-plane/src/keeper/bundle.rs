@@ -14,7 +14,11 @@ use mesh_runtime::drain::DrainWatcher;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
-use super::{MANAGER, RETRY, listed::Listed, within};
+use super::{
+    MANAGER, RETRY,
+    listed::{Listed, Standing},
+    within,
+};
 use crate::{
     apiserver::watch::{self as apiwatch, Event},
     app::TaskFailed,
@@ -61,7 +65,7 @@ async fn lead(
     let tell = |event: Event<ValidatingWebhookConfiguration>| event.map(|of| (of.name_any(), bundles(&of)));
     let watching = apiwatch::watch(api.clone(), &fields, sender, tell);
     let writing = async {
-        let (mut held, standing) = (Listed::<Bundles>::default(), Standing(metrics.clone()));
+        let (mut held, standing) = (Listed::<Bundles>::default(), Standing::new(KIND, &metrics));
         loop {
             let roots = authority.borrow_and_update().root_pem().to_owned();
             let patch = held.objects.get(name).and_then(|held| wanting(name, held, &roots));
@@ -85,30 +89,6 @@ async fn lead(
     tokio::select! {
         () = watching => {}
         () = writing => {}
-    }
-}
-
-/// The watch's standing in the metrics, which are those of a leader only.
-struct Standing(Metrics);
-
-impl Standing {
-    fn note(&self, event: &Event<(String, Bundles)>) {
-        match event {
-            Event::Failing(why) => {
-                let is_news = self.0.watch_failed(KIND);
-                if is_news {
-                    tracing::warn!(why, "the webhook configuration cannot be watched; its caBundle stays as it is");
-                }
-            }
-            Event::Recovered | Event::Unknown => self.0.watch_recovered(KIND),
-            _ => {}
-        }
-    }
-}
-
-impl Drop for Standing {
-    fn drop(&mut self) {
-        self.0.watch_recovered(KIND);
     }
 }
 

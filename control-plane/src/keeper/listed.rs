@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::apiserver::watch::Event;
+use crate::{apiserver::watch::Event, metrics::Metrics};
 
 /// Objects by the name or namespace that tells them apart.
 #[derive(Debug)]
@@ -39,5 +39,40 @@ impl<T> Listed<T> {
             }
             Event::Unknown | Event::Failing(_) | Event::Recovered => {}
         }
+    }
+}
+
+/// A watch's standing in the log and the metrics, which are those of a leader only.
+pub(super) struct Standing {
+    what: &'static str,
+    metrics: Metrics,
+}
+
+impl Standing {
+    pub(super) fn new(what: &'static str, metrics: &Metrics) -> Self {
+        Self { what, metrics: metrics.clone() }
+    }
+
+    pub(super) fn note<T>(&self, event: &Event<T>) {
+        match event {
+            Event::Failing(why) => {
+                let is_news = self.metrics.watch_failed(self.what);
+                if is_news {
+                    tracing::warn!(
+                        why,
+                        what = self.what,
+                        "cannot be watched; what was published of the CA stays as it is"
+                    );
+                }
+            }
+            Event::Recovered | Event::Unknown => self.metrics.watch_recovered(self.what),
+            _ => {}
+        }
+    }
+}
+
+impl Drop for Standing {
+    fn drop(&mut self) {
+        self.metrics.watch_recovered(self.what);
     }
 }

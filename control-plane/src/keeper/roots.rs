@@ -15,9 +15,14 @@ use kube::{
 };
 use mesh_identity::authority::SigningAuthority;
 use mesh_runtime::drain::DrainWatcher;
+use serde::{Deserialize, Deserializer};
 use tokio::sync::{mpsc, watch};
 
-use super::{MANAGER, RETRY, listed::Listed, within};
+use super::{
+    MANAGER, RETRY,
+    listed::{Listed, Standing},
+    within,
+};
 use crate::{
     apiserver::watch::{self as apiwatch, Event},
     app::TaskFailed,
@@ -26,6 +31,8 @@ use crate::{
 };
 
 const NAME: &str = "istio-ca-root-cert";
+/// As the metrics call their watch.
+const NAMESPACES: &str = "Namespace of istio-ca-root-cert";
 const KEY: &str = "root-cert.pem";
 const LABEL: &str = "istio.io/config";
 /// Namespaces in which nothing runs that needs them.
@@ -86,7 +93,7 @@ pub(crate) async fn publish(
 async fn lead(client: Client, mut authority: watch::Receiver<Arc<SigningAuthority>>, metrics: Metrics) {
     let (sender, mut events) = mpsc::channel(256);
     let namespaces: Api<PartialObjectMeta<Namespace>> = Api::all(client.clone());
-    let configmaps: Api<ConfigMap> = Api::all(client.clone());
+    let configmaps: Api<Published> = Api::all(client.clone());
     let fields = format!("metadata.name={NAME}");
     let watching = async {
         tokio::join!(
@@ -102,6 +109,14 @@ async fn lead(client: Client, mut authority: watch::Receiver<Arc<SigningAuthorit
     };
     let writing = async {
         let mut held = Held::default();
+        let standings = [NAMESPACES, NAME].map(|what| Standing::new(what, &metrics));
+        let take = |held: &mut Held, seen: Seen| {
+            match &seen {
+                Seen::Namespace(event) => standings[0].note(event),
+                Seen::Roots(event) => standings[1].note(event),
+            }
+            held.on(seen);
+        };
         loop {
             let roots = authority.borrow_and_update().root_pem().to_owned();
             let failed = write(&client, &mut held, &roots, &metrics).await;
@@ -113,14 +128,14 @@ async fn lead(client: Client, mut authority: watch::Receiver<Arc<SigningAuthorit
             };
             tokio::select! {
                 seen = events.recv() => match seen {
-                    Some(seen) => held.on(seen),
+                    Some(seen) => take(&mut held, seen),
                     None => return,
                 },
                 changed = authority.changed() => if changed.is_err() { return },
                 () = retry => {}
             }
             while let Ok(seen) = events.try_recv() {
-                held.on(seen);
+                take(&mut held, seen);
             }
         }
     };
@@ -133,7 +148,7 @@ async fn lead(client: Client, mut authority: watch::Receiver<Arc<SigningAuthorit
 /// Whether something could not be written.
 async fn write(client: &Client, held: &mut Held, roots: &str, metrics: &Metrics) -> bool {
     let writes = held.wanting(roots).into_iter().map(|namespace| async move {
-        let api: Api<ConfigMap> = Api::namespaced(client.clone(), &namespace);
+        let api: Api<Published> = Api::namespaced(client.clone(), &namespace);
         let params = PatchParams::apply(MANAGER).force();
         let written = within(api.patch(NAME, &params, &Patch::Apply(configmap(&namespace, roots)))).await;
         (namespace, written)
@@ -156,7 +171,50 @@ async fn write(client: &Client, held: &mut Held, roots: &str, metrics: &Metrics)
     failed
 }
 
-fn content(map: &ConfigMap) -> Option<String> {
+/// The ConfigMap as it is read: without `managedFields`, which whoever may write it in his namespace may nest deeper than JSON is read,
+/// and the list of all namespaces would be lost.
+#[derive(Clone, Debug, Default, Deserialize)]
+struct Published {
+    #[serde(default, deserialize_with = "kept")]
+    metadata: ObjectMeta,
+    data: Option<BTreeMap<String, String>>,
+}
+
+fn kept<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Kept {
+        name: Option<String>,
+        namespace: Option<String>,
+        resource_version: Option<String>,
+        labels: Option<BTreeMap<String, String>>,
+    }
+    let Kept { name, namespace, resource_version, labels } = Kept::deserialize(deserializer)?;
+    Ok(ObjectMeta { name, namespace, resource_version, labels, ..ObjectMeta::default() })
+}
+
+impl k8s_openapi::Resource for Published {
+    const API_VERSION: &'static str = ConfigMap::API_VERSION;
+    const GROUP: &'static str = ConfigMap::GROUP;
+    const KIND: &'static str = ConfigMap::KIND;
+    const VERSION: &'static str = ConfigMap::VERSION;
+    const URL_PATH_SEGMENT: &'static str = ConfigMap::URL_PATH_SEGMENT;
+    type Scope = <ConfigMap as k8s_openapi::Resource>::Scope;
+}
+
+impl k8s_openapi::Metadata for Published {
+    type Ty = ObjectMeta;
+
+    fn metadata(&self) -> &ObjectMeta {
+        &self.metadata
+    }
+
+    fn metadata_mut(&mut self) -> &mut ObjectMeta {
+        &mut self.metadata
+    }
+}
+
+fn content(map: &Published) -> Option<String> {
     let labelled = map.labels().get(LABEL).is_some_and(|value| value == "true");
     map.data.as_ref().filter(|_| labelled).and_then(|data| data.get(KEY)).cloned()
 }
@@ -180,6 +238,16 @@ mod tests {
 
     fn set<T>(name: &str, object: T) -> Event<(String, T)> {
         Event::Set((name.to_owned(), object))
+    }
+
+    #[test]
+    fn a_configmap_with_managed_fields_of_any_depth_is_read() {
+        let nested = r#"{"f:a":"#.repeat(2000) + "{}" + &"}".repeat(2000);
+        let text = format!(
+            r#"{{"metadata": {{"name": "{NAME}", "namespace": "demo", "labels": {{"{LABEL}": "true"}},
+                "managedFields": [{{"manager": "m", "fieldsV1": {nested}}}]}}, "data": {{"{KEY}": "roots"}}}}"#
+        );
+        assert_eq!(content(&serde_json::from_str(&text).unwrap()).as_deref(), Some("roots"));
     }
 
     #[test]

@@ -19,7 +19,7 @@ use proto::{
     discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
 };
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
-use tokio::sync::mpsc;
+use tokio::{net::TcpStream, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, transport::Channel};
 
@@ -309,5 +309,28 @@ async fn a_missing_folder_is_not_taken_for_an_empty_mesh() {
         tokio::task::yield_now().await;
     }
     assert!(!mesh.admin("/healthz/ready").await.starts_with("HTTP/1.1 200"));
+    mesh.running.stop().await;
+}
+
+#[tokio::test]
+async fn peers_who_connect_and_say_nothing_keep_no_proxy_out() {
+    let mesh = Mesh::start(&[]).await;
+    ready(&mesh).await;
+    // More than there are places for handshakes.
+    let mut silent = Vec::new();
+    for _ in 0..200 {
+        silent.push(TcpStream::connect(mesh.running.address).await.unwrap());
+    }
+    // Sooner than those are given up on.
+    let channel = tokio::time::timeout(Duration::from_secs(8), mesh.channel()).await.expect("a handshake");
+    drop((channel, silent));
+    mesh.running.stop().await;
+}
+
+#[tokio::test]
+async fn a_request_to_the_ca_that_is_too_large_is_not_even_received() {
+    let mesh = Mesh::start(&[]).await;
+    let refused = mesh.certificate(None, None, "x".repeat(100_000)).await.unwrap_err();
+    assert_eq!(refused.code(), Code::OutOfRange, "{refused}");
     mesh.running.stop().await;
 }

@@ -232,6 +232,24 @@ async fn what_is_wrong_is_told_of_the_object_and_denied() {
 }
 
 #[tokio::test]
+async fn an_object_nested_too_deep_to_be_read_is_denied_and_harms_no_other() {
+    let api = ApiServer::start().await;
+    let mut deep = policy("deep", json!([{}]));
+    deep["spec"]["x"] = (0..300).fold(json!({}), |within, _| json!({ "y": within }));
+    // Definitions keep it as it is written.
+    deep["status"] = deep["spec"]["x"].clone();
+    api.put(POLICIES, deep);
+    api.put(POLICIES, policy("good", json!([{}])));
+    let running = run(&api).await;
+    support::ready(running.admin_address).await;
+    let metrics = async || admin(running.admin_address, "/metrics").await;
+    assert!(metrics().await.contains("fairwayd_policies 2"), "{}", metrics().await);
+    let told = r#""field":"spec.x","message":"unknown field","object":"AuthorizationPolicy demo/deep""#;
+    assert!(admin(running.admin_address, "/debug/problems").await.contains(told));
+    running.stop().await;
+}
+
+#[tokio::test]
 async fn a_certificate_is_for_an_account_on_the_node_of_the_callers_pod() {
     let cluster = Cluster::start().await;
     cluster.api.review(&token("other account"), review("n1", "web"));

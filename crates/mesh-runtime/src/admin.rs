@@ -7,13 +7,14 @@ use http::{HeaderMap, Method, StatusCode, header};
 use http_body_util::Full;
 use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{net::TcpListener, sync::Semaphore, task::JoinSet};
+use tokio::net::{TcpListener, TcpStream};
 
-use crate::{drain::DrainWatcher, metrics::Registry, readiness::Readiness};
+use crate::{crowd::Crowd, drain::DrainWatcher, metrics::Registry, readiness::Readiness};
 
 pub mod scrape;
 
-/// Open admin connections at once; further ones wait in the backlog.
+/// Open admin connections at once. One more takes the place of the oldest, so that nobody who does not read what he asked for keeps the
+/// kubelet's probes out.
 const MAX_CONNECTIONS: usize = 64;
 const HEADER_TIMEOUT: Duration = Duration::from_secs(2);
 const HEADER_BYTES: usize = 8 * 1024;
@@ -88,37 +89,28 @@ impl AdminServer {
     pub async fn serve(self, listener: std::net::TcpListener, drain: DrainWatcher) -> io::Result<()> {
         listener.set_nonblocking(true)?;
         let listener = TcpListener::from_std(listener)?;
-        let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
         let routes = Arc::new(self);
-        let mut connections = JoinSet::new();
+        let mut connections = Crowd::new(MAX_CONNECTIONS);
         let stop = drain.signalled();
         tokio::pin!(stop);
         loop {
             let accepted = tokio::select! {
                 _ = &mut stop => break,
                 // Reap what has finished; an empty set is disabled by the guard.
-                Some(_) = connections.join_next(), if !connections.is_empty() => continue,
-                accepted = accept(&listener, &permits) => accepted,
+                Some(_) = connections.ended(), if !connections.is_empty() => continue,
+                accepted = accept(&listener) => accepted,
             };
-            let Some((stream, permit)) = accepted else { continue };
-            let (routes, drain) = (routes.clone(), drain.clone());
-            connections.spawn(async move {
-                connection(routes, stream, drain).await;
-                drop(permit);
-            });
+            let Some(stream) = accepted else { continue };
+            connections.admit(connection(routes.clone(), stream, drain.clone()));
         }
-        connections.join_all().await;
+        connections.finish().await;
         Ok(())
     }
 }
 
-async fn accept(
-    listener: &TcpListener,
-    permits: &Arc<Semaphore>,
-) -> Option<(tokio::net::TcpStream, tokio::sync::OwnedSemaphorePermit)> {
-    let permit = permits.clone().acquire_owned().await.ok()?;
+async fn accept(listener: &TcpListener) -> Option<TcpStream> {
     match listener.accept().await {
-        Ok((stream, _)) => Some((stream, permit)),
+        Ok((stream, _)) => Some(stream),
         Err(error) => {
             // Out of descriptors, most likely: spinning would make it worse.
             tracing::warn!(%error, "admin accept failed");
@@ -128,7 +120,7 @@ async fn accept(
     }
 }
 
-async fn connection(routes: Arc<AdminServer>, stream: tokio::net::TcpStream, drain: DrainWatcher) {
+async fn connection(routes: Arc<AdminServer>, stream: TcpStream, drain: DrainWatcher) {
     let service = service_fn(|request: http::Request<Incoming>| {
         let routes = routes.clone();
         async move { Ok::<_, Infallible>(dispatch(&routes, &request).await) }
@@ -249,7 +241,7 @@ mod tests {
     use crate::drain;
 
     async fn ask(address: std::net::SocketAddr, request: &str) -> String {
-        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(request.as_bytes()).await.unwrap();
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
@@ -293,6 +285,27 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn peers_who_take_every_place_and_stay_keep_nobody_out() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let (_trigger, watcher) = drain::channel();
+        let server = AdminServer::new().readiness("/healthz/ready", &Readiness::default());
+        // As a page is that its reader does not read.
+        let server = server.route("/endless", |_| std::future::pending());
+        let serving = tokio::spawn(server.serve(listener, watcher));
+        let mut staying = Vec::new();
+        for _ in 0..=MAX_CONNECTIONS {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            stream.write_all(b"GET /endless HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+            staying.push(stream);
+        }
+        let request = "GET /healthz/ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+        let asked = tokio::time::timeout(Duration::from_secs(30), ask(address, request));
+        assert!(asked.await.expect("answered").starts_with("HTTP/1.1 200"));
+        serving.abort();
+    }
+
+    #[tokio::test]
     async fn headers_beyond_the_buffer_are_refused() {
         let (address, _trigger) = serve();
         let request = format!("GET /healthz/ready HTTP/1.1\r\nhost: x\r\nlong: {}", "x".repeat(HEADER_BYTES));
@@ -302,7 +315,7 @@ mod tests {
     #[tokio::test]
     async fn a_client_may_close_its_side_before_it_has_its_answer() {
         let (address, _trigger) = serve();
-        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        let mut stream = TcpStream::connect(address).await.unwrap();
         stream.write_all(b"GET /healthz/ready HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
         stream.shutdown().await.unwrap();
         let mut answer = String::new();

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod admin;
+pub mod crowd;
 pub mod drain;
 pub mod env;
 pub mod folder;

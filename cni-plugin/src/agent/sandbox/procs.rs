@@ -1,7 +1,7 @@
 //! Pods found by their processes.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     fs, io,
     io::Read,
     os::unix::fs::MetadataExt,
@@ -33,56 +33,65 @@ struct Candidate {
 /// Finds them all in one walk over the node's processes. Those in the node's own namespace are passed over.
 pub fn find(host: &Host, pods: &[Arc<Pod>]) -> HashMap<Uid, Result<NetNs, SandboxError>> {
     let with_address = || pods.iter().filter(|pod| !pod.ips.is_empty());
-    let wanted: HashMap<&str, &str> = with_address().map(|pod| (name_in_cgroups(pod), pod.uid.as_str())).collect();
+    // A set: anybody may annotate a pod of theirs with the name of another, which must not be lost by that.
+    let wanted: HashSet<&str> = with_address().flat_map(|pod| names_in_cgroups(pod)).collect();
     // Without anybody to look for, the walk would be for nothing.
-    let mut candidates = if wanted.is_empty() { Ok(HashMap::new()) } else { walk(host, &wanted) };
-    let mut found = |pod: &Pod| {
+    let candidates = if wanted.is_empty() { Ok(HashMap::new()) } else { walk(host, &wanted).map_err(Arc::new) };
+    let found = |pod: &Pod| {
         if pod.ips.is_empty() {
             return Err(SandboxError::NoAddress);
         }
         let candidates =
-            candidates.as_mut().map_err(|e| SandboxError::NoProcesses(host.proc.clone(), Arc::clone(e)))?;
-        choose(candidates.remove(pod.uid.as_str()).unwrap_or_default(), pod)
+            candidates.as_ref().map_err(|e| SandboxError::NoProcesses(host.proc.clone(), Arc::clone(e)))?;
+        let named = names_in_cgroups(pod).filter_map(|name| candidates.get(name));
+        choose(named.flatten(), pod)
     };
     pods.iter().map(|pod| (pod.uid.as_str().into(), found(pod))).collect()
 }
 
-fn name_in_cgroups(pod: &Pod) -> &str {
-    pod.annotations.get(CONFIG_HASH).map_or(&pod.uid, String::as_str)
+/// The names a pod may have there. Which of them is its own, its address tells.
+fn names_in_cgroups(pod: &Pod) -> impl Iterator<Item = &str> {
+    [Some(&pod.uid), pod.annotations.get(CONFIG_HASH)].into_iter().flatten().map(String::as_str)
 }
 
+/// By name in cgroups, the oldest first.
 type Candidates<'a> = HashMap<&'a str, Vec<Candidate>>;
 
-fn walk<'a>(host: &Host, wanted: &HashMap<&str, &'a str>) -> Result<Candidates<'a>, Arc<io::Error>> {
+fn walk<'a>(host: &Host, wanted: &HashSet<&'a str>) -> io::Result<Candidates<'a>> {
     let mut found: HashMap<&str, BTreeMap<NetNsId, Candidate>> = HashMap::new();
-    for entry in fs::read_dir(&host.proc).map_err(Arc::new)? {
-        let process = entry.map_err(Arc::new)?.path();
+    for entry in fs::read_dir(&host.proc)? {
+        let process = entry?.path();
         let is_process = process.file_name().is_some_and(|name| name.as_encoded_bytes().iter().all(u8::is_ascii_digit));
         // A process that ends while we look is none of those we look for.
-        let Some((uid, candidate)) = is_process.then(|| candidate(&process, host, wanted)).flatten() else { continue };
-        let namespaces = found.entry(uid).or_default();
+        let Some((name, candidate)) = is_process.then(|| candidate(&process, host, wanted)).flatten() else { continue };
+        let namespaces = found.entry(name).or_default();
         match namespaces.get(&candidate.id) {
             Some(known) if known.started <= candidate.started => {}
             _ => drop(namespaces.insert(candidate.id, candidate)),
         }
     }
-    Ok(found.into_iter().map(|(uid, namespaces)| (uid, namespaces.into_values().collect())).collect())
+    let sorted = |namespaces: BTreeMap<NetNsId, Candidate>| {
+        let mut candidates: Vec<Candidate> = namespaces.into_values().collect();
+        candidates.sort_by_key(|candidate| candidate.started);
+        candidates
+    };
+    Ok(found.into_iter().map(|(name, namespaces)| (name, sorted(namespaces))).collect())
 }
 
-fn candidate<'a>(process: &Path, host: &Host, wanted: &HashMap<&str, &'a str>) -> Option<(&'a str, Candidate)> {
+fn candidate<'a>(process: &Path, host: &Host, wanted: &HashSet<&'a str>) -> Option<(&'a str, Candidate)> {
     let path = process.join("ns/net");
     let namespace = fs::metadata(&path).ok()?;
     let id = NetNsId { dev: namespace.dev(), ino: namespace.ino() };
     if id == host.netns_id() {
         return None;
     }
-    let Ok(uid) = pod_uid(&read(&process.join("cgroup"))?) else {
+    let Ok(name) = pod_uid(&read(&process.join("cgroup"))?) else {
         tracing::debug!(process = %process.display(), "its cgroups name several pods");
         return None;
     };
-    let uid = wanted.get(uid?.as_str())?;
+    let name = wanted.get(name?.as_str())?;
     let started = start_time(&read(&process.join("stat"))?)?;
-    Some((uid, Candidate { id, path, started }))
+    Some((name, Candidate { id, path, started }))
 }
 
 fn read(path: &Path) -> Option<String> {
@@ -97,11 +106,10 @@ fn start_time(stat: &str) -> Option<u64> {
 }
 
 /// A pod may hold further namespaces (of containers in a container): its own is that of its oldest process, and has its address.
-fn choose(mut candidates: Vec<Candidate>, pod: &Pod) -> Result<NetNs, SandboxError> {
-    candidates.sort_by_key(|candidate| candidate.started);
+fn choose<'a>(candidates: impl Iterator<Item = &'a Candidate>, pod: &Pod) -> Result<NetNs, SandboxError> {
     let mut error = SandboxError::NoProcess;
     for Candidate { id, path, .. } in candidates {
-        match open(id, &path, pod) {
+        match open(*id, path, pod) {
             Ok(ns) => return Ok(ns),
             Err(why) => error = why,
         }

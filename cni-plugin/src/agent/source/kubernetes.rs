@@ -9,7 +9,7 @@ use std::{
 };
 
 use futures_util::StreamExt;
-use k8s_openapi::{NamespaceResourceScope, api::core::v1::Namespace};
+use k8s_openapi::{NamespaceResourceScope, api::core::v1::Namespace, apimachinery::pkg::apis::meta::v1::Time};
 use kube::{
     Api, Client, Resource,
     api::ObjectMeta,
@@ -21,7 +21,7 @@ use kube::{
 };
 use mesh_runtime::{drain::DrainWatcher, telemetry::error_chain};
 use prometheus::IntCounterVec;
-use serde::{Deserialize, de::IgnoredAny};
+use serde::{Deserialize, Deserializer, de::IgnoredAny};
 use tokio::sync::watch;
 
 use super::{Enrolment, PodSource, View, publish};
@@ -45,9 +45,29 @@ pub struct KubernetesSource {
 #[derive(Clone, Default, Deserialize)]
 #[serde(default)]
 pub struct WatchedPod {
+    #[serde(deserialize_with = "kept")]
     metadata: ObjectMeta,
     spec: Option<Spec>,
     status: Option<Status>,
+}
+
+/// Without `managedFields`: anybody may nest those in a pod of theirs deeper than JSON is read, and the list of the node would be lost.
+fn kept<'de, D: Deserializer<'de>>(deserializer: D) -> Result<ObjectMeta, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "camelCase")]
+    struct Kept {
+        name: Option<String>,
+        namespace: Option<String>,
+        uid: Option<String>,
+        resource_version: Option<String>,
+        labels: Option<Labels>,
+        annotations: Option<Labels>,
+        deletion_timestamp: Option<Time>,
+    }
+    let Kept { name, namespace, uid, resource_version, labels, annotations, deletion_timestamp } =
+        Kept::deserialize(deserializer)?;
+    let rest = ObjectMeta::default();
+    Ok(ObjectMeta { name, namespace, uid, resource_version, labels, annotations, deletion_timestamp, ..rest })
 }
 
 impl fmt::Debug for WatchedPod {
@@ -221,6 +241,14 @@ mod tests {
         assert_eq!((ours.service_account.as_str(), ours.ips.len(), ours.terminating), ("sa", 2, true));
         assert_eq!(enrolment(&ours).map(|e| e.redirection), Some(crate::agent::enroll::Redirection::Pending));
         assert_eq!(pod(r#"{"metadata": {"name": "a", "uid": "u"}, "spec": {}}"#).into_pod(), None, "not bound yet");
+    }
+
+    #[test]
+    fn a_pod_with_managed_fields_of_any_depth_is_read() {
+        let nested = format!("{}{}", r#"{"f:a":"#.repeat(2000), "{}".to_owned() + &"}".repeat(2000));
+        let text = FULL.replace(r#"{"manager": "kubelet"}"#, &format!(r#"{{"manager": "m", "fieldsV1": {nested}}}"#));
+        assert!(text.len() > FULL.len() + 10_000);
+        assert!(pod(&text).into_pod().is_some());
     }
 
     fn names(listing: &Listing<String, u32>) -> Option<Vec<&str>> {

@@ -199,3 +199,32 @@ fn a_wrong_entry_is_told_by_file_line_field_and_remedy() {
     let found: Vec<String> = world.catalogue.problems().iter().map(|p| p.field.clone()).collect();
     assert_eq!(found, ["spec.hosts[0]", "spec.hosts[2]", "spec.hosts[3]"]);
 }
+
+#[test]
+fn an_entry_with_the_address_of_anothers_service_is_not_what_third_namespaces_mean() {
+    let taker = |created: &str| {
+        let metadata = format!("namespace: aaa, name: taker, creationTimestamp: {created:?}");
+        let spec = "{hosts: [taker.example], addresses: [10.96.0.7], ports: [{number: 80, name: http}], resolution: STATIC, endpoints: [{address: 192.0.2.1}]}";
+        entry(&metadata, spec)
+    };
+    let service = "apiVersion: v1\nkind: Service\nmetadata: {namespace: demo, name: web}\nspec: {clusterIP: 10.96.0.7, ports: [{port: 80}]}\n";
+    let older = entry(
+        "namespace: demo, name: older, creationTimestamp: \"2020-01-01T00:00:00Z\"",
+        "{hosts: [older.example], addresses: [10.96.0.7], ports: [{number: 80, name: http}], resolution: STATIC, endpoints: [{address: 192.0.2.2}]}",
+    );
+    let meant = |world: &World, client: &str| {
+        let address = mesh_core::addr::NetworkAddress::new("", "10.96.0.7".parse().unwrap());
+        world.index.model().service_by_vip(&address, client).map(|service| service.hostname.to_string())
+    };
+    let mut world = World::new();
+    world.set("taker.yaml", &taker("2021-01-01T00:00:00Z"));
+    let own = Some("taker.example".to_owned());
+    assert_eq!(meant(&world, "other"), own);
+    for (others, expected) in [(service, "web.demo.svc.cluster.local"), (&*older, "older.example")] {
+        world.set("others.yaml", others);
+        assert_eq!(meant(&world, "other").as_deref(), Some(expected));
+        assert_eq!(meant(&world, "aaa"), own, "for itself a namespace may");
+        world.set("others.yaml", "");
+        assert_eq!(meant(&world, "other"), own);
+    }
+}

@@ -6,14 +6,14 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::{Resource, core::DynamicResourceScope};
 use serde::{
     Deserialize, Deserializer,
-    de::{IgnoredAny, MapAccess, SeqAccess, Visitor},
+    de::{DeserializeSeed, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 
 use super::Watched;
 use crate::{
     objects::{self, ObjectKey, Read, Settings},
     problem::Place,
-    yaml::{Entry, Node, Value},
+    yaml::{Entry, MAX_DEPTH, Node, Value},
 };
 
 /// Short-lived: [`Received::read`] turns it into what is kept.
@@ -85,7 +85,7 @@ fn entry(key: String, value: Node) -> Entry {
 
 impl<'de> Deserialize<'de> for Received {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let Json(node) = Json::deserialize(deserializer)?;
+        let node = Json { within: MAX_DEPTH }.deserialize(deserializer)?;
         let Value::Map(fields) = node.value else { return Err(serde::de::Error::custom("an object must have fields")) };
         let metadata = fields.iter().find(|entry| entry.key == "metadata").map(|entry| &entry.value.value);
         let of = |name: &str| match metadata {
@@ -100,16 +100,27 @@ impl<'de> Deserialize<'de> for Received {
     }
 }
 
-/// JSON as the tree that manifests are read from.
-struct Json(Node);
+/// JSON as the tree that manifests are read from. What is nested deeper than those may be is nothing there, below a field that nobody
+/// knows. Were it read on, an object of somebody who writes what he likes into such a field would be deeper than `serde_json` reads, and
+/// with it the list of all of its kind lost.
+#[derive(Clone, Copy)]
+struct Json {
+    within: usize,
+}
 
-impl<'de> Deserialize<'de> for Json {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(Tree).map(node).map(Json)
+impl<'de> DeserializeSeed<'de> for Json {
+    type Value = Node;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Node, D::Error> {
+        match self.within.checked_sub(1) {
+            Some(within) => deserializer.deserialize_any(Tree(Self { within })).map(node),
+            None => deserializer.deserialize_ignored_any(IgnoredAny).map(|_| node(Value::Null)),
+        }
     }
 }
 
-struct Tree;
+/// With what is to become of what is in it.
+struct Tree(Json);
 
 impl<'de> Visitor<'de> for Tree {
     type Value = Value;
@@ -156,7 +167,7 @@ impl<'de> Visitor<'de> for Tree {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
         let mut list = Vec::new();
-        while let Some(Json(item)) = items.next_element()? {
+        while let Some(item) = items.next_element_seed(self.0)? {
             list.push(item);
         }
         Ok(Value::List(list))
@@ -168,8 +179,7 @@ impl<'de> Visitor<'de> for Tree {
             if IGNORED.contains(&&*key) {
                 fields.next_value::<IgnoredAny>()?;
             } else {
-                let Json(value) = fields.next_value()?;
-                entries.push(entry(key, value));
+                entries.push(entry(key, fields.next_value_seed(self.0)?));
             }
         }
         Ok(Value::Map(entries))

@@ -131,6 +131,22 @@ async fn an_api_server_that_believes_the_bundle_is_told_what_is_wrong() {
 }
 
 #[tokio::test]
+async fn peers_who_send_no_request_keep_no_api_server_out() {
+    let api = ApiServer::start().await;
+    let running = run(&api).await;
+    let roots = String::from_utf8(roots(&api)).unwrap();
+    let mut silent = Vec::new();
+    for _ in 0..40 {
+        silent.push(connect(&running, &roots).await.unwrap());
+    }
+    let asked = ask(&running, &roots, "POST /validate", &review(&policy("good", json!([{}])))).await;
+    assert_eq!(response(&asked), json!({"uid": "u-1", "allowed": true}));
+    let counted = "fairwayd_admission_reviews_total{result=\"displaced\"}";
+    assert!(admin(running.admin_address, "/metrics").await.contains(counted));
+    running.stop().await;
+}
+
+#[tokio::test]
 async fn the_bundle_follows_a_rotation_and_is_put_back_and_nothing_is_made_where_none_is() {
     let authority = || SigningAuthority::generate("cluster.local").unwrap();
     let (old, new) = (authority(), authority());
