@@ -59,7 +59,7 @@ async fn lead(
     let (sender, mut events) = mpsc::channel(16);
     let fields = format!("metadata.name={name}");
     let tell = |event: Event<ValidatingWebhookConfiguration>| event.map(|of| (of.name_any(), bundles(&of)));
-    let watching = apiwatch::watch(api.clone(), &fields, sender, tell);
+    let watching = apiwatch::watch(api.clone(), &fields, None, sender, tell);
     let writing = async {
         let (mut held, standing) = (Listed::<Bundles>::default(), Standing(metrics.clone()));
         loop {
@@ -94,7 +94,7 @@ struct Standing(Metrics);
 impl Standing {
     fn note(&self, event: &Event<(String, Bundles)>) {
         match event {
-            Event::Failing(why) => {
+            Event::Failing(why) | Event::Unserved(why) => {
                 let is_news = self.0.watch_failed(KIND);
                 if is_news {
                     tracing::warn!(why, "the webhook configuration cannot be watched; its caBundle stays as it is");

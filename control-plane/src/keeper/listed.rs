@@ -37,7 +37,7 @@ impl<T> Listed<T> {
                 }
                 self.complete = true;
             }
-            Event::Unknown | Event::Failing(_) | Event::Recovered => {}
+            Event::Unknown | Event::Unserved(_) | Event::Failing(_) | Event::Recovered => {}
         }
     }
 }

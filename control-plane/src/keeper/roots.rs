@@ -90,12 +90,12 @@ async fn lead(client: Client, mut authority: watch::Receiver<Arc<SigningAuthorit
     let fields = format!("metadata.name={NAME}");
     let watching = async {
         tokio::join!(
-            apiwatch::watch(namespaces, "", sender.clone(), |event| {
+            apiwatch::watch(namespaces, "", None, sender.clone(), |event| {
                 Seen::Namespace(
                     event.map(|namespace| (namespace.name_any(), namespace.metadata.deletion_timestamp.is_some())),
                 )
             }),
-            apiwatch::watch(configmaps, &fields, sender.clone(), |event| Seen::Roots(
+            apiwatch::watch(configmaps, &fields, None, sender.clone(), |event| Seen::Roots(
                 event.map(|map| { (map.namespace().unwrap_or_default(), content(&map)) })
             )),
         )

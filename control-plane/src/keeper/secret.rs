@@ -96,7 +96,7 @@ async fn found_or_made(
 pub(crate) async fn follow(keeper: Arc<Keeper>, api: Api<Secret>, drain: DrainWatcher) -> Result<(), TaskFailed> {
     let (sender, mut events) = mpsc::channel(4);
     let fields = format!("metadata.name={NAME}");
-    let watching = watch::watch(api, &fields, sender, std::convert::identity);
+    let watching = watch::watch(api, &fields, None, sender, std::convert::identity);
     let following = async {
         let mut listed = None;
         while let Some(event) = events.recv().await {
@@ -108,7 +108,7 @@ pub(crate) async fn follow(keeper: Arc<Keeper>, api: Api<Secret>, drain: DrainWa
                 }
                 Event::Listed if listed.take() == Some(false) => keeper.keep_last_good(gone()),
                 Event::Gone(_) | Event::Unknown => keeper.keep_last_good(gone()),
-                Event::Failing(why) => {
+                Event::Failing(why) | Event::Unserved(why) => {
                     if keeper.metrics.watch_failed("Secret") {
                         tracing::warn!(why, "the CA's Secret cannot be watched; what was read stays in force");
                     }
