@@ -14,7 +14,11 @@ use mesh_runtime::drain::DrainWatcher;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
-use super::{MANAGER, RETRY, listed::Listed, within};
+use super::{
+    MANAGER, RETRY,
+    listed::{Listed, Standing},
+    within,
+};
 use crate::{
     apiserver::watch::{self as apiwatch, Event},
     app::TaskFailed,
@@ -61,12 +65,13 @@ async fn lead(
     let tell = |event: Event<ValidatingWebhookConfiguration>| event.map(|of| (of.name_any(), bundles(&of)));
     let watching = apiwatch::watch(api.clone(), &fields, None, sender, tell);
     let writing = async {
-        let (mut held, standing) = (Listed::<Bundles>::default(), Standing(metrics.clone()));
+        let (mut held, standing) = (Listed::<Bundles>::default(), Standing::new(KIND, &metrics));
+        let mut failed = false;
         loop {
             let roots = authority.borrow_and_update().root_pem().to_owned();
             let patch = held.objects.get(name).and_then(|held| wanting(name, held, &roots));
-            let failed = match patch {
-                Some(patch) => !write(&api, name, patch, &mut held, &metrics).await,
+            failed = match patch {
+                Some(patch) => !write(&api, name, patch, &mut held, failed, &metrics).await,
                 None => false,
             };
             tokio::select! {
@@ -88,36 +93,13 @@ async fn lead(
     }
 }
 
-/// The watch's standing in the metrics, which are those of a leader only.
-struct Standing(Metrics);
-
-impl Standing {
-    fn note(&self, event: &Event<(String, Bundles)>) {
-        match event {
-            Event::Failing(why) | Event::Unserved(why) => {
-                let is_news = self.0.watch_failed(KIND);
-                if is_news {
-                    tracing::warn!(why, "the webhook configuration cannot be watched; its caBundle stays as it is");
-                }
-            }
-            Event::Recovered | Event::Unknown => self.0.watch_recovered(KIND),
-            _ => {}
-        }
-    }
-}
-
-impl Drop for Standing {
-    fn drop(&mut self) {
-        self.0.watch_recovered(KIND);
-    }
-}
-
-/// Whether it is written.
+/// Whether it is written; `again` if it was not the last time.
 async fn write(
     api: &Api<ValidatingWebhookConfiguration>,
     name: &str,
     patch: Value,
     held: &mut Listed<Bundles>,
+    again: bool,
     metrics: &Metrics,
 ) -> bool {
     let params = PatchParams::apply(MANAGER).force();
@@ -130,7 +112,10 @@ async fn write(
             true
         }
         Err(why) => {
-            tracing::info!(name, why, "the webhook configuration cannot be written; tried again");
+            match again {
+                false => tracing::warn!(name, why, "the webhook configuration cannot be written; tried again"),
+                true => tracing::debug!(name, why, "the webhook configuration cannot be written yet"),
+            }
             false
         }
     }
