@@ -1,5 +1,6 @@
 //! The Kubernetes API server: how it is found, and how it is listened to.
 
+mod served;
 pub(crate) mod watch;
 
 use kube::config::{InClusterError, KubeConfigOptions, KubeconfigError};

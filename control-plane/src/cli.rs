@@ -61,7 +61,7 @@ struct Run {
     state: Option<PathBuf>,
     /// Where a CA may be mounted: Istio's cacerts, or a Secret of cert-manager. Without one it is kept in Secret istio-ca-secret. With
     /// --kubernetes only.
-    #[arg(long, value_name = "DIR", default_value = "/etc/cacerts")]
+    #[arg(long, value_name = "DIR", default_value = keeper::folder::MOUNT)]
     ca_folder: PathBuf,
     /// Where this runs; also the root namespace, whose policies apply to the whole mesh.
     #[arg(long, value_name = "NAMESPACE", default_value = app::NAMESPACE)]
@@ -136,8 +136,9 @@ struct Rotate {
     /// Where the control plane runs.
     #[arg(long, value_name = "NAMESPACE", default_value = app::NAMESPACE)]
     namespace: String,
-    #[arg(long, value_name = "DOMAIN", default_value = mesh_core::identity::DEFAULT_TRUST_DOMAIN)]
-    trust_domain: String,
+    /// Where a CA may be mounted, as the control plane has it: such a one comes before the Secret, and is not rotated here.
+    #[arg(long, value_name = "DIR", default_value = keeper::folder::MOUNT)]
+    ca_folder: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -293,12 +294,12 @@ fn token(token: Token) -> Result<(), String> {
 fn rotate(rotate: Rotate) -> Result<(), String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| format!("cannot start: {error}"))?;
-    let Rotate { step, namespace, trust_domain } = rotate;
+    let Rotate { step, namespace, ca_folder } = rotate;
     let told = runtime.block_on(async {
         let config = apiserver::configuration().await.map_err(|error| error_chain(&error))?;
         let client = kube::Client::try_from(config).map_err(|error| error_chain(&error))?;
         let secrets = kube::Api::namespaced(client, &namespace);
-        keeper::rotate::rotate(&secrets, &namespace, step, &trust_domain).await.map_err(|error| error_chain(&error))
+        keeper::rotate::rotate(&secrets, &namespace, step, &ca_folder).await.map_err(|error| error_chain(&error))
     });
     println!("{}", told?);
     Ok(())

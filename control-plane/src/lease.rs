@@ -36,7 +36,7 @@ pub(crate) async fn run(
     metrics: Metrics,
     drain: DrainWatcher,
 ) -> Result<(), TaskFailed> {
-    let mut candidate = Candidate { api, election: Election::new(identity), lease: None };
+    let mut candidate = Candidate { api, election: Election::new(identity), lease: None, failing: false };
     let announce = |leading: bool| {
         let changed = leads.send_if_modified(|leads| std::mem::replace(leads, leading) != leading);
         if changed {
@@ -101,21 +101,39 @@ struct Candidate {
     election: Election,
     /// As it was seen last; writing it names its version, so that of two who write one fails.
     lease: Option<Lease>,
+    failing: bool,
+}
+
+/// Why the lease was not read or written.
+#[derive(Debug, thiserror::Error)]
+enum Unanswered {
+    /// As it goes where there are several.
+    #[error("another wrote it first")]
+    Raced,
+    #[error("{0}")]
+    Failed(String),
 }
 
 impl Candidate {
     /// Looks, and writes if it is time to; how long to wait then.
     async fn step(&mut self) -> Duration {
         match self.look_and_write().await {
-            Ok(pause) => pause,
+            Ok(pause) => {
+                self.failing = false;
+                pause
+            }
+            Err(Unanswered::Failed(why)) if !std::mem::replace(&mut self.failing, true) => {
+                tracing::warn!(why, "the lease cannot be read or written; this replica writes nothing meanwhile");
+                RETRY
+            }
             Err(why) => {
-                tracing::debug!(why, "the lease cannot be read or written");
+                tracing::debug!(%why, "the lease cannot be read or written yet");
                 RETRY
             }
         }
     }
 
-    async fn look_and_write(&mut self) -> Result<Duration, String> {
+    async fn look_and_write(&mut self) -> Result<Duration, Unanswered> {
         self.lease = answered(self.api.get_opt(NAME)).await?;
         self.election.observe(self.lease.as_ref().map(record), Instant::now());
         match self.election.next(Instant::now()) {
@@ -134,7 +152,7 @@ impl Candidate {
         }
     }
 
-    async fn write(&self, holder: &str, acquires: bool) -> Result<Lease, String> {
+    async fn write(&self, holder: &str, acquires: bool) -> Result<Lease, Unanswered> {
         let now = MicroTime(Timestamp::now());
         let before = self.lease.as_ref().and_then(|lease| lease.spec.clone()).unwrap_or_default();
         let spec = LeaseSpec {
@@ -163,15 +181,17 @@ impl Candidate {
         if self.election.leads(Instant::now())
             && let Err(why) = self.write("", false).await
         {
-            tracing::info!(why, "the lease was not let go; it expires by itself");
+            tracing::info!(%why, "the lease was not let go; it expires by itself");
         }
     }
 }
 
-async fn answered<T>(answer: impl Future<Output = kube::Result<T>>) -> Result<T, String> {
+async fn answered<T>(answer: impl Future<Output = kube::Result<T>>) -> Result<T, Unanswered> {
     match timeout(DEADLINE, answer).await {
-        Ok(answer) => answer.map_err(|error| error_chain(&error)),
-        Err(_) => Err(format!("no answer within {DEADLINE:?}")),
+        Ok(Ok(answer)) => Ok(answer),
+        Ok(Err(kube::Error::Api(status))) if status.code == 409 => Err(Unanswered::Raced),
+        Ok(Err(error)) => Err(Unanswered::Failed(error_chain(&error))),
+        Err(_) => Err(Unanswered::Failed(format!("no answer within {DEADLINE:?}"))),
     }
 }
 

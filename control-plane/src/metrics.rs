@@ -136,6 +136,11 @@ impl Metrics {
         is_news
     }
 
+    #[cfg(test)]
+    pub(crate) fn watch_is_failing(&self, kind: &str) -> bool {
+        self.watch_failing_since.with_label_values(&[kind]).get() != 0.0
+    }
+
     pub(crate) fn watch_recovered(&self, kind: &str) {
         self.watch_failing_since.with_label_values(&[kind]).set(0.0);
     }

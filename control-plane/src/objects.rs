@@ -25,7 +25,7 @@ pub(crate) use egress::{Endpoint, EndpointAddress, EntryPort, Resolution, Servic
 pub(crate) use gateway::{AllowedFrom, Binding, FieldPlace, Gateway, GatewayHost, Wanted};
 pub(crate) use mesh_config::MeshConfig;
 pub(crate) use policy::Settings;
-pub(crate) use status::{Condition, Status};
+pub(crate) use status::{ACCEPTED, BOUND, Condition, MISSING, Status};
 
 use crate::problem::Place;
 

@@ -83,17 +83,18 @@ impl Pipeline {
         }
     }
 
-    /// Logs each problem once, and once more that it is gone; and shows the rest of the process how things are. `problems` are those
-    /// of the source.
-    fn report(&mut self, problems: Vec<Problem>, versions: HashSet<Version>) {
-        let problems: BTreeSet<Problem> = problems.into_iter().chain(self.index.problems().cloned()).collect();
+    /// Logs each problem once, and once more that it is gone; and shows the rest of the process how things are. `problems` are those of
+    /// what the source says, `of_source` those of the source itself, which have metrics of their own.
+    fn report(&mut self, problems: Vec<Problem>, of_source: Vec<Problem>, versions: HashSet<Version>) {
+        let mut problems: BTreeSet<Problem> = problems.into_iter().chain(self.index.problems().cloned()).collect();
+        self.metrics.problems.set(i64::try_from(problems.len()).unwrap_or(i64::MAX));
+        problems.extend(of_source);
         for problem in problems.difference(&self.reported) {
             tracing::warn!(place = %problem.place, field = problem.field, remedy = problem.remedy, "{}", problem.message);
         }
         for problem in self.reported.difference(&problems) {
             tracing::info!(place = %problem.place, field = problem.field, "resolved: {}", problem.message);
         }
-        self.metrics.problems.set(i64::try_from(problems.len()).unwrap_or(i64::MAX));
         self.snapshot.send_replace(Snapshot {
             index: self.index.model().clone(),
             placements: self.placements.clone(),

@@ -3,6 +3,7 @@
 //! What an object is to be told is a function of the objects and the model; what differs from what it says already waits in the
 //! [`Sink`] for the leader, whose own writes come back by the watches and find nothing left to do.
 
+mod pace;
 mod sink;
 
 use std::net::IpAddr;
@@ -12,16 +13,13 @@ use serde_json::{Value, json};
 
 use crate::{
     index::{Bound, ClusterIndex},
-    objects::{AuthorizationPolicy, Condition, Kind, ObjectKey, ServiceEntry, Spec, Status},
+    objects::{ACCEPTED, AuthorizationPolicy, BOUND, Condition, Kind, MISSING, ObjectKey, ServiceEntry, Spec, Status},
     problem::Problem,
     source::kubernetes::Stated,
 };
 
 pub(crate) use sink::Sink;
 
-pub(crate) const ACCEPTED: &str = "ZtunnelAccepted";
-const BOUND: &str = "istio.io/WaypointBound";
-const MISSING: &str = "istio.io/WaypointMissing";
 const UNSUPPORTED: &str = "UnsupportedValue";
 /// Longer messages are cut: a condition is read by people.
 const MAX_MESSAGE: usize = 2048;

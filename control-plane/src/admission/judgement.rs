@@ -4,7 +4,7 @@ use serde_json::value::RawValue;
 
 use super::message::Request;
 use crate::{
-    objects::{Kind, Read, Settings, Spec},
+    objects::{ACCEPTED, Kind, Read, Settings, Spec},
     problem::Problem,
     source::kubernetes::{Received, Watched},
     status,
@@ -109,7 +109,7 @@ fn of_usable(read: &Read) -> Judgement {
     let warnings = match acceptance {
         Some(None) => Vec::new(),
         Some(Some(acceptance)) if !acceptance.is_true => {
-            vec![cut(&format!("its condition {} will be False: {}", status::ACCEPTED, acceptance.message))]
+            vec![cut(&format!("its condition {} will be False: {}", ACCEPTED, acceptance.message))]
         }
         Some(Some(_)) | None => lines(&read.problems),
     };

@@ -8,7 +8,7 @@ use futures_util::TryStreamExt as _;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ListMeta;
 use kube::{
     Api, Resource,
-    api::{ListParams, WatchEvent, WatchParams},
+    api::{ApiResource, ListParams, WatchEvent, WatchParams},
 };
 use mesh_runtime::telemetry::error_chain;
 use mesh_xds::backoff::Backoff;
@@ -17,6 +17,8 @@ use tokio::{
     sync::mpsc,
     time::{Instant, timeout},
 };
+
+use super::served;
 
 /// Objects per page of a list.
 const PAGE: u32 = 500;
@@ -30,8 +32,8 @@ const SILENCE: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 10);
 const BRIEF: Duration = Duration::from_secs(1);
 /// How often a kind that the server does not know is asked for.
 const UNKNOWN_RETRY: Duration = Duration::from_secs(10);
-/// A kind that was known must have been unknown for so long before its objects count as gone: a server that starts knows its custom
-/// kinds a little later than the others.
+/// A kind that was known, or whose absence is doubted, must have been unknown for so long before its objects count as gone: a server that
+/// starts knows its custom kinds a little later than the others.
 const UNKNOWN_BELIEVED: Duration = Duration::from_secs(30);
 
 /// What a watch tells. Between [`Event::Listing`] and [`Event::Listed`] everything there is comes as [`Event::Set`]; whatever was there
@@ -44,6 +46,8 @@ pub(crate) enum Event<K> {
     Gone(K),
     /// The server does not know this kind: there are no objects of it.
     Unknown,
+    /// The server has this kind, and not as it is asked for. Like [`Event::Failing`], but the same until somebody changes it.
+    Unserved(String),
     /// What was told stays true as far as is known, but may be old.
     Failing(String),
     Recovered,
@@ -57,6 +61,7 @@ impl<K> Event<K> {
             Self::Listed => Event::Listed,
             Self::Gone(object) => Event::Gone(of(object)),
             Self::Unknown => Event::Unknown,
+            Self::Unserved(why) => Event::Unserved(why),
             Self::Failing(why) => Event::Failing(why),
             Self::Recovered => Event::Recovered,
         }
@@ -93,12 +98,19 @@ impl Stopped {
     }
 }
 
-/// Watches the objects that `fields` select, all of them if it is empty, until nobody listens.
-pub(crate) async fn watch<K, T>(api: Api<K>, fields: &str, told: mpsc::Sender<T>, tell: impl Fn(Event<K>) -> T)
-where
+/// Watches the objects that `fields` select, all of them if it is empty, until nobody listens. That the server does not know the kind is
+/// believed at once of one that was never known; where to take that for "there are none" would open what they close, the kind is
+/// `doubted`: it must stay unknown for a while, and be there at no other version.
+pub(crate) async fn watch<K, T>(
+    api: Api<K>,
+    fields: &str,
+    doubted: Option<ApiResource>,
+    told: mpsc::Sender<T>,
+    tell: impl Fn(Event<K>) -> T,
+) where
     K: Resource + Clone + DeserializeOwned + std::fmt::Debug + Send + 'static,
 {
-    let mut watch = Watch { api, fields, told, tell, version: None, failing: false };
+    let mut watch = Watch { api, fields, doubted, told, tell, version: None, failing: false };
     let mut backoff = Backoff::default();
     let (mut was_listed, mut unknown_since) = (false, None);
     loop {
@@ -123,16 +135,24 @@ where
         }
         let pause = if unknown {
             let since = *unknown_since.get_or_insert(began);
-            if !was_listed || began - since >= UNKNOWN_BELIEVED {
-                was_listed = false;
-                watch.failing = false;
-                if watch.send(Event::Unknown).await.is_err() {
-                    return;
-                }
+            let patient = was_listed || watch.doubted.is_some();
+            let event = watch.instead().await.or_else(|| {
+                let believed = !patient || began - since >= UNKNOWN_BELIEVED;
+                believed.then_some(Event::Unknown)
+            });
+            match event {
+                Some(Event::Unknown) => (was_listed, watch.failing) = (false, false),
+                Some(_) => (unknown_since, watch.failing) = (None, true),
+                None => {}
+            }
+            if let Some(event) = event
+                && watch.send(event).await.is_err()
+            {
+                return;
             }
             UNKNOWN_RETRY
         } else {
-            watch.failing = true;
+            (unknown_since, watch.failing) = (None, true);
             if watch.send(Event::Failing(why)).await.is_err() {
                 return;
             }
@@ -148,6 +168,7 @@ where
 struct Watch<'f, K, T, F> {
     api: Api<K>,
     fields: &'f str,
+    doubted: Option<ApiResource>,
     told: mpsc::Sender<T>,
     tell: F,
     /// Up to which everything was told; `None` before the first list, and when a new one is needed.
@@ -161,6 +182,18 @@ where
 {
     async fn send(&self, event: Event<K>) -> Result<(), Stopped> {
         self.told.send((self.tell)(event)).await.map_err(|_| Stopped::Unheard)
+    }
+
+    /// What is the matter with a kind that was not found, but for its not being there.
+    async fn instead(&self) -> Option<Event<K>> {
+        let resource = self.doubted.as_ref()?;
+        let client = self.api.clone().into_client();
+        match timeout(ANSWER, served::versions(&client, resource)).await {
+            Ok(Ok(versions)) if versions.is_empty() => None,
+            Ok(Ok(versions)) => Some(Event::Unserved(served::otherwise(resource, &versions))),
+            Ok(Err(error)) => Some(Event::Failing(error_chain(&error))),
+            Err(_) => Some(Event::Failing(unanswered())),
+        }
     }
 
     async fn list(&mut self) -> Stopped {

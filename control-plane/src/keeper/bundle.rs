@@ -63,14 +63,15 @@ async fn lead(
     let (sender, mut events) = mpsc::channel(16);
     let fields = format!("metadata.name={name}");
     let tell = |event: Event<ValidatingWebhookConfiguration>| event.map(|of| (of.name_any(), bundles(&of)));
-    let watching = apiwatch::watch(api.clone(), &fields, sender, tell);
+    let watching = apiwatch::watch(api.clone(), &fields, None, sender, tell);
     let writing = async {
         let (mut held, standing) = (Listed::<Bundles>::default(), Standing::new(KIND, &metrics));
+        let mut failed = false;
         loop {
             let roots = authority.borrow_and_update().root_pem().to_owned();
             let patch = held.objects.get(name).and_then(|held| wanting(name, held, &roots));
-            let failed = match patch {
-                Some(patch) => !write(&api, name, patch, &mut held, &metrics).await,
+            failed = match patch {
+                Some(patch) => !write(&api, name, patch, &mut held, failed, &metrics).await,
                 None => false,
             };
             tokio::select! {
@@ -92,12 +93,13 @@ async fn lead(
     }
 }
 
-/// Whether it is written.
+/// Whether it is written; `again` if it was not the last time.
 async fn write(
     api: &Api<ValidatingWebhookConfiguration>,
     name: &str,
     patch: Value,
     held: &mut Listed<Bundles>,
+    again: bool,
     metrics: &Metrics,
 ) -> bool {
     let params = PatchParams::apply(MANAGER).force();
@@ -110,7 +112,10 @@ async fn write(
             true
         }
         Err(why) => {
-            tracing::info!(name, why, "the webhook configuration cannot be written; tried again");
+            match again {
+                false => tracing::warn!(name, why, "the webhook configuration cannot be written; tried again"),
+                true => tracing::debug!(name, why, "the webhook configuration cannot be written yet"),
+            }
             false
         }
     }

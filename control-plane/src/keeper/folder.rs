@@ -14,6 +14,8 @@ use tokio::task::JoinError;
 use super::{Keeper, KeeperError, LAYOUTS};
 use crate::app::TaskFailed;
 
+/// Where the chart mounts it.
+pub(crate) const MOUNT: &str = "/etc/cacerts";
 /// A mount is replaced by one link; some write file by file.
 const QUIET: Duration = Duration::from_millis(100);
 /// Longer files hold no keys or certificates.

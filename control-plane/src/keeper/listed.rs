@@ -1,4 +1,4 @@
-//! What a watch has told, kept.
+//! What a leader's watch has told, kept; and how the watch stands.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -37,42 +37,62 @@ impl<T> Listed<T> {
                 }
                 self.complete = true;
             }
-            Event::Unknown | Event::Failing(_) | Event::Recovered => {}
+            Event::Unknown | Event::Unserved(_) | Event::Failing(_) | Event::Recovered => {}
         }
     }
 }
 
-/// A watch's standing in the log and the metrics, which are those of a leader only.
+/// A watch's standing in logs and metrics, which are those of a leader only.
 pub(super) struct Standing {
-    what: &'static str,
+    /// Its name in the metrics, of no other watch.
+    kind: &'static str,
     metrics: Metrics,
 }
 
 impl Standing {
-    pub(super) fn new(what: &'static str, metrics: &Metrics) -> Self {
-        Self { what, metrics: metrics.clone() }
+    pub(super) fn new(kind: &'static str, metrics: &Metrics) -> Self {
+        Self { kind, metrics: metrics.clone() }
     }
 
     pub(super) fn note<T>(&self, event: &Event<T>) {
         match event {
-            Event::Failing(why) => {
-                let is_news = self.metrics.watch_failed(self.what);
-                if is_news {
-                    tracing::warn!(
-                        why,
-                        what = self.what,
-                        "cannot be watched; what was published of the CA stays as it is"
-                    );
-                }
-            }
-            Event::Recovered | Event::Unknown => self.metrics.watch_recovered(self.what),
-            _ => {}
+            Event::Failing(why) | Event::Unserved(why) => match self.metrics.watch_failed(self.kind) {
+                true => tracing::warn!(kind = self.kind, why, "the watch failed; what is written stays as it is"),
+                false => tracing::debug!(kind = self.kind, why, "the watch failed again"),
+            },
+            Event::Recovered | Event::Unknown => self.metrics.watch_recovered(self.kind),
+            Event::Listing | Event::Set(_) | Event::Listed | Event::Gone(_) => {}
         }
     }
 }
 
 impl Drop for Standing {
     fn drop(&mut self) {
-        self.metrics.watch_recovered(self.what);
+        self.metrics.watch_recovered(self.kind);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_runtime::metrics::Registry;
+
+    use super::*;
+
+    #[test]
+    fn a_watch_that_fails_shows_until_it_goes_on_or_the_lead_is_lost() {
+        let registry = Registry::new();
+        let metrics = Metrics::register(&registry);
+        let fails = || metrics.watch_is_failing("Kind of test");
+        let standing = Standing::new("Kind of test", &metrics);
+        let failing = || Event::<()>::Failing("refused".to_owned());
+        standing.note(&failing());
+        assert!(fails());
+        standing.note(&Event::<()>::Recovered);
+        assert!(!fails());
+        standing.note(&failing());
+        standing.note(&failing());
+        assert!(fails());
+        drop(standing);
+        assert!(!fails(), "another leads, and watches");
     }
 }

@@ -1,7 +1,10 @@
 //! The roots, where every namespace finds them: ConfigMap `istio-ca-root-cert`, as pods mount it. Written by the leader, and put back
 //! when it is edited or deleted.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use futures_util::{StreamExt as _, stream};
 use k8s_openapi::{
@@ -31,9 +34,9 @@ use crate::{
 };
 
 const NAME: &str = "istio-ca-root-cert";
-/// As the metrics call their watch.
-const NAMESPACES: &str = "Namespace of istio-ca-root-cert";
 const KEY: &str = "root-cert.pem";
+/// In the metrics: other watches of the same kinds have standings of their own.
+const WATCHES: [&str; 2] = ["Namespace of roots", "ConfigMap of roots"];
 const LABEL: &str = "istio.io/config";
 /// Namespaces in which nothing runs that needs them.
 const WITHOUT: [&str; 3] = ["kube-node-lease", "kube-public", "local-path-storage"];
@@ -47,6 +50,8 @@ struct Held {
     namespaces: Listed<bool>,
     /// What the ConfigMap says; `None` where its label is missing.
     roots: Listed<Option<String>>,
+    /// Namespaces whose ConfigMap could not be written the last time.
+    unwritten: BTreeSet<String>,
 }
 
 enum Seen {
@@ -97,20 +102,20 @@ async fn lead(client: Client, mut authority: watch::Receiver<Arc<SigningAuthorit
     let fields = format!("metadata.name={NAME}");
     let watching = async {
         tokio::join!(
-            apiwatch::watch(namespaces, "", sender.clone(), |event| {
+            apiwatch::watch(namespaces, "", None, sender.clone(), |event| {
                 Seen::Namespace(
                     event.map(|namespace| (namespace.name_any(), namespace.metadata.deletion_timestamp.is_some())),
                 )
             }),
-            apiwatch::watch(configmaps, &fields, sender.clone(), |event| Seen::Roots(
+            apiwatch::watch(configmaps, &fields, None, sender.clone(), |event| Seen::Roots(
                 event.map(|map| { (map.namespace().unwrap_or_default(), content(&map)) })
             )),
         )
     };
     let writing = async {
         let mut held = Held::default();
-        let standings = [NAMESPACES, NAME].map(|what| Standing::new(what, &metrics));
-        let take = |held: &mut Held, seen: Seen| {
+        let standings = WATCHES.map(|kind| Standing::new(kind, &metrics));
+        let see = |held: &mut Held, seen: Seen| {
             match &seen {
                 Seen::Namespace(event) => standings[0].note(event),
                 Seen::Roots(event) => standings[1].note(event),
@@ -128,14 +133,14 @@ async fn lead(client: Client, mut authority: watch::Receiver<Arc<SigningAuthorit
             };
             tokio::select! {
                 seen = events.recv() => match seen {
-                    Some(seen) => take(&mut held, seen),
+                    Some(seen) => see(&mut held, seen),
                     None => return,
                 },
                 changed = authority.changed() => if changed.is_err() { return },
                 () = retry => {}
             }
             while let Ok(seen) = events.try_recv() {
-                take(&mut held, seen);
+                see(&mut held, seen);
             }
         }
     };
@@ -147,28 +152,33 @@ async fn lead(client: Client, mut authority: watch::Receiver<Arc<SigningAuthorit
 
 /// Whether something could not be written.
 async fn write(client: &Client, held: &mut Held, roots: &str, metrics: &Metrics) -> bool {
-    let writes = held.wanting(roots).into_iter().map(|namespace| async move {
+    let wanting = held.wanting(roots);
+    held.unwritten.retain(|namespace| wanting.contains(namespace));
+    let writes = wanting.into_iter().map(|namespace| async move {
         let api: Api<Published> = Api::namespaced(client.clone(), &namespace);
         let params = PatchParams::apply(MANAGER).force();
         let written = within(api.patch(NAME, &params, &Patch::Apply(configmap(&namespace, roots)))).await;
         (namespace, written)
     });
     let mut writes = stream::iter(writes).buffer_unordered(AT_ONCE);
-    let mut failed = false;
     while let Some((namespace, written)) = writes.next().await {
         match written {
             Ok(map) => {
                 metrics.writes.with_label_values(&["roots", "written"]).inc();
+                held.unwritten.remove(&namespace);
                 held.roots.objects.insert(namespace, content(&map));
             }
             Err(why) => {
                 metrics.writes.with_label_values(&["roots", "failed"]).inc();
-                tracing::info!(namespace, why, "the roots cannot be written; tried again");
-                failed = true;
+                match held.unwritten.contains(&namespace) {
+                    false => tracing::warn!(namespace, why, "the roots cannot be written; tried again"),
+                    true => tracing::debug!(namespace, why, "the roots cannot be written yet"),
+                }
+                held.unwritten.insert(namespace);
             }
         }
     }
-    failed
+    !held.unwritten.is_empty()
 }
 
 /// The ConfigMap as it is read: without `managedFields`, which whoever may write it in his namespace may nest deeper than JSON is read,
@@ -273,5 +283,38 @@ mod tests {
         held.on(Seen::Namespace(set("good", false)));
         held.on(Seen::Namespace(Event::Listed));
         assert_eq!(held.wanting("new"), ["good"]);
+    }
+
+    #[tokio::test]
+    async fn what_could_not_be_written_is_known_until_it_is_or_need_not_be() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+
+        let refuses = Arc::new(AtomicBool::new(true));
+        let answers = refuses.clone();
+        let service = tower::service_fn(move |request: http::Request<kube::client::Body>| {
+            let namespace = request.uri().path().split('/').nth(4).unwrap_or_default().to_owned();
+            let (code, body) = match answers.load(Ordering::Relaxed) {
+                true => (403, r#"{"kind":"Status","apiVersion":"v1","status":"Failure","code":403}"#.to_owned()),
+                false => (200, serde_json::to_string(&configmap(&namespace, "new")).unwrap()),
+            };
+            let body = kube::client::Body::from(body.into_bytes());
+            async move { Ok::<_, std::convert::Infallible>(http::Response::builder().status(code).body(body).unwrap()) }
+        });
+        let client = Client::new(service, "default");
+        let metrics = Metrics::register(&mesh_runtime::metrics::Registry::new());
+        let mut held = Held::default();
+        for name in ["demo", "going"] {
+            held.on(Seen::Namespace(set(name, false)));
+        }
+        held.on(Seen::Namespace(Event::Listed));
+        held.on(Seen::Roots(Event::Listed));
+        assert!(write(&client, &mut held, "new", &metrics).await);
+        assert_eq!(held.unwritten, BTreeSet::from(["demo".to_owned(), "going".to_owned()]));
+        held.on(Seen::Namespace(set("going", true)));
+        assert!(write(&client, &mut held, "new", &metrics).await);
+        assert_eq!(held.unwritten, BTreeSet::from(["demo".to_owned()]));
+        refuses.store(false, Ordering::Relaxed);
+        assert!(!write(&client, &mut held, "new", &metrics).await);
+        assert_eq!(held.unwritten, BTreeSet::new());
     }
 }

@@ -21,6 +21,8 @@ use crate::{
 
 pub(crate) const NAME: &str = "istio-ca-secret";
 const TYPE: &str = "istio.io/ca-root";
+/// Who made the Secret, by which an uninstall tells ours from what it must leave alone.
+const MADE_BY: (&str, &str) = ("app.kubernetes.io/managed-by", "fairwayd");
 /// A start without the Secret is given up after this.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -96,7 +98,7 @@ async fn found_or_made(
 pub(crate) async fn follow(keeper: Arc<Keeper>, api: Api<Secret>, drain: DrainWatcher) -> Result<(), TaskFailed> {
     let (sender, mut events) = mpsc::channel(4);
     let fields = format!("metadata.name={NAME}");
-    let watching = watch::watch(api, &fields, sender, std::convert::identity);
+    let watching = watch::watch(api, &fields, None, sender, std::convert::identity);
     let following = async {
         let mut listed = None;
         while let Some(event) = events.recv().await {
@@ -108,7 +110,7 @@ pub(crate) async fn follow(keeper: Arc<Keeper>, api: Api<Secret>, drain: DrainWa
                 }
                 Event::Listed if listed.take() == Some(false) => keeper.keep_last_good(gone()),
                 Event::Gone(_) | Event::Unknown => keeper.keep_last_good(gone()),
-                Event::Failing(why) => {
+                Event::Failing(why) | Event::Unserved(why) => {
                     if keeper.metrics.watch_failed("Secret") {
                         tracing::warn!(why, "the CA's Secret cannot be watched; what was read stays in force");
                     }
@@ -130,6 +132,7 @@ fn gone() -> String {
     "the Secret is gone; the next start would make a new CA".to_owned()
 }
 
+/// The Secret as it is made; one that was found never gets the label.
 pub(super) fn secret(namespace: &str, authority: &SigningAuthority) -> Secret {
     let parts = [
         ("ca-cert.pem", authority.certificate_pem()),
@@ -141,8 +144,9 @@ pub(super) fn secret(namespace: &str, authority: &SigningAuthority) -> Secret {
     ];
     let data = parts.map(|(name, pem)| (name.to_owned(), ByteString(pem.as_bytes().to_vec())));
     let (name, namespace) = (Some(NAME.to_owned()), Some(namespace.to_owned()));
+    let labels = Some(BTreeMap::from([(MADE_BY.0.to_owned(), MADE_BY.1.to_owned())]));
     Secret {
-        metadata: ObjectMeta { name, namespace, ..ObjectMeta::default() },
+        metadata: ObjectMeta { name, namespace, labels, ..ObjectMeta::default() },
         type_: Some(TYPE.to_owned()),
         data: Some(BTreeMap::from(data)),
         ..Secret::default()

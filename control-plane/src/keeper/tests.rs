@@ -70,3 +70,10 @@ fn a_folder_is_mounted_when_it_holds_a_key() {
     assert!(folder::is_mounted(dir.path()));
     assert!(folder::authority(dir.path(), SystemTime::now()).unwrap().is_same(&own));
 }
+
+#[test]
+fn a_secret_that_is_made_says_by_whom() {
+    let made = secret::secret("istio-system", &generate());
+    let labels = made.metadata.labels.unwrap();
+    assert_eq!(labels.get("app.kubernetes.io/managed-by").map(String::as_str), Some("fairwayd"));
+}

@@ -6,8 +6,14 @@ use std::{net::IpAddr, sync::Arc};
 
 use crate::fields::{Cursor, Document, Fields};
 
+/// Whether ztunnels enforce a policy as it is written.
+pub(crate) const ACCEPTED: &str = "ZtunnelAccepted";
+/// Whether who asks for a waypoint has it.
+pub(crate) const BOUND: &str = "istio.io/WaypointBound";
+/// That an entry asks for what only a waypoint does.
+pub(crate) const MISSING: &str = "istio.io/WaypointMissing";
 /// Conditions of these types are ours.
-const TYPES: [&str; 3] = ["ZtunnelAccepted", "istio.io/WaypointBound", "istio.io/WaypointMissing"];
+const TYPES: [&str; 3] = [ACCEPTED, BOUND, MISSING];
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Status {

@@ -61,7 +61,7 @@ impl ClusterPipeline {
             self.pipeline.apply(changes);
             self.state();
         }
-        self.pipeline.report(self.objects.problems(), Default::default());
+        self.pipeline.report(self.objects.problems(), self.objects.watch_problems(), Default::default());
         if !complete {
             self.await_lists();
         } else if self.pipeline.is_starting() {

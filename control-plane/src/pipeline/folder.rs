@@ -74,7 +74,7 @@ impl FolderPipeline {
             false => self.unread.retain(|file| unread.contains(file)),
         }
         let problems = self.folder.problems().into_iter().chain(self.unread.iter().map(unread_problem));
-        self.pipeline.report(problems.collect(), self.folder.versions().collect());
+        self.pipeline.report(problems.collect(), Vec::new(), self.folder.versions().collect());
         // An unreadable folder must not look like an empty mesh to those who connect.
         if read && self.pipeline.is_starting() && !self.waits_for_unread(now) {
             self.pipeline.set_ready(self.folder.catalogue.len());

@@ -87,6 +87,11 @@ impl Watched {
     }
 }
 
+/// Without objects of it more would be allowed.
+const fn is_policy(kind: Kind) -> bool {
+    matches!(kind, Kind::AuthorizationPolicy | Kind::PeerAuthentication)
+}
+
 /// What a watch told of a kind.
 #[derive(Debug)]
 pub(crate) struct Told {
@@ -103,6 +108,7 @@ enum News {
     Listed,
     Gone(Arc<str>),
     Unknown,
+    Unserved(String),
     Failing(String),
     Recovered,
 }
@@ -147,12 +153,14 @@ async fn feed(client: Client, watched: Watched, settings: Settings, sender: mpsc
             Event::Listed => News::Listed,
             Event::Gone(object) => News::Gone(object.key(&watched).to_string().into()),
             Event::Unknown => News::Unknown,
+            Event::Unserved(why) => News::Unserved(why),
             Event::Failing(why) => News::Failing(why),
             Event::Recovered => News::Recovered,
         };
         Told { kind: watched.kind, news, at: Instant::now() }
     };
-    watch::watch(api, &fields, sender, tell).await;
+    let doubted = is_policy(watched.kind).then(|| watched.resource());
+    watch::watch(api, &fields, doubted, sender, tell).await;
 }
 
 /// What came of an event, for logs and metrics.
@@ -192,7 +200,7 @@ struct Standing {
     unknown: bool,
     /// What the list under way has not named yet.
     unlisted: Option<BTreeSet<Arc<str>>>,
-    failing: bool,
+    failing: Option<Problem>,
 }
 
 impl Objects {
@@ -223,17 +231,21 @@ impl Objects {
             News::Unknown => {
                 standing.unlisted = None;
                 standing.complete = true;
-                standing.failing = false;
+                standing.failing = None;
                 let is_news = !std::mem::replace(&mut standing.unknown, true);
                 names(catalogue, kind).iter().for_each(|name| self.remove(name));
                 return is_news.then_some(Turn::Unknown(kind));
             }
+            News::Unserved(why) => {
+                standing.failing = Some(unserved(kind, why.clone()));
+                return Some(Turn::Failed(kind, why));
+            }
             News::Failing(why) => {
-                standing.failing = true;
+                standing.failing = Some(unwatched(kind));
                 return Some(Turn::Failed(kind, why));
             }
             News::Recovered => {
-                standing.failing = false;
+                standing.failing = None;
                 return Some(Turn::Recovered(kind));
             }
         }
@@ -275,11 +287,17 @@ impl Objects {
         self.standings.iter().filter(|(_, standing)| !standing.complete).map(|(kind, _)| *kind)
     }
 
+    /// What is wrong with the configuration.
     pub(crate) fn problems(&self) -> Vec<Problem> {
-        let failing = self.standings.iter().filter(|(_, standing)| standing.failing);
-        let mut problems: Vec<Problem> = failing.map(|(kind, _)| watch_problem(*kind)).collect();
+        let unknown = self.standings.iter().filter(|(kind, standing)| standing.unknown && is_policy(**kind));
+        let mut problems: Vec<Problem> = unknown.map(|(kind, _)| undefined(*kind)).collect();
         problems.extend(self.catalogue.problems());
         problems
+    }
+
+    /// What is wrong with the way to it.
+    pub(crate) fn watch_problems(&self) -> Vec<Problem> {
+        self.standings.values().filter_map(|standing| standing.failing.clone()).collect()
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -292,13 +310,23 @@ fn names(catalogue: &Catalogue, kind: Kind) -> BTreeSet<Arc<str>> {
     catalogue.documents_of(&format!("{} ", kind.name())).cloned().collect()
 }
 
-fn watch_problem(kind: Kind) -> Problem {
-    Problem {
-        place: Place::object(&format!("{} (all)", kind.name()).into()),
-        field: String::new(),
-        message: "the API server cannot be watched".to_owned(),
-        remedy: "see the log for why; what was last read stays in force".to_owned(),
-    }
+fn unwatched(kind: Kind) -> Problem {
+    let message = "the API server cannot be watched".to_owned();
+    of_all(kind, message, "see the log for why; what was last read stays in force")
+}
+
+fn unserved(kind: Kind, message: String) -> Problem {
+    of_all(kind, message, "until then what was last read stays in force, and a start waits")
+}
+
+fn undefined(kind: Kind) -> Problem {
+    let message = "the API server does not know this kind: no such policy can be in force".to_owned();
+    of_all(kind, message, "install its definition (`crds.enabled` of the chart, or `fairwayd definitions`)")
+}
+
+fn of_all(kind: Kind, message: String, remedy: &str) -> Problem {
+    let place = Place::object(&format!("{} (all)", kind.name()).into());
+    Problem { place, field: String::new(), message, remedy: remedy.to_owned() }
 }
 
 /// An object as a watch tells of it, for tests.

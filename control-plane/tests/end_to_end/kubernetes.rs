@@ -25,6 +25,7 @@ use crate::support::{self, NodeProxy, Received, admin, certificate, channel, eve
 const PODS: &str = "api/v1/pods";
 const SERVICES: &str = "api/v1/services";
 const SECRETS: &str = "api/v1/secrets";
+const ENTRIES: &str = "apis/networking.istio.io/v1/serviceentries";
 const POLICIES: &str = "apis/security.istio.io/v1/authorizationpolicies";
 
 /// Whose lists come in small pages, however large a page is asked for.
@@ -201,15 +202,21 @@ async fn a_history_that_was_lost_costs_nothing_but_a_new_list() {
 #[tokio::test]
 async fn a_kind_is_empty_until_it_is_installed_and_nobody_connects_before_all_is_known() {
     let api = api_server().await;
-    api.know(POLICIES, false);
+    api.know(ENTRIES, false);
     api.put(SERVICES, json!({"metadata": {"namespace": "demo", "name": "web"}, "spec": {"clusterIP": "10.2.0.1", "ports": [{"port": 80}]}}));
     let running = run(&api).await;
     support::ready(running.admin_address).await;
     let counts = async |what: &str| admin(running.admin_address, "/metrics").await.contains(what);
     assert!(counts("pilot_services 1").await);
-    api.put(POLICIES, policy("p", json!([{}])));
-    api.know(POLICIES, true);
-    eventually("the kind is found", async || counts("fairwayd_policies 1").await).await;
+    api.put(
+        ENTRIES,
+        json!({
+            "metadata": {"namespace": "demo", "name": "e"},
+            "spec": {"hosts": ["a.example"], "resolution": "DNS", "ports": [{"number": 443, "name": "tls"}]},
+        }),
+    );
+    api.know(ENTRIES, true);
+    eventually("the kind is found", async || counts("pilot_services 2").await).await;
     running.stop().await;
 }
 

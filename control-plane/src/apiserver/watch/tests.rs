@@ -12,10 +12,18 @@ use super::*;
 
 /// What the API server answers, request by request; the last answer is given for ever.
 fn client(script: Vec<(StatusCode, Value)>) -> Client {
-    let script = Arc::new(Mutex::new(VecDeque::from(script)));
-    let service = tower::service_fn(move |_: Request<Body>| {
+    let script = Mutex::new(VecDeque::from(script));
+    answering(move |_| {
         let mut script = script.lock().unwrap();
-        let (code, body) = if script.len() > 1 { script.pop_front().unwrap() } else { script[0].clone() };
+        if script.len() > 1 { script.pop_front().unwrap() } else { script[0].clone() }
+    })
+}
+
+/// What the API server answers, by path.
+fn answering(answer: impl Fn(&str) -> (StatusCode, Value) + Send + Sync + 'static) -> Client {
+    let answer = Arc::new(answer);
+    let service = tower::service_fn(move |request: Request<Body>| {
+        let (code, body) = answer(request.uri().path());
         let response = Response::builder().status(code).body(Body::from(format!("{body}\n").into_bytes())).unwrap();
         async move { Ok::<_, std::convert::Infallible>(response) }
     });
@@ -40,6 +48,7 @@ fn told(event: Event<ConfigMap>) -> String {
         Event::Listed => "listed".to_owned(),
         Event::Gone(object) => format!("gone {}", object.name_any()),
         Event::Unknown => "unknown".to_owned(),
+        Event::Unserved(why) => format!("unserved: {why}"),
         Event::Failing(_) => "failing".to_owned(),
         Event::Recovered => "recovered".to_owned(),
     }
@@ -47,8 +56,12 @@ fn told(event: Event<ConfigMap>) -> String {
 
 /// What is told up to and with the last of these.
 async fn hear(script: Vec<(StatusCode, Value)>, expected: &[&str]) -> Duration {
+    hear_of(client(script), None, expected).await
+}
+
+async fn hear_of(client: Client, doubted: Option<ApiResource>, expected: &[&str]) -> Duration {
     let (sender, mut events) = mpsc::channel(1);
-    let api: Api<ConfigMap> = Api::all(client(script));
+    let api: Api<ConfigMap> = Api::all(client);
     let began = Instant::now();
     let heard = async {
         for expected in expected {
@@ -57,7 +70,7 @@ async fn hear(script: Vec<(StatusCode, Value)>, expected: &[&str]) -> Duration {
         began.elapsed()
     };
     tokio::select! {
-        () = watch(api, "", sender, told) => panic!("it ended"),
+        () = watch(api, "", doubted, sender, told) => panic!("it ended"),
         elapsed = heard => elapsed,
     }
 }
@@ -77,6 +90,61 @@ async fn a_kind_that_vanishes_is_believed_gone_only_after_a_while() {
     assert!(hear(script, &first).await >= UNKNOWN_BELIEVED);
     let script = vec![list(&["a"]), failure(StatusCode::NOT_FOUND), failure(StatusCode::NOT_FOUND), list(&["a"])];
     hear(script, &["listing", "set a", "listed", "listing", "listing", "set a", "listed"]).await;
+}
+
+fn policies() -> Option<ApiResource> {
+    let (group, version, plural) = ("security.istio.io", "v1", "authorizationpolicies");
+    let kind = "AuthorizationPolicy".to_owned();
+    let api_version = format!("{group}/{version}");
+    Some(ApiResource { group: group.into(), version: version.into(), api_version, kind, plural: plural.into() })
+}
+
+/// A server that has a kind at one version, and lists nothing.
+fn offering(version: &'static str) -> Client {
+    let group = format!("/apis/security.istio.io/{version}");
+    answering(move |path| match path {
+        "/apis/security.istio.io" => {
+            let versions = json!([{"groupVersion": format!("security.istio.io/{version}"), "version": version}]);
+            (
+                StatusCode::OK,
+                json!({"kind": "APIGroup", "apiVersion": "v1", "name": "security.istio.io", "versions": versions}),
+            )
+        }
+        path if path == group => {
+            let resource = json!({"name": "authorizationpolicies", "singularName": "", "namespaced": true, "kind": "AuthorizationPolicy", "verbs": []});
+            (
+                StatusCode::OK,
+                json!({"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": "", "resources": [resource]}),
+            )
+        }
+        _ => failure(StatusCode::NOT_FOUND),
+    })
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_doubted_kind_that_was_never_known_is_believed_absent_only_after_a_while() {
+    let nowhere = || client(vec![failure(StatusCode::NOT_FOUND)]);
+    let waits = ["listing", "listing", "listing", "listing", "unknown", "listing", "unknown"];
+    assert!(hear_of(nowhere(), policies(), &waits).await >= UNKNOWN_BELIEVED);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_doubted_kind_at_another_version_is_never_believed_absent() {
+    let told = "unserved: the API server has authorizationpolicies.security.istio.io at version v1beta1 and not at v1, which is read here: install definitions that serve v1 (those of `fairwayd definitions`, or of a newer Istio)";
+    let long = ["listing", told].repeat(8);
+    assert!(hear_of(offering("v1beta1"), policies(), &long).await >= 2 * UNKNOWN_BELIEVED);
+    let told =
+        "unserved: the API server has authorizationpolicies.security.istio.io at version v1 and does not serve it yet";
+    hear_of(offering("v1"), policies(), &["listing", told, "listing", told]).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_doubted_kind_is_not_believed_absent_while_the_server_does_not_say_what_it_has() {
+    let silent = answering(|path| match path {
+        "/apis/security.istio.io" => failure(StatusCode::SERVICE_UNAVAILABLE),
+        _ => failure(StatusCode::NOT_FOUND),
+    });
+    hear_of(silent, policies(), &["listing", "failing"].repeat(8)).await;
 }
 
 #[tokio::test(start_paused = true)]

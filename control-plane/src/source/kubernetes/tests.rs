@@ -93,9 +93,14 @@ fn a_kind_that_does_not_exist_is_empty_and_said_once_until_it_does() {
     assert_eq!(objects.on(told(KIND, News::Unknown)), Some(Turn::Unknown(KIND)));
     assert_eq!(objects.on(told(KIND, News::Unknown)), None);
     assert!(!objects.awaited().any(|kind| kind == KIND));
+    let told_of = "AuthorizationPolicy (all): the API server does not know this kind: no such policy can be in force; install its definition (`crds.enabled` of the chart, or `fairwayd definitions`)";
+    assert_eq!(objects.problems().iter().map(ToString::to_string).collect::<Vec<_>>(), [told_of]);
+    objects.on(told(Kind::Gateway, News::Unknown));
+    assert_eq!(objects.problems().len(), 1, "a kind that closes nothing may be missing");
     objects.on(told(KIND, News::Listing));
     objects.on(policy("a", json!({})));
     objects.on(told(KIND, News::Listed));
+    assert_eq!(objects.problems(), Vec::new());
     assert_eq!(changes(&mut objects), ["AuthorizationPolicy demo/a"]);
     assert_eq!(objects.on(told(KIND, News::Unknown)), Some(Turn::Unknown(KIND)));
     assert_eq!(changes(&mut objects), ["-AuthorizationPolicy demo/a"]);
@@ -107,11 +112,28 @@ fn a_failing_watch_is_a_problem_until_it_recovers() {
     objects.on(policy("a", json!({})));
     objects.on(told(KIND, News::Failing("refused".into())));
     let told_of = "AuthorizationPolicy (all): the API server cannot be watched; see the log for why; what was last read stays in force";
-    assert_eq!(objects.problems().iter().map(ToString::to_string).collect::<Vec<_>>(), [told_of]);
+    assert_eq!(objects.watch_problems().iter().map(ToString::to_string).collect::<Vec<_>>(), [told_of]);
+    assert_eq!(objects.problems(), Vec::new(), "the configuration may be right");
     objects.on(told(KIND, News::Recovered));
-    assert_eq!(objects.problems(), Vec::new());
+    assert_eq!(objects.watch_problems(), Vec::new());
     assert_eq!(objects.len(), 0, "nothing is in force before it was asked for");
     assert_eq!(changes(&mut objects).len(), 1);
+}
+
+#[test]
+fn a_kind_at_another_version_is_waited_for_and_takes_nothing_back() {
+    let mut objects = Objects::new(settings());
+    let unserved = || told(KIND, News::Unserved("served otherwise".into()));
+    assert_eq!(objects.on(unserved()), Some(Turn::Failed(KIND, "served otherwise".into())));
+    assert!(objects.awaited().any(|kind| kind == KIND), "a start waits");
+    objects.on(told(KIND, News::Listing));
+    objects.on(policy("a", json!({})));
+    objects.on(told(KIND, News::Listed));
+    objects.on(unserved());
+    assert_eq!(changes(&mut objects), ["AuthorizationPolicy demo/a"]);
+    let told_of =
+        "AuthorizationPolicy (all): served otherwise; until then what was last read stays in force, and a start waits";
+    assert_eq!(objects.watch_problems().iter().map(ToString::to_string).collect::<Vec<_>>(), [told_of]);
 }
 
 #[test]

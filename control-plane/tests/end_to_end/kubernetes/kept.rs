@@ -132,7 +132,6 @@ async fn a_ca_that_changes_in_its_secret_takes_effect_on_everything_at_once() {
 
 #[tokio::test]
 async fn objects_are_told_what_came_of_them_once() {
-    const ENTRIES: &str = "apis/networking.istio.io/v1/serviceentries";
     let api = api_server().await;
     api.put(POLICIES, policy("good", json!([{}])));
     api.put(POLICIES, policy("wrong", json!([{"form": []}])));
