@@ -3,6 +3,7 @@
 //! What an object is to be told is a function of the objects and the model; what differs from what it says already waits in the
 //! [`Sink`] for the leader, whose own writes come back by the watches and find nothing left to do.
 
+mod pace;
 mod sink;
 
 use std::net::IpAddr;

@@ -16,9 +16,10 @@ use mesh_runtime::{drain::DrainWatcher, telemetry::error_chain};
 use serde_json::{Value, json};
 use tokio::{
     sync::{Notify, watch},
-    time::timeout,
+    time::{Instant, timeout},
 };
 
+use super::pace::{Pace, is_same};
 use crate::{
     app::TaskFailed,
     lease::whenever_leading,
@@ -35,11 +36,24 @@ const RETRY: Duration = Duration::from_secs(2);
 /// For one answer of the API server.
 const DEADLINE: Duration = Duration::from_secs(5);
 
-/// One entry for each object at most: what it is to be told last.
 #[derive(Debug, Default)]
 pub(crate) struct Sink {
-    pending: Mutex<BTreeMap<ObjectKey, Pending>>,
+    objects: Mutex<Objects>,
     changed: Notify,
+}
+
+#[derive(Debug, Default)]
+struct Objects {
+    /// One entry for each object at most: what it is to be told last.
+    pending: BTreeMap<ObjectKey, Pending>,
+    pace: Pace,
+}
+
+/// What is to be written, and when there will be more.
+#[derive(Debug)]
+struct Due {
+    now: Vec<(ObjectKey, Arc<Value>)>,
+    next: Option<Instant>,
 }
 
 #[derive(Clone, Debug)]
@@ -51,11 +65,12 @@ struct Pending {
 impl Sink {
     /// What an object is to be told; `None` if there is nothing new.
     pub(crate) fn set(&self, key: ObjectKey, status: Option<Value>) {
-        let mut pending = self.lock();
+        let pending = &mut self.lock().pending;
         match status {
-            Some(status) if pending.get(&key).is_some_and(|known| *known.status == status) => {}
             Some(status) => {
-                pending.insert(key, Pending { status: Arc::new(status), failed: 0 });
+                // The same may be wanted again: what is being written now can have been changed back already.
+                let failed = pending.get(&key).filter(|known| is_same(&known.status, &status)).map_or(0, |k| k.failed);
+                pending.insert(key, Pending { status: Arc::new(status), failed });
                 self.changed.notify_one();
             }
             None => drop(pending.remove(&key)),
@@ -77,12 +92,12 @@ impl Sink {
 
     /// Never ends; dropped when the lead is lost, and with it what was about to be written.
     async fn lead(self: Arc<Self>, client: Client, metrics: Metrics) -> Infallible {
-        // A predecessor's failures are not ours.
-        self.lock().values_mut().for_each(|pending| pending.failed = 0);
+        self.begin();
         loop {
             let changed = self.changed.notified();
             let client = &client;
-            let mut writes = stream::iter(self.due())
+            let due = self.due(Instant::now());
+            let mut writes = stream::iter(due.now)
                 .map(|(key, status)| async move {
                     let written = write(client, &key, &status).await;
                     (key, status, written)
@@ -92,29 +107,52 @@ impl Sink {
             while let Some((key, status, written)) = writes.next().await {
                 let outcome = if written.is_ok() { "written" } else { "failed" };
                 metrics.writes.with_label_values(&["status", outcome]).inc();
-                failed |= !self.settle(&key, &status, written);
+                failed |= !self.settle(&key, &status, written, Instant::now());
             }
             tokio::select! {
                 () = changed => {}
                 () = tokio::time::sleep(RETRY), if failed => {}
+                () = async {
+                    match due.next {
+                        Some(next) => tokio::time::sleep_until(next).await,
+                        None => std::future::pending().await,
+                    }
+                } => {}
             }
         }
     }
 
-    fn due(&self) -> Vec<(ObjectKey, Arc<Value>)> {
-        let pending = self.lock();
-        let due = pending.iter().filter(|(_, pending)| pending.failed < ATTEMPTS);
-        due.map(|(key, pending)| (key.clone(), pending.status.clone())).collect()
+    /// A predecessor's failures are not ours, and what he wrote is not known.
+    fn begin(&self) {
+        let mut objects = self.lock();
+        objects.pending.values_mut().for_each(|pending| pending.failed = 0);
+        objects.pace.forget_all();
+    }
+
+    fn due(&self, now: Instant) -> Due {
+        let mut objects = self.lock();
+        objects.pace.forget(now);
+        let mut due = Due { now: Vec::new(), next: None };
+        for (key, pending) in objects.pending.iter().filter(|(_, pending)| pending.failed < ATTEMPTS) {
+            match objects.pace.earliest(key, &pending.status).filter(|earliest| *earliest > now) {
+                None => due.now.push((key.clone(), pending.status.clone())),
+                Some(earliest) => due.next = Some(due.next.map_or(earliest, |next| next.min(earliest))),
+            }
+        }
+        due
     }
 
     /// Whether nothing is left to do for the object; what was set meanwhile is not touched.
-    fn settle(&self, key: &ObjectKey, status: &Arc<Value>, written: Result<(), String>) -> bool {
-        let mut all = self.lock();
-        let Some(pending) = all.get_mut(key).filter(|pending| Arc::ptr_eq(&pending.status, status)) else {
+    fn settle(&self, key: &ObjectKey, status: &Arc<Value>, written: Result<(), String>, now: Instant) -> bool {
+        let Objects { pending: all, pace } = &mut *self.lock();
+        let Err(why) = written else {
+            if all.get(key).is_some_and(|pending| Arc::ptr_eq(&pending.status, status)) {
+                all.remove(key);
+            }
+            pace.told(key.clone(), status.clone(), now);
             return true;
         };
-        let Err(why) = written else {
-            all.remove(key);
+        let Some(pending) = all.get_mut(key).filter(|pending| is_same(&pending.status, status)) else {
             return true;
         };
         pending.failed += 1;
@@ -126,9 +164,9 @@ impl Sink {
         pending.failed >= ATTEMPTS
     }
 
-    fn lock(&self) -> MutexGuard<'_, BTreeMap<ObjectKey, Pending>> {
+    fn lock(&self) -> MutexGuard<'_, Objects> {
         // Entries are changed one at a time.
-        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+        self.objects.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -169,32 +207,87 @@ mod tests {
         ObjectKey::new(Kind::Service, &"demo".into(), &"web".into())
     }
 
+    fn only(due: Due) -> Arc<Value> {
+        let [(_, status)] = &due.now[..] else { panic!("{due:?}") };
+        status.clone()
+    }
+
     #[test]
     fn what_was_set_while_something_older_was_written_is_written_next() {
-        let sink = Sink::default();
+        let (sink, now) = (Sink::default(), Instant::now());
         sink.set(key(), Some(json!({"a": 1})));
-        let (_, older) = sink.due().remove(0);
+        let older = only(sink.due(now));
         sink.set(key(), Some(json!({"a": 2})));
-        assert!(sink.settle(&key(), &older, Ok(())));
-        let (_, newer) = sink.due().remove(0);
+        assert!(sink.settle(&key(), &older, Ok(()), now));
+        let due = sink.due(now);
+        assert!(due.now.is_empty(), "not at once");
+        let next = due.next.unwrap();
+        let newer = only(sink.due(next));
         assert_eq!(*newer, json!({"a": 2}));
-        assert!(sink.settle(&key(), &newer, Ok(())));
-        assert!(sink.due().is_empty());
+        assert!(sink.settle(&key(), &newer, Ok(()), next));
+        let due = sink.due(next);
+        assert!(due.now.is_empty() && due.next.is_none());
+    }
+
+    #[test]
+    fn what_was_changed_back_while_it_was_written_is_written_again() {
+        let (sink, now) = (Sink::default(), Instant::now());
+        sink.set(key(), Some(json!({"a": 1})));
+        let under_way = only(sink.due(now));
+        sink.set(key(), Some(json!({"a": 1})));
+        assert!(sink.settle(&key(), &under_way, Ok(()), now));
+        let next = sink.due(now).next.unwrap();
+        assert_eq!(only(sink.due(next)), under_way);
+        // Unless the write comes back first, and nothing is left to tell.
+        sink.set(key(), None);
+        assert!(sink.due(next).now.is_empty());
     }
 
     #[test]
     fn attempts_are_bounded_until_there_is_something_else_to_tell() {
-        let sink = Sink::default();
-        sink.set(key(), Some(json!({"a": 1})));
+        let (sink, now) = (Sink::default(), Instant::now());
+        let status = |reason: &str, time: &str| Some(json!({"reason": reason, "lastTransitionTime": time}));
+        sink.set(key(), status("a", "1"));
         for attempt in 1..=ATTEMPTS {
-            let (_, status) = sink.due().remove(0);
-            assert_eq!(sink.settle(&key(), &status, Err("refused".into())), attempt == ATTEMPTS);
+            let status = only(sink.due(now));
+            assert_eq!(sink.settle(&key(), &status, Err("refused".into()), now), attempt == ATTEMPTS);
         }
-        sink.set(key(), Some(json!({"a": 1})));
-        assert!(sink.due().is_empty(), "the same is not tried again");
-        sink.set(key(), Some(json!({"a": 2})));
-        assert_eq!(sink.due().len(), 1);
+        sink.set(key(), status("a", "2"));
+        assert!(sink.due(now).now.is_empty(), "the same is not tried again, at whatever time");
+        sink.set(key(), status("b", "2"));
+        assert_eq!(sink.due(now).now.len(), 1);
         sink.set(key(), None);
-        assert!(sink.due().is_empty());
+        assert!(sink.due(now).now.is_empty());
+    }
+
+    #[test]
+    fn a_rival_who_keeps_changing_a_status_back_is_answered_less_and_less_often_until_he_lets_it_be() {
+        let (sink, begun) = (Sink::default(), Instant::now());
+        let status = |reason: &str, at: Instant| {
+            let time = format!("{:?}", at - begun);
+            Some(json!({"conditions": [{"reason": reason, "lastTransitionTime": time}]}))
+        };
+        // Seconds before our answer to a change at `now`, and when that was.
+        let answered = |reason: &str, now: Instant| {
+            sink.set(key(), status(reason, now));
+            let due = sink.due(now);
+            let at = due.next.unwrap_or(now);
+            let written = only(sink.due(at));
+            assert!(sink.settle(&key(), &written, Ok(()), at));
+            ((at - now).as_secs(), at)
+        };
+        let mut now = begun;
+        let mut pauses = Vec::new();
+        for _ in 0..8 {
+            let (pause, at) = answered("a", now);
+            pauses.push(pause);
+            now = at;
+        }
+        assert_eq!(pauses, [0, 2, 4, 8, 16, 32, 60, 60]);
+        let (pause, now) = answered("b", now);
+        assert_eq!(pause, 2, "something else to tell does not wait for the rival");
+        let (pause, now) = answered("b", now + Duration::from_secs(120));
+        assert_eq!(pause, 0, "he let it be");
+        assert_eq!(answered("b", now).0, 2);
     }
 }
