@@ -67,9 +67,10 @@ impl Sink {
     pub(crate) fn set(&self, key: ObjectKey, status: Option<Value>) {
         let pending = &mut self.lock().pending;
         match status {
-            Some(status) if pending.get(&key).is_some_and(|known| is_same(&known.status, &status)) => {}
             Some(status) => {
-                pending.insert(key, Pending { status: Arc::new(status), failed: 0 });
+                // The same may be wanted again: what is being written now can have been changed back already.
+                let failed = pending.get(&key).filter(|known| is_same(&known.status, &status)).map_or(0, |k| k.failed);
+                pending.insert(key, Pending { status: Arc::new(status), failed });
                 self.changed.notify_one();
             }
             None => drop(pending.remove(&key)),
@@ -144,14 +145,14 @@ impl Sink {
     /// Whether nothing is left to do for the object; what was set meanwhile is not touched.
     fn settle(&self, key: &ObjectKey, status: &Arc<Value>, written: Result<(), String>, now: Instant) -> bool {
         let Objects { pending: all, pace } = &mut *self.lock();
-        if written.is_ok() {
+        let Err(why) = written else {
+            if all.get(key).is_some_and(|pending| Arc::ptr_eq(&pending.status, status)) {
+                all.remove(key);
+            }
             pace.told(key.clone(), status.clone(), now);
-        }
-        let Some(pending) = all.get_mut(key).filter(|pending| Arc::ptr_eq(&pending.status, status)) else {
             return true;
         };
-        let Err(why) = written else {
-            all.remove(key);
+        let Some(pending) = all.get_mut(key).filter(|pending| is_same(&pending.status, status)) else {
             return true;
         };
         pending.failed += 1;
@@ -226,6 +227,20 @@ mod tests {
         assert!(sink.settle(&key(), &newer, Ok(()), next));
         let due = sink.due(next);
         assert!(due.now.is_empty() && due.next.is_none());
+    }
+
+    #[test]
+    fn what_was_changed_back_while_it_was_written_is_written_again() {
+        let (sink, now) = (Sink::default(), Instant::now());
+        sink.set(key(), Some(json!({"a": 1})));
+        let under_way = only(sink.due(now));
+        sink.set(key(), Some(json!({"a": 1})));
+        assert!(sink.settle(&key(), &under_way, Ok(()), now));
+        let next = sink.due(now).next.unwrap();
+        assert_eq!(only(sink.due(next)), under_way);
+        // Unless the write comes back first, and nothing is left to tell.
+        sink.set(key(), None);
+        assert!(sink.due(next).now.is_empty());
     }
 
     #[test]
