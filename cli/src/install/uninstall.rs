@@ -10,6 +10,7 @@ use std::{
 };
 
 use anyhow::{bail, ensure};
+use cni_plugin::{agent::status::REDIRECTION, eligibility::MODE};
 use serde_json::{Value, json};
 
 use super::{
@@ -23,9 +24,6 @@ use crate::{
     cluster::{self, Cluster, Object, escape},
     output::{good, say, took},
 };
-
-const MODE: &str = "istio.io/dataplane-mode";
-const REDIRECTION: &str = "ambient.istio.io/redirection";
 
 pub(crate) fn run(options: &Uninstall) -> anyhow::Result<ExitCode> {
     cluster::block_on(async { with(&options.connection.open().await?, options).await })
