@@ -7,8 +7,8 @@ use clap::{Args, builder::PossibleValuesParser};
 use super::Output;
 use crate::{cluster::Connection, install};
 
-/// Where the mesh is installed.
-const SYSTEM: &str = "istio-system";
+/// Where the mesh is installed if nobody says otherwise.
+pub(crate) const SYSTEM: &str = "istio-system";
 
 /// Where the mesh is. What is named counts; else the cluster of KUBECONFIG; else the lab `default` if it runs; else the cluster that
 /// `kubectl` would find.
