@@ -8,7 +8,7 @@ use lab::apps::relay::Instead;
 mod cluster;
 
 use self::cluster::namespace;
-pub(crate) use self::cluster::{Check, ClusterStatus, Install, Place, Selection, Uninstall, Upgrade};
+pub(crate) use self::cluster::{Check, ClusterStatus, Install, Place, SYSTEM, Selection, Uninstall, Upgrade};
 
 /// An ambient service mesh: identity and mutual TLS for pods by a namespace label, nothing restarted.
 #[derive(Debug, Parser)]

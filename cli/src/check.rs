@@ -4,6 +4,7 @@
 
 mod clock;
 mod evidence;
+mod membership;
 mod network;
 mod nodes;
 mod selector;
@@ -164,6 +165,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::cluster::fake::FakeApi;
 
     #[test]
     fn what_cannot_be_seen_is_not_called_fine() {
@@ -184,5 +186,32 @@ mod tests {
         assert_eq!(of("nodes"), [(Level::Unknown, "403".to_owned())]);
         assert!(of("kernel").is_empty(), "no node, no kernel");
         assert!(of("API server").iter().all(|(level, _)| *level == Level::Fine));
+    }
+
+    #[tokio::test]
+    async fn a_list_that_is_refused_is_unknown_to_everything_that_reads_it() {
+        let policy = json!({"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+            "metadata": {"name": "p", "namespace": "d"}, "spec": {"podSelector": {}, "policyTypes": ["Ingress"]}});
+        for (refused, unknown) in [
+            ("/api/v1/namespaces/d/pods", &["network policies"][..]),
+            ("/api/v1/namespaces", &["network policies", "pod security", "webhooks"]),
+            ("/api/v1/nodes", &["clocks", "nodes", "quotas"]),
+            ("/apis/apps/v1/daemonsets", &["network", "other meshes"]),
+            ("/api/v1/namespaces/m/configmaps/fairway-node", &["network policies", "webhooks"]),
+        ] {
+            let api = FakeApi::start().await;
+            api.put(policy.clone());
+            api.forbid(refused);
+            let evidence = Evidence::gather(&api.cluster(), "m").await.unwrap();
+            let items = judge(&evidence);
+            for what in unknown {
+                let levels: Vec<Level> =
+                    items.iter().filter(|item| item.what == *what).map(|item| item.level).collect();
+                assert!(
+                    levels.contains(&Level::Unknown) && !levels.contains(&Level::Fine),
+                    "{refused}: {what}: {levels:?}"
+                );
+            }
+        }
     }
 }

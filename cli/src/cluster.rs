@@ -36,7 +36,8 @@ const DEADLINE: Duration = Duration::from_secs(30);
 const ANSWER_LIMIT: usize = 64 << 20;
 const PAGE: usize = 500;
 const JSON: &str = "application/json";
-const METADATA: &str = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1";
+const METADATA: &str = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1";
+const METADATA_LIST: &str = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1";
 
 /// Runs what asks a cluster.
 pub(crate) fn block_on<T>(work: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
@@ -105,7 +106,16 @@ pub(crate) enum Applied {
 impl Cluster {
     /// `None` when there is no such object, or no such kind.
     pub(crate) async fn get(&self, path: &str) -> anyhow::Result<Option<Value>> {
-        match self.send(Method::GET, path, JSON, None).await {
+        self.object(path, JSON).await
+    }
+
+    /// As [`Self::get`], with the object's metadata only: for what it holds is nobody's business, or large.
+    pub(crate) async fn get_metadata(&self, path: &str) -> anyhow::Result<Option<Value>> {
+        self.object(path, METADATA).await
+    }
+
+    async fn object(&self, path: &str, accept: &'static str) -> anyhow::Result<Option<Value>> {
+        match self.send(Method::GET, path, accept, None).await {
             Ok(value) => Ok(Some(value)),
             Err(refused) if refused.status == Some(StatusCode::NOT_FOUND) => Ok(None),
             Err(refused) => Err(refused.into()),
@@ -119,7 +129,7 @@ impl Cluster {
 
     /// As [`Self::list`], with the objects' metadata only.
     pub(crate) async fn list_metadata(&self, path: &str, query: &str) -> anyhow::Result<Vec<Value>> {
-        self.pages(path, query, METADATA).await
+        self.pages(path, query, METADATA_LIST).await
     }
 
     async fn pages(&self, path: &str, query: &str, accept: &'static str) -> anyhow::Result<Vec<Value>> {

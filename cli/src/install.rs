@@ -3,6 +3,7 @@
 //! What is installed carries two labels and is written down in a ConfigMap, so that `upgrade` finds what a new version no longer has, and
 //! `uninstall` everything.
 
+mod made;
 mod manifest;
 mod ownership;
 mod ready;
@@ -44,9 +45,7 @@ pub(crate) fn run(options: &Install) -> anyhow::Result<ExitCode> {
         let installation = Installation::prepare(cluster, &options.selection).await?;
         installation.may_go_on(&options.selection).await?;
         if options.dry_run {
-            installation.apply(|_| true, true).await?;
-            say!("nothing was changed");
-            return Ok(ExitCode::SUCCESS);
+            return installation.preview().await;
         }
         if installation.before.is_some() {
             say!("{} has an installation already: it is brought to what is asked for", options.selection.namespace);
@@ -147,6 +146,16 @@ impl Installation {
              `istioctl uninstall`), choose another --namespace, or make them ours with --take-over; nothing was changed",
             told.join("\n  ")
         )
+    }
+
+    /// What [`Self::first`] or [`Self::roll`] would do.
+    async fn preview(&self) -> anyhow::Result<ExitCode> {
+        self.apply(|_| true, true).await?;
+        for object in self.superseded().await? {
+            say!("{object} deleted: it is no longer part of the mesh");
+        }
+        say!("nothing was changed");
+        Ok(ExitCode::SUCCESS)
     }
 
     /// Everything at once: nobody uses it yet.
@@ -266,16 +275,26 @@ impl Installation {
         Ok(())
     }
 
-    /// What the version before had and this one has not.
     async fn prune(&self) -> anyhow::Result<()> {
-        for object in owned(&self.cluster, &self.namespace).await? {
-            let lasting = ["Namespace", "CustomResourceDefinition"].contains(&object.kind.name);
-            if !lasting && !self.objects.iter().any(|wanted| wanted.path() == object.path()) {
-                self.cluster.delete(&object.path()).await?;
-                say!("{object} deleted: it is no longer part of the mesh");
-            }
+        for object in self.superseded().await? {
+            self.cluster.delete(&object.path()).await?;
+            say!("{object} deleted: it is no longer part of the mesh");
         }
         Ok(())
+    }
+
+    /// What the version before had and this one has not.
+    async fn superseded(&self) -> anyhow::Result<Vec<Object>> {
+        // A first installation deletes nothing.
+        if self.before.is_none() {
+            return Ok(Vec::new());
+        }
+        let mut there = owned(&self.cluster, &self.namespace).await?;
+        there.retain(|object| {
+            let lasting = ["Namespace", "CustomResourceDefinition"].contains(&object.kind.name);
+            !lasting && !self.objects.iter().any(|wanted| wanted.path() == object.path())
+        });
+        Ok(there)
     }
 
     fn tell_end(&self, waited: bool) {

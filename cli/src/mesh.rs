@@ -13,7 +13,10 @@ use lab::{
 use serde_json::Value;
 
 use self::on_cluster::OnCluster;
-use crate::{args::Place, cluster};
+use crate::{
+    args::{Place, SYSTEM},
+    cluster,
+};
 
 /// The lab that is meant when none is named.
 const LAB: &str = "default";
@@ -85,6 +88,9 @@ pub(crate) trait Mesh {
     /// The namespace of a name that says none.
     fn namespace(&self) -> &str;
 
+    /// Where the mesh is installed.
+    fn system(&self) -> &str;
+
     /// The command that lists `pods` or `nodes`.
     fn lister(&self, what: &str) -> String;
 
@@ -145,6 +151,10 @@ impl Mesh for Lab {
 
     fn namespace(&self) -> &str {
         "default"
+    }
+
+    fn system(&self) -> &str {
+        SYSTEM
     }
 
     fn lister(&self, what: &str) -> String {

@@ -51,7 +51,8 @@ impl fmt::Display for Exclusion {
     }
 }
 
-const MODE: &str = "istio.io/dataplane-mode";
+/// The label of a pod or its namespace that says whether it belongs to the mesh.
+pub const MODE: &str = "istio.io/dataplane-mode";
 
 /// What decides about a pod, for whoever has to change it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

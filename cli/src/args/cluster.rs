@@ -7,8 +7,8 @@ use clap::{Args, builder::PossibleValuesParser};
 use super::Output;
 use crate::{cluster::Connection, install};
 
-/// Where the mesh is installed.
-const SYSTEM: &str = "istio-system";
+/// Where the mesh is installed if nobody says otherwise.
+pub(crate) const SYSTEM: &str = "istio-system";
 
 /// Where the mesh is. What is named counts; else the cluster of KUBECONFIG; else the lab `default` if it runs; else the cluster that
 /// `kubectl` would find.
@@ -55,11 +55,12 @@ pub(crate) struct ClusterStatus {
 pub(crate) struct Install {
     #[command(flatten)]
     pub(crate) selection: Selection,
-    /// Say what would be created or changed, and change nothing.
+    /// Say what would be created, changed or deleted, and change nothing.
     #[arg(long)]
     pub(crate) dry_run: bool,
     /// Wait until every component serves; the default.
     #[arg(long, overrides_with = "no_wait")]
+    // Never read: it is there to be written down, and to take a --no-wait before it back.
     wait: bool,
     /// Return as soon as everything is applied.
     #[arg(long, overrides_with = "wait")]
@@ -117,7 +118,7 @@ pub(crate) struct Uninstall {
     /// Delete the definitions though there are objects of them, which go with them.
     #[arg(long)]
     pub(crate) purge_crds: bool,
-    /// Keep the CA's Secret for another installation.
+    /// Keep the CA's Secret for another installation. One that fairwayd did not make stays anyway.
     #[arg(long)]
     pub(crate) keep_ca: bool,
     /// How long pods may take to end.

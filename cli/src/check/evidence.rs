@@ -2,9 +2,11 @@
 
 use std::{collections::BTreeMap, time::SystemTime};
 
+use cni_plugin::eligibility::{Labels, Pod};
 use futures_util::{StreamExt as _, stream};
 use serde_json::{Value, json};
 
+use super::membership::{self, Membership};
 use crate::cluster::{Cluster, KINDS, Kind, Refused};
 
 #[derive(Debug, Default)]
@@ -26,8 +28,9 @@ pub(super) struct Evidence {
     pub(super) felix: Option<Value>,
     pub(super) namespaces: Vec<Value>,
     pub(super) policies: Vec<Value>,
-    /// Metadata of the pods of namespaces with policies.
-    pub(super) pods: BTreeMap<String, Vec<Value>>,
+    pub(super) membership: Membership,
+    /// The pods of namespaces with policies.
+    pub(super) pods: BTreeMap<String, Vec<Pod>>,
     pub(super) quotas: Vec<Value>,
     /// Of both kinds, and API services.
     pub(super) webhooks: Vec<Value>,
@@ -35,6 +38,9 @@ pub(super) struct Evidence {
     /// What could not be fetched, and why.
     pub(super) unknown: Vec<(&'static str, String)>,
 }
+
+/// Who asks where an applicable label or exclusion stands.
+const MEMBERSHIP: [&str; 2] = ["network policies", "webhooks"];
 
 impl Evidence {
     /// # Errors
@@ -58,44 +64,52 @@ impl Evidence {
         }
         // Who may not ask for one may not ask for any.
         evidence.unknown.extend(errors.pop().map(|error| ("permissions", error)));
-        evidence.nodes = evidence.list(cluster, "nodes", "/api/v1/nodes", "").await;
+        evidence.nodes = evidence.list(cluster, &["nodes", "quotas", "clocks"], "/api/v1/nodes", "").await;
         let leases = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases";
-        evidence.leases = evidence.list(cluster, "clocks", leases, "").await;
-        evidence.daemon_sets = evidence.list(cluster, "network", "/apis/apps/v1/daemonsets", "").await;
+        evidence.leases = evidence.list(cluster, &["clocks"], leases, "").await;
+        evidence.daemon_sets =
+            evidence.list(cluster, &["network", "other meshes"], "/apis/apps/v1/daemonsets", "").await;
         evidence.control_planes =
-            evidence.list(cluster, "other meshes", "/apis/apps/v1/deployments", "labelSelector=app%3Distiod").await;
+            evidence.list(cluster, &["other meshes"], "/apis/apps/v1/deployments", "labelSelector=app%3Distiod").await;
         evidence.cilium = evidence.get(cluster, "/api/v1/namespaces/kube-system/configmaps/cilium-config").await;
         evidence.felix = evidence.get(cluster, "/apis/crd.projectcalico.org/v1/felixconfigurations/default").await;
-        evidence.namespaces = evidence.list(cluster, "pod security", "/api/v1/namespaces", "").await;
+        evidence.namespaces =
+            evidence.list(cluster, &["pod security", MEMBERSHIP[0], MEMBERSHIP[1]], "/api/v1/namespaces", "").await;
+        match Membership::read(cluster, namespace).await {
+            Ok(membership) => evidence.membership = membership,
+            Err(error) => evidence.missing(&MEMBERSHIP, &error),
+        }
         let policies = "/apis/networking.k8s.io/v1/networkpolicies";
-        evidence.policies = evidence.list(cluster, "network policies", policies, "").await;
+        evidence.policies = evidence.list(cluster, &["network policies"], policies, "").await;
         for policy in evidence.policies.clone() {
             let Some(within) = policy["metadata"]["namespace"].as_str() else { continue };
             if !evidence.pods.contains_key(within) {
-                let pods = cluster.list_metadata(&format!("/api/v1/namespaces/{within}/pods"), "").await;
-                evidence.pods.insert(within.to_owned(), pods.unwrap_or_default());
+                let path = format!("/api/v1/namespaces/{within}/pods");
+                let pods = evidence.list(cluster, &["network policies"], &path, "").await;
+                evidence.pods.insert(within.to_owned(), pods.iter().filter_map(membership::pod).collect());
             }
         }
         let quotas = format!("/api/v1/namespaces/{namespace}/resourcequotas");
-        evidence.quotas = evidence.list(cluster, "quotas", &quotas, "").await;
+        evidence.quotas = evidence.list(cluster, &["quotas"], &quotas, "").await;
         for kind in ["mutatingwebhookconfigurations", "validatingwebhookconfigurations"] {
             let path = format!("/apis/admissionregistration.k8s.io/v1/{kind}");
-            let mut found = evidence.list(cluster, "webhooks", &path, "").await;
+            let mut found = evidence.list(cluster, &["webhooks"], &path, "").await;
             evidence.webhooks.append(&mut found);
         }
         let services = "/apis/apiregistration.k8s.io/v1/apiservices";
-        let mut services = evidence.list(cluster, "webhooks", services, "").await;
+        let mut services = evidence.list(cluster, &["webhooks"], services, "").await;
         evidence.webhooks.append(&mut services);
         let authentications = "/apis/security.istio.io/v1/peerauthentications";
-        evidence.peer_authentications = evidence.list(cluster, "webhooks", authentications, "").await;
+        evidence.peer_authentications = evidence.list(cluster, &["webhooks"], authentications, "").await;
         Ok(evidence)
     }
 
-    async fn list(&mut self, cluster: &Cluster, what: &'static str, path: &str, query: &str) -> Vec<Value> {
+    /// `readers`: the items that cannot be judged without.
+    async fn list(&mut self, cluster: &Cluster, readers: &[&'static str], path: &str, query: &str) -> Vec<Value> {
         match cluster.list(path, query).await {
             Ok(items) => items,
             Err(error) => {
-                self.unknown.push((what, brief(&error)));
+                self.missing(readers, &error);
                 Vec::new()
             }
         }
@@ -105,16 +119,24 @@ impl Evidence {
         match cluster.get(path).await {
             Ok(object) => object,
             Err(error) => {
-                self.unknown.push(("network", brief(&error)));
+                self.missing(&["network"], &error);
                 None
             }
         }
     }
 
-    /// Whether pods there are, or will be, in the mesh.
+    fn missing(&mut self, readers: &[&'static str], error: &anyhow::Error) {
+        self.unknown.extend(readers.iter().map(|what| (*what, brief(error))));
+    }
+
+    /// Whether a pod there that says nothing of itself is, or will be, in the mesh.
     pub(super) fn is_enrolled(&self, namespace: &str) -> bool {
-        let there = self.namespaces.iter().find(|object| object["metadata"]["name"] == namespace);
-        there.is_some_and(|object| object["metadata"]["labels"]["istio.io/dataplane-mode"] == "ambient")
+        self.belongs(&Pod { namespace: namespace.to_owned(), ..Pod::default() })
+    }
+
+    pub(super) fn belongs(&self, pod: &Pod) -> bool {
+        let there = self.namespaces.iter().find(|object| object["metadata"]["name"] == *pod.namespace);
+        self.membership.belongs(pod, &there.map_or_else(Labels::new, membership::labels))
     }
 }
 

@@ -2,15 +2,15 @@
 
 use std::net::IpAddr;
 
+use cni_plugin::{
+    eligibility::Pod,
+    rules::model::{PROBE_V4, PROBE_V6},
+};
 use ipnet::IpNet;
+use mesh_core::select::HBONE_PORT;
 use serde_json::Value;
 
 use super::{Item, Level, evidence::Evidence, selector::selects, some};
-
-/// Tunnels between pods.
-const HBONE: u64 = 15008;
-/// Whence the kubelet's probes come.
-const PROBES: [u8; 4] = [169, 254, 7, 127];
 
 /// DaemonSets by which a primary CNI plugin is known.
 const PRIMARIES: [(&str, &str); 11] = [
@@ -134,13 +134,12 @@ pub(super) fn other_meshes(evidence: &Evidence) -> Vec<Item> {
     let planes = evidence.control_planes.iter().map(|plane| text(&plane["metadata"]["namespace"]).to_owned());
     let planes: Vec<String> = planes.collect();
     if !planes.is_empty() {
-        let says = format!("istiod runs in {}: both write ConfigMap istio-ca-root-cert", some(&planes));
-        items.push(Item::new(
-            "other meshes",
-            Level::Fault,
-            says,
-            "see docs/migrate-from-istio.md for the order; not both at once",
-        ));
+        let says = format!(
+            "istiod runs in {}: both write ConfigMap istio-ca-root-cert, with the same content only as long as they have the same root",
+            some(&planes)
+        );
+        let remedy = "docs/migrate-from-istio.md: ours takes over the root in istiod's namespace; remove istiod when nothing asks it any more";
+        items.push(Item::new("other meshes", Level::Warning, says, remedy));
     }
     if items.is_empty() {
         items.push(Item::fine("other meshes", "none"));
@@ -152,31 +151,30 @@ pub(super) fn other_meshes(evidence: &Evidence) -> Vec<Item> {
 pub(super) fn policies(evidence: &Evidence) -> Vec<Item> {
     let (mut peers, mut leaving, mut probes, mut enrolled) = (Vec::new(), Vec::new(), Vec::new(), false);
     for (namespace, pods) in &evidence.pods {
-        if namespace == "kube-system" {
-            continue;
-        }
         let within: Vec<&Value> =
             evidence.policies.iter().filter(|policy| policy["metadata"]["namespace"] == **namespace).collect();
-        let lacking = |direction: &str, admits: &dyn Fn(&Value) -> bool| {
-            pods.iter().any(|pod| {
+        let lacking = |direction: &str, admits: &dyn Fn(&Value) -> bool| -> Vec<&Pod> {
+            let lacks = |pod: &&Pod| {
                 let of_pod = |policy: &&&Value| {
-                    isolates(policy, direction) && selects(&policy["spec"]["podSelector"], &pod["metadata"]["labels"])
+                    isolates(policy, direction) && selects(&policy["spec"]["podSelector"], &pod.labels)
                 };
                 let mut policies = within.iter().filter(of_pod).peekable();
                 // Policies add up: one that admits is enough.
                 policies.peek().is_some() && !policies.any(|policy| rules(policy, direction).any(admits))
-            })
+            };
+            // Whoever never is in the mesh meets neither its tunnels nor its probes.
+            pods.iter().filter(|pod| evidence.membership.could_belong(pod)).filter(lacks).collect()
         };
         let names: Vec<&str> = within.iter().map(|policy| text(&policy["metadata"]["name"])).collect();
         let told = format!("{namespace} ({})", names.join(", "));
-        let mut note = |list: &mut Vec<String>, lacks: bool| {
-            if lacks {
+        let mut note = |list: &mut Vec<String>, lacking: Vec<&Pod>| {
+            if !lacking.is_empty() {
                 list.push(told.clone());
-                enrolled |= evidence.is_enrolled(namespace);
+                enrolled |= lacking.iter().any(|pod| evidence.belongs(pod));
             }
         };
-        note(&mut peers, lacking("ingress", &|rule| admits_port(rule, HBONE)));
-        note(&mut leaving, lacking("egress", &|rule| admits_port(rule, HBONE)));
+        note(&mut peers, lacking("ingress", &|rule| admits_port(rule, HBONE_PORT.into())));
+        note(&mut leaving, lacking("egress", &|rule| admits_port(rule, HBONE_PORT.into())));
         note(&mut probes, lacking("ingress", &|rule| admits_probes(rule)));
     }
     let level = if enrolled { Level::Fault } else { Level::Warning };
@@ -187,12 +185,12 @@ pub(super) fn policies(evidence: &Evidence) -> Vec<Item> {
             "network policies",
             level,
             says,
-            "admit TCP 15008 from these peers, beside the application's ports",
+            format!("admit TCP {HBONE_PORT} from these peers, beside the application's ports"),
         ));
     }
     if !leaving.is_empty() {
         let says = format!("pods that do not reach peers in the mesh: {}", some(&leaving));
-        items.push(Item::new("network policies", level, says, "let TCP 15008 out to these peers"));
+        items.push(Item::new("network policies", level, says, format!("let TCP {HBONE_PORT} out to these peers")));
     }
     if !probes.is_empty() {
         let says = format!("pods whose probes may be dropped: {}", some(&probes));
@@ -200,7 +198,7 @@ pub(super) fn policies(evidence: &Evidence) -> Vec<Item> {
             "network policies",
             Level::Warning,
             says,
-            "admit 169.254.7.127/32 (and fd16:9254:7127:1337:ffff:ffff:ffff:ffff/128)",
+            format!("admit {PROBE_V4}/32 (and {PROBE_V6}/128)"),
         ));
     }
     if items.is_empty() {
@@ -238,7 +236,7 @@ fn admits_port(rule: &Value, port: u64) -> bool {
 
 fn admits_probes(rule: &Value) -> bool {
     let Some(peers) = rule["from"].as_array().filter(|peers| !peers.is_empty()) else { return true };
-    let source = IpAddr::from(PROBES);
+    let source = IpAddr::from(PROBE_V4);
     let covers = |text: &Value| {
         text.as_str().and_then(|text| text.parse::<IpNet>().ok()).is_some_and(|net| net.contains(&source))
     };
@@ -254,13 +252,15 @@ fn text(value: &Value) -> &str {
 
 #[cfg(test)]
 mod tests {
+    use cni_plugin::eligibility::MODE;
     use serde_json::json;
 
     use super::*;
 
     fn with_policies(specs: &[Value]) -> Evidence {
         let policy = |spec: &Value| json!({"metadata": {"name": "p", "namespace": "d"}, "spec": spec});
-        let pod = json!({"metadata": {"name": "a", "labels": {"app": "a"}}});
+        let labels = [("app".to_owned(), "a".to_owned())].into();
+        let pod = Pod { namespace: "d".to_owned(), name: "a".to_owned(), labels, ..Pod::default() };
         Evidence {
             policies: specs.iter().map(policy).collect(),
             pods: [("d".to_owned(), vec![pod])].into(),
@@ -316,6 +316,22 @@ mod tests {
     }
 
     #[test]
+    fn pods_that_never_are_in_the_mesh_need_nothing_admitted() {
+        let deny = [json!({"podSelector": {}, "policyTypes": ["Ingress", "Egress"]})];
+        let label = |key: &str, value: &str| [(key.to_owned(), value.to_owned())].into();
+        for pod in [
+            Pod { host_network: true, ..Pod::default() },
+            Pod { labels: label(MODE, "none"), ..Pod::default() },
+            Pod { annotations: label("sidecar.istio.io/status", "{}"), ..Pod::default() },
+            Pod { namespace: "kube-system".to_owned(), ..Pod::default() },
+        ] {
+            let mut evidence = with_policies(&deny);
+            evidence.pods.insert("d".to_owned(), vec![pod.clone()]);
+            assert!(policies(&evidence).iter().all(|item| item.level == Level::Fine), "{pod:?}");
+        }
+    }
+
+    #[test]
     fn primary_plugins_are_asked_for_what_is_known_to_break() {
         let set = |name: &str| json!({"metadata": {"name": name, "namespace": "kube-system"}});
         let cilium = |data: Value| Evidence {
@@ -346,5 +362,11 @@ mod tests {
         assert_eq!(level(set("istio-cni-node", "istio")), Level::Fault);
         assert_eq!(level(set("ztunnel", "istio")), Level::Fault);
         assert_eq!(level(set("ztunnel", "fairway")), Level::Fine);
+        // While the control plane is exchanged, both run.
+        let istiod = json!({"metadata": {"name": "istiod", "namespace": "n"}});
+        assert_eq!(
+            other_meshes(&Evidence { control_planes: vec![istiod], ..Evidence::default() })[0].level,
+            Level::Warning
+        );
     }
 }

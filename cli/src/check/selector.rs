@@ -1,10 +1,11 @@
 //! Label selectors of Kubernetes.
 
+use cni_plugin::eligibility::Labels;
 use serde_json::Value;
 
-/// Whether labels (an object, or nothing) are selected. An operator that is not known selects: better one warning too many.
-pub(super) fn selects(selector: &Value, labels: &Value) -> bool {
-    let label = |key: &str| labels[key].as_str();
+/// Whether labels are selected. An operator that is not known selects: better one warning too many.
+pub(super) fn selects(selector: &Value, labels: &Labels) -> bool {
+    let label = |key: &str| labels.get(key).map(String::as_str);
     let exact = selector["matchLabels"].as_object();
     let exact = exact.into_iter().flatten().all(|(key, value)| label(key) == value.as_str());
     let expressions = selector["matchExpressions"].as_array();
@@ -44,7 +45,8 @@ mod tests {
             (expression("Exists"), json!({"a": "2"}), true),
             (expression("DoesNotExist"), json!({"a": "2"}), false),
         ] {
-            assert_eq!(selects(&selector, &labels), wanted, "{selector} {labels}");
+            let read: Labels = serde_json::from_value(labels.clone()).unwrap();
+            assert_eq!(selects(&selector, &read), wanted, "{selector} {labels}");
         }
     }
 }

@@ -4,10 +4,15 @@
 
 use std::{collections::BTreeMap, process::ExitCode, time::Duration};
 
+use cni_plugin::agent::{
+    enroll::Redirection,
+    status::{REDIRECTION, redirection_named},
+};
 use futures_util::{StreamExt as _, stream};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use super::membership::{self, Membership};
 use crate::{
     args::Check,
     cluster::{Cluster, rollout},
@@ -55,7 +60,7 @@ pub(super) async fn run(cluster: &Cluster, query: &Check, namespace: &str) -> an
     let all = cluster.list(&format!("/api/v1/namespaces/{namespace}/pods"), "").await?;
     let open = open(cluster, &query.namespace, &names, namespace).await?;
     let callers = join(counts, open);
-    let unseen = uncaptured(&all);
+    let unseen = uncaptured(&all, &Membership::read(cluster, &query.namespace).await?);
     let document = json!({ "namespace": namespace, "callers": callers, "unseen": unseen });
     say!("{}", query.output.render(&document, || text(namespace, query.watch, &callers, &unseen))?);
     Ok(if callers.is_empty() && unseen.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -151,16 +156,13 @@ fn join(counts: Counts, open: BTreeMap<(String, String), usize>) -> Vec<Caller> 
     counted.chain(open).collect()
 }
 
-/// Pods of the namespace that run outside the mesh, though nobody wants them there: STRICT is not for those that opted out.
-fn uncaptured(pods: &[Value]) -> Vec<String> {
-    let outside = |pod: &&Value| {
-        let metadata = &pod["metadata"];
-        pod["status"]["phase"] == "Running"
-            && pod["spec"]["hostNetwork"] != true
-            && metadata["labels"]["istio.io/dataplane-mode"] != "none"
-            && metadata["annotations"]["ambient.istio.io/redirection"] != "enabled"
-    };
-    pods.iter().filter(outside).filter_map(|pod| pod["metadata"]["name"].as_str().map(str::to_owned)).collect()
+/// Pods of the namespace that run outside the mesh though they could be in it: STRICT is not for those that opted out, or never are.
+fn uncaptured(pods: &[Value], membership: &Membership) -> Vec<String> {
+    let running = pods.iter().filter(|pod| pod["status"]["phase"] == "Running").filter_map(membership::pod);
+    let captured = |text: &String| redirection_named(text) == Some(Redirection::Enabled);
+    let outside =
+        running.filter(|pod| membership.could_belong(pod) && !pod.annotations.get(REDIRECTION).is_some_and(captured));
+    outside.map(|pod| pod.name).collect()
 }
 
 fn text(namespace: &str, watched: Option<Duration>, callers: &[Caller], unseen: &[String]) -> String {
@@ -189,6 +191,8 @@ fn text(namespace: &str, watched: Option<Duration>, callers: &[Caller], unseen: 
 
 #[cfg(test)]
 mod tests {
+    use cni_plugin::eligibility::MODE;
+
     use super::*;
 
     fn line(reporter: &str, source: &str, into: &str, security: &str, value: u32) -> String {
@@ -217,16 +221,27 @@ mod tests {
     }
 
     #[test]
-    fn running_pods_without_the_annotation_are_unseen() {
-        let pod = |name: &str, phase: &str, enrolled: &str| json!({"metadata": {"name": name, "annotations": {"ambient.istio.io/redirection": enrolled}}, "status": {"phase": phase}});
-        let mut opted_out = pod("none", "Running", "");
-        opted_out["metadata"]["labels"]["istio.io/dataplane-mode"] = "none".into();
+    fn running_pods_that_could_be_in_the_mesh_and_are_not_are_unseen() {
+        let pod = |name: &str, phase: &str, changed: Value| {
+            let mut pod = json!({"metadata": {"name": name, "uid": name, "namespace": "d"}, "spec": {"nodeName": "n"}, "status": {"phase": phase}});
+            for (part, value) in changed.as_object().unwrap() {
+                pod["metadata"][part] = value.clone();
+            }
+            pod
+        };
+        let enrolled = |value: &str| json!({"annotations": {REDIRECTION: value}});
+        let mut host = pod("host", "Running", json!({}));
+        host["spec"]["hostNetwork"] = true.into();
         let pods = [
-            pod("in", "Running", "enabled"),
-            pod("out", "Running", "pending"),
-            pod("done", "Succeeded", ""),
-            opted_out,
+            pod("in", "Running", enrolled("enabled")),
+            pod("out", "Running", enrolled("pending")),
+            pod("unlabelled", "Running", json!({})),
+            pod("done", "Succeeded", json!({})),
+            pod("opted-out", "Running", json!({"labels": {MODE: "none"}})),
+            pod("sidecar", "Running", json!({"annotations": {"sidecar.istio.io/status": "{}"}})),
+            pod("excluded", "Running", json!({"namespace": "kube-system"})),
+            host,
         ];
-        assert_eq!(uncaptured(&pods), ["out"]);
+        assert_eq!(uncaptured(&pods, &Membership::default()), ["out", "unlabelled"]);
     }
 }

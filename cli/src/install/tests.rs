@@ -121,8 +121,57 @@ async fn a_cluster_that_is_not_fit_is_told_before_anything_is_changed() {
 async fn a_dry_run_changes_nothing() {
     let api = FakeApi::start().await;
     let installation = Installation::prepare(api.cluster(), &selection(&[])).await.unwrap();
-    installation.apply(|_| true, true).await.unwrap();
+    installation.preview().await.unwrap();
     assert!(api.changes().is_empty() && api.server.paths().is_empty());
+}
+
+#[tokio::test]
+async fn a_dry_run_tells_what_would_be_deleted_and_deletes_nothing() {
+    let api = FakeApi::start().await;
+    let stale = |labels: Value| json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "stale", "namespace": "istio-system", "labels": labels}});
+    api.put(stale(json!({INSTALL: "istio-system"})));
+    let prepare = async || Installation::prepare(api.cluster(), &selection(&[])).await.unwrap();
+    assert!(prepare().await.superseded().await.unwrap().is_empty(), "a first installation deletes nothing");
+    install(&api, &[]).await.unwrap();
+    api.changes();
+    let again = prepare().await;
+    let told: Vec<String> = again.superseded().await.unwrap().iter().map(ToString::to_string).collect();
+    assert_eq!(told, ["Service istio-system/stale"]);
+    again.preview().await.unwrap();
+    assert!(api.changes().is_empty());
+}
+
+#[tokio::test]
+async fn a_ca_of_somebody_elses_stays_and_ours_goes_unless_it_is_wanted() {
+    let secret = format!("{SYSTEM}/secrets/istio-ca-secret");
+    for (labels, arguments, stays) in [
+        (json!({MANAGED_BY: "fairwayd"}), &[][..], false),
+        (json!({MANAGED_BY: "fairwayd"}), &["--keep-ca"], true),
+        (json!({}), &[], true),
+    ] {
+        let api = FakeApi::start().await;
+        install(&api, &[]).await.unwrap();
+        let metadata = json!({"name": "istio-ca-secret", "namespace": "istio-system", "labels": labels});
+        api.server.put("api/v1/secrets", json!({"metadata": metadata}));
+        uninstall::with(&api.cluster(), &removal(arguments)).await.unwrap();
+        assert_eq!(api.server.at(&secret).is_some(), stays, "{labels} {arguments:?}");
+    }
+}
+
+#[tokio::test]
+async fn what_another_control_plane_uses_stays_whoever_installed_that() {
+    for labels in [json!({"app": "istiod"}), json!({"app.kubernetes.io/name": "fairwayd", MANAGED_BY: "Helm"})] {
+        let api = FakeApi::start().await;
+        install(&api, &[]).await.unwrap();
+        api.put(json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "other", "namespace": "elsewhere", "labels": labels}}));
+        api.put(json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "istio-ca-root-cert", "namespace": "shop"}}));
+        uninstall::with(&api.cluster(), &removal(&[])).await.unwrap();
+        let expected = [
+            "/api/v1/namespaces/shop/configmaps/istio-ca-root-cert",
+            "/apis/apps/v1/namespaces/elsewhere/deployments/other",
+        ];
+        assert_eq!(api.server.paths(), expected, "{labels}");
+    }
 }
 
 #[tokio::test]

@@ -10,10 +10,13 @@ use std::{
 };
 
 use anyhow::{bail, ensure};
+use cni_plugin::{agent::status::REDIRECTION, eligibility::MODE};
 use serde_json::{Value, json};
 
 use super::{
-    COMPONENTS, Component, INSTALL, owned,
+    COMPONENTS, Component, INSTALL,
+    made::{self, Made, ROOTS},
+    owned,
     ready::{AGAIN, Line, pods},
 };
 use crate::{
@@ -21,13 +24,6 @@ use crate::{
     cluster::{self, Cluster, Object, escape},
     output::{good, say, took},
 };
-
-const MODE: &str = "istio.io/dataplane-mode";
-const REDIRECTION: &str = "ambient.istio.io/redirection";
-const ROOTS: &str = "istio-ca-root-cert";
-/// What the control plane makes in its namespace.
-const MADE: [&str; 2] =
-    ["/apis/coordination.k8s.io/v1/namespaces/{}/leases/fairwayd", "/api/v1/namespaces/{}/secrets/istio-ca-secret"];
 
 pub(crate) fn run(options: &Uninstall) -> anyhow::Result<ExitCode> {
     cluster::block_on(async { with(&options.connection.open().await?, options).await })
@@ -54,20 +50,20 @@ impl Removal<'_> {
         }
         say!("{}: {} objects of the installation in namespace {namespace}", self.cluster.server, objects.len());
         self.tell_enrolled().await?;
-        self.confirm()?;
+        let made = Made::find(&self.cluster, namespace, self.options.keep_ca).await?;
+        self.confirm(&made)?;
         if self.options.purge_labels {
             self.purge_labels().await?;
         }
-        let others = self.other_control_planes().await?;
         // Agents first, and the control plane last.
         for component in [&COMPONENTS[1], &COMPONENTS[2], &COMPONENTS[0]] {
             self.end(component, &objects).await?;
         }
         self.remove_objects(&objects).await?;
-        self.remove_made(&others).await?;
+        made.remove(&self.cluster).await?;
         self.remove_definitions(&objects).await?;
         self.remove_namespace(&objects).await?;
-        self.tell_leftovers(started, !others.is_empty()).await
+        self.tell_leftovers(started, made.is_shared()).await
     }
 
     async fn tell_enrolled(&self) -> anyhow::Result<()> {
@@ -90,13 +86,13 @@ impl Removal<'_> {
         Ok(())
     }
 
-    fn confirm(&self) -> anyhow::Result<()> {
+    fn confirm(&self, made: &Made) -> anyhow::Result<()> {
         if self.options.yes {
             return Ok(());
         }
         ensure!(std::io::stdin().is_terminal(), "nobody is there to be asked: say --yes");
         let mut out = std::io::stdout();
-        write!(out, "remove all of it from {}? [y/N] ", self.cluster.server).and_then(|()| out.flush())?;
+        write!(out, "{}", made.question(&self.cluster.server)).and_then(|()| out.flush())?;
         let mut answer = String::new();
         std::io::stdin().read_line(&mut answer)?;
         ensure!(["y", "yes"].contains(&answer.trim()), "nothing was changed");
@@ -150,30 +146,6 @@ impl Removal<'_> {
             removed += usize::from(self.cluster.delete(&object.path()).await?);
         }
         say!("{removed} objects deleted");
-        Ok(())
-    }
-
-    /// What the control plane has made while it ran. Another mesh's uses the same names.
-    async fn remove_made(&self, others: &[String]) -> anyhow::Result<()> {
-        if !others.is_empty() {
-            say!("{} is still there: ConfigMaps {ROOTS} and the CA's Secret stay", others.join(", "));
-            return Ok(());
-        }
-        for path in MADE {
-            let path = path.replace("{}", &self.options.namespace);
-            if path.contains("/secrets/") && self.options.keep_ca {
-                say!("Secret istio-ca-secret stays: the next installation goes on with this CA");
-            } else if self.cluster.delete(&path).await? && path.contains("/secrets/") {
-                say!("Secret istio-ca-secret deleted: the next installation has a new CA");
-            }
-        }
-        let roots = self.roots().await?;
-        for root in &roots {
-            self.cluster
-                .delete(&format!("/api/v1/namespaces/{}/configmaps/{ROOTS}", text(&root["metadata"]["namespace"])))
-                .await?;
-        }
-        say!("ConfigMap {ROOTS} deleted in {} namespaces", roots.len());
         Ok(())
     }
 
@@ -275,9 +247,9 @@ impl Removal<'_> {
             captured = self.captured().await?;
         }
         left.extend(captured.into_iter().map(|pod| format!("annotation {REDIRECTION} of pod {pod}")));
-        if !roots_stay && self.other_control_planes().await?.is_empty() {
+        if !roots_stay && made::others(&self.cluster, &self.options.namespace).await?.is_empty() {
             left.extend(
-                self.roots()
+                made::roots(&self.cluster)
                     .await?
                     .iter()
                     .map(|root| format!("ConfigMap {}/{ROOTS}", text(&root["metadata"]["namespace"]))),
@@ -292,19 +264,6 @@ impl Removal<'_> {
             "a pod that is still annotated keeps its redirection until it is restarted, or `fairway-node cleanup` runs on its node"
         );
         Ok(ExitCode::FAILURE)
-    }
-
-    /// Which other meshes would miss what is named alike.
-    async fn other_control_planes(&self) -> anyhow::Result<Vec<String>> {
-        let own = &self.options.namespace;
-        let mut all = self.cluster.list_metadata("/apis/apps/v1/deployments", "labelSelector=app%3Distiod").await?;
-        let other = escape(&format!("{INSTALL},{INSTALL}!={own}"));
-        all.extend(self.cluster.list_metadata("/apis/apps/v1/deployments", &format!("labelSelector={other}")).await?);
-        Ok(names(&all).into_iter().map(|name| format!("control plane {name}")).collect())
-    }
-
-    async fn roots(&self) -> anyhow::Result<Vec<Value>> {
-        self.cluster.list_metadata("/api/v1/configmaps", &format!("fieldSelector=metadata.name%3D{ROOTS}")).await
     }
 
     async fn labelled(&self, path: &str) -> anyhow::Result<Vec<Value>> {

@@ -3,6 +3,7 @@
 use std::{net::IpAddr, sync::OnceLock};
 
 use anyhow::Context as _;
+use cni_plugin::agent::status::REDIRECTION;
 use futures_util::{StreamExt as _, stream};
 use lab::protocol::{NodeStatus, PodStatus};
 use serde_json::Value;
@@ -15,7 +16,6 @@ use crate::{
     install::{self, COMPONENTS},
 };
 
-const REDIRECTION: &str = "ambient.istio.io/redirection";
 /// Pods asked at a time.
 const ASKED: usize = 16;
 
@@ -133,6 +133,10 @@ impl Mesh for OnCluster {
 
     fn namespace(&self) -> &str {
         &self.cluster.namespace
+    }
+
+    fn system(&self) -> &str {
+        &self.system
     }
 
     fn lister(&self, what: &str) -> String {

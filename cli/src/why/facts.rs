@@ -17,6 +17,8 @@ const OTHERS: usize = 3;
 /// Everything that was asked and answered.
 #[derive(Debug, Default)]
 pub(crate) struct Facts {
+    /// Where the mesh is installed.
+    pub(crate) system: String,
     pub(crate) source: End,
     /// As the user named it.
     pub(crate) destination: String,
@@ -127,7 +129,13 @@ pub(crate) fn gather(mesh: &dyn Mesh, source: &str, destination: &str) -> anyhow
     let (name, port) = destination.rsplit_once(':').context("the destination needs a port: namespace/name:port")?;
     let port: u16 = port.parse().with_context(|| format!("`{port}` is not a port"))?;
     let source = find_source(mesh, source)?;
-    let mut facts = Facts { destination: destination.to_owned(), port, source, ..Facts::default() };
+    let mut facts = Facts {
+        system: mesh.system().to_owned(),
+        destination: destination.to_owned(),
+        port,
+        source,
+        ..Facts::default()
+    };
     facts.source.report = facts.ask_agent(mesh, &facts.source.clone());
     let target = match address_of(mesh, name, &facts.source) {
         Ok(address) => Some(SocketAddr::new(address, port)),

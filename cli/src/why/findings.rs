@@ -174,7 +174,7 @@ fn decided(facts: &Facts, answer: &Value) -> Option<Finding> {
             (object, "metadata.labels[istio.io/use-waypoint]", remedy)
         }
         ("not_in_registry", _) => {
-            ("ConfigMap istio-system/istio".to_owned(), "data.mesh.outboundTrafficPolicy.mode", text("remedy"))
+            (format!("ConfigMap {}/istio", facts.system), "data.mesh.outboundTrafficPolicy.mode", text("remedy"))
         }
         ("lookup", Some(service)) => (format!("ServiceEntry {service}"), "spec.endpoints", text("remedy")),
         _ => return Some(finding.remedy(text("remedy"))),
@@ -343,6 +343,14 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn the_mesh_configuration_is_named_where_the_mesh_is_installed() {
+        let deny = json!({"decision": {"verdict": "deny", "reason": "not_in_registry"}});
+        let facts = Facts { system: "m".to_owned(), ..facts(deny.clone()) };
+        let finding = decided(&facts, &deny).unwrap();
+        assert_eq!(finding.object.as_deref(), Some("ConfigMap m/istio"));
+    }
 
     /// A captured source and what its ztunnel says.
     fn facts(outbound: Value) -> Facts {

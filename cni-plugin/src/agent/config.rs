@@ -73,7 +73,7 @@ impl Config {
         let path = |name: &str, default: &str| PathBuf::from(env.string(name, default));
         let json = env.string("LOG_FORMAT", "plain") == "json";
         let run_dir = path("CNI_AGENT_RUN_DIR", "/var/run/istio-cni");
-        let excluded_namespaces = list(&env.raw("EXCLUDE_NAMESPACES").unwrap_or_else(|| "kube-system".into()));
+        let excluded_namespaces = excluded_namespaces(env.raw("EXCLUDE_NAMESPACES").as_deref());
         let world = match env.optional("FAIRWAY_MANIFESTS") {
             Some(manifests) => World::Folder {
                 manifests: manifests.into(),
@@ -182,6 +182,11 @@ fn octal(env: &Reader<'_>, name: &str, default: u32) -> u32 {
         env.problem(name, &value, "a file mode such as 0600");
         default
     })
+}
+
+/// What EXCLUDE_NAMESPACES means, set or not.
+pub fn excluded_namespaces(told: Option<&str>) -> Vec<String> {
+    list(told.unwrap_or("kube-system"))
 }
 
 fn list(text: &str) -> Vec<String> {
