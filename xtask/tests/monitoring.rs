@@ -72,6 +72,59 @@ fn every_metric_that_is_asked_for_is_one_that_a_program_has() {
     assert!(unknown.is_empty(), "nobody has {unknown:?}");
 }
 
+/// What a page searches for in logs and metrics: each alternative of a pattern, and whether case is ignored.
+fn searched(page: &str) -> Vec<(String, bool)> {
+    let mut words = Vec::new();
+    for command in page.lines().flat_map(|line| line.split(" | ").skip(1)).filter(|part| part.starts_with("grep ")) {
+        let command = command.trim_start_matches("grep ");
+        let (flags, pattern) = match command.split_once(' ') {
+            Some((flags, pattern)) if flags.starts_with('-') => (flags, pattern),
+            _ => ("", command),
+        };
+        let forgiving = flags.contains('i');
+        words.extend(pattern.trim_matches('\'').split('|').map(|word| (word.to_owned(), forgiving)));
+    }
+    words
+}
+
+/// Whether a line of a program's source could put a word into its output: in a string, or as the name of a field of a log line.
+fn says(line: &str, word: &str) -> bool {
+    let in_string = line.split('"').skip(1).step_by(2).any(|text| text.contains(word));
+    let field = line.split("tracing::").nth(1).is_some_and(|event| event.contains(&format!("{word} = ")));
+    !line.trim_start().starts_with("//") && (in_string || field)
+}
+
+#[test]
+fn every_word_that_a_page_searches_for_is_one_that_a_program_says() {
+    let sources = ["crates", "ztunnel/src", "control-plane/src", "cni-plugin/src"];
+    let paths = sources.iter().flat_map(|folder| files(&root().join(folder), "rs"));
+    let text: String = paths.map(|path| read(&path)).collect();
+    let lower = text.to_lowercase();
+    let mut count = 0;
+    for path in files(&root().join(RUNBOOKS), "md") {
+        for (word, forgiving) in searched(&read(&path)) {
+            count += 1;
+            let is_level = ["ERROR", "WARN"].contains(&&*word);
+            let (text, sought) = if forgiving { (&lower, word.to_lowercase()) } else { (&text, word.clone()) };
+            let said = is_level || text.lines().any(|line| says(line, &sought));
+            assert!(said, "{}: no program says `{word}`", path.display());
+        }
+    }
+    assert!(count > 15, "{count}");
+}
+
+#[test]
+fn a_word_counts_where_it_is_printed_and_not_where_it_is_a_name() {
+    assert!(says(r#"    tracing::warn!(remedy = x.remedy, "{}", x);"#, "remedy"));
+    assert!(says(r#"    warn!("the lease changed hands");"#, "lease"));
+    assert!(!says("    let remedy = x.remedy;", "remedy"));
+    assert!(!says(r#"    // as "lease" says"#, "lease"));
+    assert_eq!(
+        searched("kubectl logs x | grep -iE 'a|b c' | tail -2\nkubectl get y | grep z"),
+        [("a".to_owned(), true), ("b c".to_owned(), true), ("z".to_owned(), false)]
+    );
+}
+
 #[test]
 fn every_alert_has_its_page_and_every_page_its_alert() {
     let mut named = BTreeSet::new();
