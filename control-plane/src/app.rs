@@ -119,7 +119,8 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     let (trigger, drain) = drain::channel();
     let mut tasks = JoinSet::new();
     let Opened { authority, problem, tokens, run } = open(&config, pipeline, &metrics).await?;
-    let bearers = Bearers { tokens, metrics: metrics.clone() };
+    let policy = Arc::new(config.issue_policy());
+    let bearers = Bearers { tokens, trusted: policy.trusted_accounts.clone(), metrics: metrics.clone() };
     let certificate =
         |protocol| Certificate::new(authority.clone(), config.server_names(), protocol, SystemTime::now());
     let (certificate, webhook_certificate) = (certificate(b"h2")?, certificate(b"http/1.1")?);
@@ -138,7 +139,6 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     let discovery =
         DeltaService::new(cache, Arc::new(bearers.clone()), Arc::new(move |event| observer.observe(&event)))
             .into_server();
-    let policy = Arc::new(config.issue_policy());
     if let Some(listener) = webhook {
         let (settings, metrics, drain) = (config.object_settings(), metrics.clone(), drain.clone());
         tasks.spawn(admission::serve(listener, webhook_certificate, settings, metrics, drain));

@@ -15,7 +15,12 @@ use proto::ca::{
 use tokio::sync::watch;
 use tonic::{Request, Response, Status};
 
-use crate::{callers::Bearers, metrics::Metrics, pipeline::Snapshot, placement::Placements};
+use crate::{
+    callers::{Bearers, TrustedAccounts},
+    metrics::Metrics,
+    pipeline::Snapshot,
+    placement::Placements,
+};
 
 /// Longer requests are no certificate requests.
 const MAX_CSR_BYTES: usize = 16 * 1024;
@@ -26,8 +31,7 @@ pub(crate) const MAX_REQUEST: usize = 64 * 1024;
 #[derive(Clone, Debug)]
 pub(crate) struct IssuePolicy {
     pub(crate) trust_domain: Arc<str>,
-    /// `(namespace, service account)` of node proxies, which may ask on behalf of pods.
-    pub(crate) trusted_accounts: Vec<(Arc<str>, Arc<str>)>,
+    pub(crate) trusted_accounts: TrustedAccounts,
     /// Default and maximum.
     pub(crate) ttl: Duration,
 }
@@ -71,10 +75,7 @@ pub(crate) fn decide(
             caller.service_account.clone(),
         ));
     };
-    let is_caller = |(namespace, account): &(Arc<str>, Arc<str>)| {
-        *namespace == caller.namespace && *account == caller.service_account
-    };
-    if !policy.trusted_accounts.iter().any(is_caller) {
+    if !policy.trusted_accounts.contains(caller) {
         return Err(Refusal::NotTrusted(caller.clone()));
     }
     let identity: Identity = requested.parse().map_err(Refusal::Malformed)?;
@@ -172,7 +173,7 @@ mod tests {
     fn policy() -> IssuePolicy {
         IssuePolicy {
             trust_domain: "cluster.local".into(),
-            trusted_accounts: vec![("istio-system".into(), "ztunnel".into())],
+            trusted_accounts: TrustedAccounts::new([("istio-system".into(), "ztunnel".into())]),
             ttl: Duration::from_secs(86_400),
         }
     }

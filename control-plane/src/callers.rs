@@ -2,7 +2,7 @@
 
 use std::{pin::Pin, sync::Arc};
 
-use mesh_xds::server::{Authenticate, Caller};
+use mesh_xds::server::{self, Authenticate, Caller};
 use tonic::{Status, metadata::MetadataMap};
 
 use crate::metrics::Metrics;
@@ -22,10 +22,28 @@ pub(crate) enum NotBelieved {
     Unknown(String),
 }
 
+/// `(namespace, service account)` of node proxies, which may ask on behalf of pods.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct TrustedAccounts(Arc<[(Arc<str>, Arc<str>)]>);
+
+impl TrustedAccounts {
+    pub(crate) fn new(accounts: impl IntoIterator<Item = (Arc<str>, Arc<str>)>) -> Self {
+        Self(accounts.into_iter().collect())
+    }
+
+    pub(crate) fn contains(&self, caller: &Caller) -> bool {
+        self.0.iter().any(|(namespace, account)| *namespace == caller.namespace && *account == caller.service_account)
+    }
+}
+
+/// Of a request of anybody else: enough to name 100,000 resources, and too little to fill the memory.
+const MAX_REQUEST: usize = 8 * 1024 * 1024;
+
 /// Lets in whom [`Tokens`] believe.
 #[derive(Clone)]
 pub(crate) struct Bearers {
     pub(crate) tokens: Arc<dyn Tokens>,
+    pub(crate) trusted: TrustedAccounts,
     pub(crate) metrics: Metrics,
 }
 
@@ -62,5 +80,41 @@ impl Authenticate for Bearers {
         metadata: &'a MetadataMap,
     ) -> Pin<Box<dyn Future<Output = Result<Caller, Status>> + Send + 'a>> {
         Box::pin(self.caller(metadata))
+    }
+
+    fn max_request(&self, caller: &Caller) -> usize {
+        if self.trusted.contains(caller) { server::MAX_REQUEST } else { MAX_REQUEST }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mesh_runtime::metrics::Registry;
+
+    use super::*;
+
+    struct Nobody;
+
+    impl Tokens for Nobody {
+        fn bearer<'a>(&'a self, _: &'a str) -> Pin<Box<dyn Future<Output = Result<Caller, NotBelieved>> + Send + 'a>> {
+            Box::pin(std::future::ready(Err(NotBelieved::Refused("nobody is believed".to_owned()))))
+        }
+    }
+
+    #[test]
+    fn only_node_proxies_may_send_requests_that_take_much_memory() {
+        let trusted = TrustedAccounts::new([("istio-system".into(), "ztunnel".into())]);
+        let metrics = Metrics::register(&Registry::new());
+        let bearers = Bearers { tokens: Arc::new(Nobody), trusted, metrics };
+        let caller = |namespace: &str, account: &str| Caller {
+            node: "n".into(),
+            namespace: namespace.into(),
+            service_account: account.into(),
+            pod: "p".into(),
+        };
+        assert_eq!(bearers.max_request(&caller("istio-system", "ztunnel")), server::MAX_REQUEST);
+        for (namespace, account) in [("istio-system", "other"), ("tenant", "ztunnel")] {
+            assert_eq!(bearers.max_request(&caller(namespace, account)), MAX_REQUEST);
+        }
     }
 }

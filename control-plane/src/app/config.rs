@@ -2,7 +2,7 @@
 
 use std::{net::SocketAddr, path::PathBuf, time::Duration};
 
-use crate::{ca::IssuePolicy, index, objects};
+use crate::{ca::IssuePolicy, callers::TrustedAccounts, index, objects};
 
 /// The namespace the control plane runs in unless told otherwise.
 pub const NAMESPACE: &str = "istio-system";
@@ -93,7 +93,7 @@ impl Config {
         let shared = |(namespace, name): &(String, String)| (namespace.as_str().into(), name.as_str().into());
         IssuePolicy {
             trust_domain: self.trust_domain.as_str().into(),
-            trusted_accounts: self.trusted_accounts.iter().map(shared).collect(),
+            trusted_accounts: TrustedAccounts::new(self.trusted_accounts.iter().map(shared)),
             ttl: self.workload_cert_ttl,
         }
     }

@@ -38,8 +38,8 @@ use session::Session;
 
 /// Responses queued to a client's connection before its stream waits.
 const RESPONSE_QUEUE: usize = 2;
-/// Requests are small, but for those of reconnecting clients: they list what they hold.
-const MAX_REQUEST: usize = 64 * 1024 * 1024;
+/// Requests are small, but for those of reconnecting clients: they list what they hold. This is as much as any may be.
+pub const MAX_REQUEST: usize = 64 * 1024 * 1024;
 const METHOD: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 
 /// How soon a change must reach clients.
@@ -84,6 +84,11 @@ pub trait Authenticate: Send + Sync + 'static {
         &'a self,
         metadata: &'a MetadataMap,
     ) -> Pin<Box<dyn Future<Output = Result<Caller, Status>> + Send + 'a>>;
+
+    /// How long a request of this caller may be, in bytes: it is held as a whole, several times over once it has been read.
+    fn max_request(&self, _caller: &Caller) -> usize {
+        MAX_REQUEST
+    }
 }
 
 /// Events an operator counts and logs.
@@ -121,15 +126,17 @@ impl DeltaService {
         DeltaServer(self)
     }
 
-    async fn open(
-        self,
-        metadata: MetadataMap,
-        requests: Streaming<DeltaDiscoveryRequest>,
-    ) -> Result<Responses, Status> {
+    async fn open<B>(self, metadata: MetadataMap, body: B) -> Result<Responses, Status>
+    where
+        B: Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<StdError>,
+    {
         if !self.cache.is_ready() {
             return Err(Status::unavailable("the first full state is still being built"));
         }
         let caller = self.authenticate.authenticate(&metadata).await?;
+        let decoder = ProstCodec::<(), DeltaDiscoveryRequest>::default().decoder();
+        let requests = Streaming::new_request(decoder, body, None, Some(self.authenticate.max_request(&caller)));
         let (responses, queue) = mpsc::channel(RESPONSE_QUEUE);
         let session = Session::new(self.cache, self.observer, caller, responses);
         // Owned by the call: it ends when the client's request stream or its response stream does.
@@ -168,9 +175,7 @@ where
             if parts.uri.path() != METHOD {
                 return Ok(Status::unimplemented("only delta discovery is served").into_http());
             }
-            let decoder = ProstCodec::<(), DeltaDiscoveryRequest>::default().decoder();
-            let requests = Streaming::new_request(decoder, body, None, Some(MAX_REQUEST));
-            Ok(match service.open(MetadataMap::from_headers(parts.headers), requests).await {
+            Ok(match service.open(MetadataMap::from_headers(parts.headers), body).await {
                 Ok(responses) => {
                     let mut answer = Answer::new(tonic::body::Body::new(responses));
                     let grpc = http::HeaderValue::from_static("application/grpc");
