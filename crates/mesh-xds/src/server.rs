@@ -7,6 +7,7 @@
 mod batch;
 mod cache;
 mod outgoing;
+mod request;
 mod session;
 
 use std::{
@@ -19,27 +20,25 @@ use std::{
 
 use bytes::Bytes;
 use http_body::Body;
-use proto::discovery::DeltaDiscoveryRequest;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tonic::{
-    Status, Streaming,
-    codec::Codec as _,
+    Status,
     codegen::{BoxFuture, Service, StdError, http},
     metadata::MetadataMap,
     server::NamedService,
 };
-use tonic_prost::ProstCodec;
 
 pub use cache::Cache;
 
 use crate::convert::Encoded;
 use outgoing::Responses;
+use request::Requests;
 use session::Session;
 
 /// Responses queued to a client's connection before its stream waits.
 const RESPONSE_QUEUE: usize = 2;
-/// Requests are small, but for those of reconnecting clients: they list what they hold.
-const MAX_REQUEST: usize = 64 * 1024 * 1024;
+/// Large requests that are taken in at once.
+const TURNS: usize = 4;
 const METHOD: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 
 /// How soon a change must reach clients.
@@ -103,6 +102,7 @@ pub struct DeltaService {
     cache: Arc<Cache>,
     authenticate: Arc<dyn Authenticate>,
     observer: Observer,
+    turns: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for DeltaService {
@@ -113,7 +113,7 @@ impl std::fmt::Debug for DeltaService {
 
 impl DeltaService {
     pub fn new(cache: Arc<Cache>, authenticate: Arc<dyn Authenticate>, observer: Observer) -> Self {
-        Self { cache, authenticate, observer }
+        Self { cache, authenticate, observer, turns: Arc::new(Semaphore::new(TURNS)) }
     }
 
     /// As a service for a router.
@@ -121,11 +121,7 @@ impl DeltaService {
         DeltaServer(self)
     }
 
-    async fn open(
-        self,
-        metadata: MetadataMap,
-        requests: Streaming<DeltaDiscoveryRequest>,
-    ) -> Result<Responses, Status> {
+    async fn open(self, metadata: MetadataMap, requests: Requests) -> Result<Responses, Status> {
         if !self.cache.is_ready() {
             return Err(Status::unavailable("the first full state is still being built"));
         }
@@ -168,8 +164,7 @@ where
             if parts.uri.path() != METHOD {
                 return Ok(Status::unimplemented("only delta discovery is served").into_http());
             }
-            let decoder = ProstCodec::<(), DeltaDiscoveryRequest>::default().decoder();
-            let requests = Streaming::new_request(decoder, body, None, Some(MAX_REQUEST));
+            let requests = Requests::new(tonic::body::Body::new(body), service.turns.clone());
             Ok(match service.open(MetadataMap::from_headers(parts.headers), requests).await {
                 Ok(responses) => {
                     let mut answer = Answer::new(tonic::body::Body::new(responses));
