@@ -69,13 +69,14 @@ pub(crate) fn changes(all: &[Changes], nodes: usize) -> String {
             0 => "–".to_owned(),
             bytes => format!("{:.0}", each(bytes as f64) / nodes as f64),
         };
-        let at = |share: f64| sorted.get(((sorted.len() as f64 * share) as usize).min(sorted.len().saturating_sub(1)));
+        // Per mille, of sorted values.
+        let at = |share: usize| sorted.get((sorted.len() * share / 1000).min(sorted.len().saturating_sub(1)));
         let ms = |time: Option<&Duration>| time.map_or_else(String::new, |t| format!("{:.1}", t.as_secs_f64() * 1e3));
         vec![
             (*what).to_owned(),
             count.to_string(),
-            ms(at(0.5)),
-            ms(at(0.99)),
+            ms(at(500)),
+            ms(at(990)),
             ms(sorted.last()),
             cpu(spent.usage.cpu),
             cpu(spent.own),

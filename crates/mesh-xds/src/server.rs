@@ -7,6 +7,7 @@
 mod batch;
 mod cache;
 mod outgoing;
+mod request;
 mod session;
 
 use std::{
@@ -19,27 +20,27 @@ use std::{
 
 use bytes::Bytes;
 use http_body::Body;
-use proto::discovery::DeltaDiscoveryRequest;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tonic::{
-    Status, Streaming,
-    codec::Codec as _,
+    Status,
     codegen::{BoxFuture, Service, StdError, http},
     metadata::MetadataMap,
     server::NamedService,
 };
-use tonic_prost::ProstCodec;
 
 pub use cache::Cache;
 
 use crate::convert::Encoded;
 use outgoing::Responses;
+use request::Requests;
 use session::Session;
 
 /// Responses queued to a client's connection before its stream waits.
 const RESPONSE_QUEUE: usize = 2;
 /// Requests are small, but for those of reconnecting clients: they list what they hold. This is as much as any may be.
 pub const MAX_REQUEST: usize = 64 * 1024 * 1024;
+/// Large requests that are taken in at once.
+const TURNS: usize = 4;
 const METHOD: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 
 /// How soon a change must reach clients.
@@ -108,6 +109,7 @@ pub struct DeltaService {
     cache: Arc<Cache>,
     authenticate: Arc<dyn Authenticate>,
     observer: Observer,
+    turns: Arc<Semaphore>,
 }
 
 impl std::fmt::Debug for DeltaService {
@@ -118,7 +120,7 @@ impl std::fmt::Debug for DeltaService {
 
 impl DeltaService {
     pub fn new(cache: Arc<Cache>, authenticate: Arc<dyn Authenticate>, observer: Observer) -> Self {
-        Self { cache, authenticate, observer }
+        Self { cache, authenticate, observer, turns: Arc::new(Semaphore::new(TURNS)) }
     }
 
     /// As a service for a router.
@@ -126,17 +128,12 @@ impl DeltaService {
         DeltaServer(self)
     }
 
-    async fn open<B>(self, metadata: MetadataMap, body: B) -> Result<Responses, Status>
-    where
-        B: Body<Data = Bytes> + Send + 'static,
-        B::Error: Into<StdError>,
-    {
+    async fn open(self, metadata: MetadataMap, body: tonic::body::Body) -> Result<Responses, Status> {
         if !self.cache.is_ready() {
             return Err(Status::unavailable("the first full state is still being built"));
         }
         let caller = self.authenticate.authenticate(&metadata).await?;
-        let decoder = ProstCodec::<(), DeltaDiscoveryRequest>::default().decoder();
-        let requests = Streaming::new_request(decoder, body, None, Some(self.authenticate.max_request(&caller)));
+        let requests = Requests::new(body, self.turns.clone(), self.authenticate.max_request(&caller));
         let (responses, queue) = mpsc::channel(RESPONSE_QUEUE);
         let session = Session::new(self.cache, self.observer, caller, responses);
         // Owned by the call: it ends when the client's request stream or its response stream does.
@@ -175,6 +172,7 @@ where
             if parts.uri.path() != METHOD {
                 return Ok(Status::unimplemented("only delta discovery is served").into_http());
             }
+            let body = tonic::body::Body::new(body);
             Ok(match service.open(MetadataMap::from_headers(parts.headers), body).await {
                 Ok(responses) => {
                     let mut answer = Answer::new(tonic::body::Body::new(responses));

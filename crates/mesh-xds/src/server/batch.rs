@@ -1,7 +1,7 @@
 //! What a response says, put together from the cache.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     sync::Arc,
 };
 
@@ -10,6 +10,7 @@ use bytes::Bytes;
 use super::{
     cache::{Cache, Difference, Stored, TypeCache, Whole},
     outgoing::Pieces,
+    request::Held,
 };
 use crate::delta::ServerType;
 
@@ -44,7 +45,7 @@ impl From<Difference> for Batch {
 }
 
 /// Everything of a type that a client does not hold, and as of when.
-pub(super) fn everything(cache: &Cache, type_url: &'static str, held: &BTreeMap<String, String>) -> (Batch, u64) {
+pub(super) fn everything(cache: &Cache, type_url: &'static str, held: &Held) -> (Batch, u64) {
     if held.is_empty() {
         return whole(cache, type_url, Gathered::default());
     }
@@ -55,14 +56,15 @@ pub(super) fn everything(cache: &Cache, type_url: &'static str, held: &BTreeMap<
     };
     // Nobody waits for the lock while the two are compared.
     let mut gathered = Gathered::default();
-    for (name, version) in held {
-        match resources.get(name.as_str()) {
+    for (name, version) in held.iter() {
+        match resources.get(name) {
             Some(stored) => gathered.add_unless(*version == *stored.version, stored),
-            None => gathered.removed.push(name.clone()),
+            None => gathered.removed.push(name.to_owned()),
         }
     }
     if gathered.unchanged + gathered.upserted.len() < resources.size() {
-        let new = resources.iter().filter(|(name, _)| !held.contains_key(&***name));
+        let held: HashSet<&str> = held.iter().map(|(name, _)| name).collect();
+        let new = resources.iter().filter(|(name, _)| !held.contains(&***name));
         new.for_each(|(_, stored)| gathered.add_unless(false, stored));
     }
     // After a new release, say, which writes everything a little differently: what everybody shares costs less than what each lacks.

@@ -21,6 +21,8 @@ use crate::convert::Encoded;
 const LOG: usize = 65_536;
 /// A whole type that is still being sent to somebody serves those who come meanwhile, unless more has changed since.
 const WHOLE_SERVES: u64 = 4096;
+/// Differences that are remembered.
+const DIFFERENCES: usize = 32;
 
 pub(super) type Resources = HashTrieMapSync<Arc<str>, Stored>;
 
@@ -52,7 +54,33 @@ impl Stored {
 struct Logged {
     sequence: u64,
     name: Arc<str>,
-    lane: Lane,
+}
+
+/// What changed, oldest first.
+#[derive(Debug, Default)]
+struct Log {
+    entries: VecDeque<Logged>,
+    /// Changes up to here are no longer in it.
+    trimmed: u64,
+}
+
+impl Log {
+    fn record(&mut self, entry: Logged) {
+        self.entries.push_back(entry);
+        if self.entries.len() > LOG
+            && let Some(old) = self.entries.pop_front()
+        {
+            self.trimmed = old.sequence;
+        }
+    }
+
+    /// No more than `most` entries behind `since`, and up to when they are everything.
+    fn after(&self, since: u64, most: usize, now: u64) -> (impl Iterator<Item = &Arc<str>>, u64) {
+        let start = self.entries.partition_point(|entry| entry.sequence <= since);
+        let end = start.saturating_add(most).min(self.entries.len());
+        let until = if end < self.entries.len() { self.entries[end - 1].sequence } else { now };
+        (self.entries.range(start..end).map(|entry| &entry.name), until)
+    }
 }
 
 /// All resources of a type, encoded.
@@ -69,9 +97,9 @@ pub(super) struct Whole<P = Pieces> {
 /// What changed between two sequence numbers, encoded.
 #[derive(Clone, Debug)]
 pub(super) struct Difference<P = Pieces> {
+    lane: Lane,
     since: u64,
-    pub(super) until: u64,
-    urgent_only: bool,
+    until: u64,
     pub(super) resources: usize,
     pub(super) removals: usize,
     pub(super) upserted: P,
@@ -84,14 +112,14 @@ pub(super) struct TypeCache {
     by_alias: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
     /// Endpoints by the service's key.
     pub(super) members: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
-    log: VecDeque<Logged>,
-    /// Changes up to here are no longer in the log.
-    trimmed: u64,
+    log: Log,
+    /// Of these, the urgent ones.
+    urgent: Log,
     /// Of the last change.
     changed: u64,
     whole: Option<Whole<WeakPieces>>,
-    /// The last one made: clients that keep up all need the same.
-    difference: Option<Difference<WeakPieces>>,
+    /// The last ones made, latest first: clients that keep up need the same.
+    differences: VecDeque<Difference<WeakPieces>>,
 }
 
 #[derive(Debug, Default)]
@@ -193,7 +221,7 @@ impl Inner {
         if changed {
             self.sequence = next;
             if let Some(cache) = self.types.get_mut(type_url) {
-                cache.record(Logged { sequence: next, name: name.clone(), lane });
+                cache.record(&Logged { sequence: next, name: name.clone() }, lane);
             }
         }
         changed
@@ -234,13 +262,11 @@ impl TypeCache {
         unlist(&mut self.members, &old.member_of, name);
     }
 
-    fn record(&mut self, entry: Logged) {
+    fn record(&mut self, entry: &Logged, lane: Lane) {
         self.changed = entry.sequence;
-        self.log.push_back(entry);
-        if self.log.len() > LOG
-            && let Some(old) = self.log.pop_front()
-        {
-            self.trimmed = old.sequence;
+        self.log.record(entry.clone());
+        if lane == Lane::Urgent {
+            self.urgent.record(entry.clone());
         }
     }
 
@@ -256,34 +282,35 @@ impl TypeCache {
     fn whole(&self, policies: u64) -> Option<Whole> {
         let whole = self.whole.as_ref().filter(|whole| {
             whole.policies == policies
-                && whole.sequence >= self.trimmed
+                && whole.sequence >= self.log.trimmed
                 && self.changed.saturating_sub(whole.sequence) <= WHOLE_SERVES
         })?;
         let Whole { sequence, policies, resources, .. } = *whole;
         Some(Whole { sequence, policies, resources, pieces: whole.pieces.upgrade()? })
     }
 
-    /// Names of what changed since, of that lane or of both; `None` if the log does not go back so far.
-    pub(super) fn changed(&self, since: u64, urgent_only: bool) -> Option<BTreeSet<Arc<str>>> {
-        if since < self.trimmed {
-            return None;
-        }
-        let changed = self.log.iter().rev().take_while(|entry| entry.sequence > since);
-        let changed = changed.filter(|entry| !urgent_only || entry.lane == Lane::Urgent);
-        Some(changed.map(|entry| entry.name.clone()).collect())
+    /// Names of what changed since, in a lane, and until when: of much, the first part. `None` if the log does not go back so far.
+    pub(super) fn changed(&self, lane: Lane, since: u64, now: u64, most: usize) -> Option<(BTreeSet<Arc<str>>, u64)> {
+        let log = match lane {
+            Lane::Bulk => &self.log,
+            Lane::Urgent => &self.urgent,
+        };
+        let (names, until) = log.after(since, most, now);
+        (since >= self.log.trimmed).then(|| (names.cloned().collect(), until))
     }
 
-    /// What changed since, encoded; `None` as for [`Self::changed`].
-    pub(super) fn difference(&mut self, since: u64, until: u64, urgent_only: bool) -> Option<Difference> {
-        let made = self.difference.as_ref();
-        let made = made.filter(|made| (made.since, made.until, made.urgent_only) == (since, until, urgent_only));
-        if let Some(made) = made
-            && let (Some(upserted), Some(removed)) = (made.upserted.upgrade(), made.removed.upgrade())
-        {
-            let Difference { resources, removals, .. } = *made;
-            return Some(Difference { since, until, urgent_only, resources, removals, upserted, removed });
+    /// As [`Self::changed`], encoded.
+    pub(super) fn difference(&mut self, lane: Lane, since: u64, now: u64, most: usize) -> Option<(Difference, u64)> {
+        if since < self.log.trimmed {
+            return None;
         }
-        let names = self.changed(since, urgent_only)?;
+        let log = if lane == Lane::Urgent { &self.urgent } else { &self.log };
+        let until = log.after(since, most, now).1;
+        let is_it = |made: &&Difference<WeakPieces>| (made.lane, made.since, made.until) == (lane, since, until);
+        if let Some(made) = self.differences.iter().find(is_it).and_then(Difference::upgrade) {
+            return Some((made, until));
+        }
+        let (names, _) = self.changed(lane, since, now, most)?;
         let (mut upserted, mut removed) = (Vec::new(), Vec::new());
         for name in &names {
             match self.resources.get(name) {
@@ -293,17 +320,26 @@ impl TypeCache {
         }
         let (resources, removals) = (upserted.len(), removed.len());
         let (upserted, removed) = (Pieces::of(upserted), Pieces::removals(removed));
-        let shared = Difference {
-            since,
-            until,
-            urgent_only,
-            resources,
-            removals,
-            upserted: upserted.downgrade(),
-            removed: removed.downgrade(),
-        };
-        self.difference = Some(shared);
-        Some(Difference { since, until, urgent_only, resources, removals, upserted, removed })
+        let made = Difference { lane, since, until, resources, removals, upserted, removed };
+        self.differences.push_front(made.downgrade());
+        self.differences.truncate(DIFFERENCES);
+        Some((made, until))
+    }
+}
+
+impl Difference {
+    fn downgrade(&self) -> Difference<WeakPieces> {
+        let (upserted, removed) = (self.upserted.downgrade(), self.removed.downgrade());
+        let Self { lane, since, until, resources, removals, .. } = *self;
+        Difference { lane, since, until, resources, removals, upserted, removed }
+    }
+}
+
+impl Difference<WeakPieces> {
+    fn upgrade(&self) -> Option<Difference> {
+        let (upserted, removed) = (self.upserted.upgrade()?, self.removed.upgrade()?);
+        let Self { lane, since, until, resources, removals, .. } = *self;
+        Some(Difference { lane, since, until, resources, removals, upserted, removed })
     }
 }
 
