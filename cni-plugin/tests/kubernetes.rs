@@ -168,10 +168,10 @@ impl Node {
         );
     }
 
-    fn annotate(&self, plural: &str, key: &str, annotations: Value) {
-        let mut object = self.api.object(plural, key).expect("there");
+    fn annotate(&self, resource: &str, namespace: &str, name: &str, annotations: Value) {
+        let mut object = self.api.get(resource, namespace, name).expect("there");
         object["metadata"]["annotations"] = annotations;
-        self.api.put(plural, object);
+        self.api.put(resource, object);
     }
 
     fn daemon_set(&self) {
@@ -295,7 +295,7 @@ async fn a_pod_that_bears_anothers_name_in_cgroups_hides_nobody() {
         node.pod(name, &uid(n), ip, json!({}));
         // Between two who say that they are it, whoever is looked for first.
         if name != "b" {
-            node.annotate("pods", &format!("demo/{name}"), json!({"kubernetes.io/config.hash": uid(2)}));
+            node.annotate(PODS, "demo", name, json!({"kubernetes.io/config.hash": uid(2)}));
         }
         let ns = sandbox(name, ip);
         node.process(100 + n, &format!("0::/kubepods/besteffort/pod{}/c", uid(n)), &netns_path(name));
