@@ -43,7 +43,7 @@ fn workload(n: u32) -> Workload {
     workload.workload_name = workload.canonical_name.clone();
     workload.locality.region = "region".into();
     workload.locality.zone = format!("zone-{}", n % 3).into();
-    workload.services = [(service(n / ENDPOINTS).key(), vec![MAPPING])].into();
+    workload.services = [(service(n / ENDPOINTS).key(), [MAPPING].into_iter().collect())].into_iter().collect();
     workload
 }
 

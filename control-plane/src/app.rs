@@ -136,6 +136,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
     let webhook_address = webhook.as_ref().and_then(|listener| listener.local_addr().ok());
 
     let observer = metrics.clone();
+    let published = cache.clone();
     let discovery =
         DeltaService::new(cache, Arc::new(bearers.clone()), Arc::new(move |event| observer.observe(&event)))
             .into_server();
@@ -152,7 +153,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
         .add_service(IstioCertificateServiceServer::new(certificates).max_decoding_message_size(MAX_REQUEST));
 
     tasks.spawn(serve(router, listener, certificate, drain.clone()));
-    let (pages, watcher) = (pages::server(&registry, &readiness, state, problem), drain.clone());
+    let (pages, watcher) = (pages::server(&registry, &readiness, state, published, problem), drain.clone());
     tasks.spawn(async move { pages.serve(admin, watcher).await.map_err(TaskFailed::of("the admin server")) });
     run(&mut tasks, &drain);
     drop(drain);

@@ -5,11 +5,11 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::BTreeMap,
     str::FromStr,
     sync::Arc,
 };
 
+use litemap::LiteMap;
 use mesh_core::{mesh_config::Message, spelling::nearest};
 
 use crate::{
@@ -194,8 +194,8 @@ impl<'a> Cursor<'a> {
     }
 
     /// Labels or annotations.
-    pub(crate) fn string_map(&self) -> BTreeMap<Arc<str>, Arc<str>> {
-        let Some(fields) = self.fields() else { return BTreeMap::new() };
+    pub(crate) fn string_map(&self) -> LiteMap<Arc<str>, Arc<str>> {
+        let Some(fields) = self.fields() else { return LiteMap::new() };
         fields.each().filter_map(|(name, value)| Some((name.into(), value.shared()?))).collect()
     }
 }

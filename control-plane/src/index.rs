@@ -26,7 +26,11 @@ use std::{
     sync::Arc,
 };
 
-use mesh_core::index::{Delta, Index, Provenance, Resource, ResourceKey};
+use mesh_core::{
+    index::{Resource, ResourceKey},
+    pool::Pool,
+};
+use smallvec::SmallVec;
 
 use crate::{
     objects::{AuthorizationPolicy, EndpointSlice, Kind, Labels, Object, ObjectKey, PeerAuthentication, Service, Spec},
@@ -59,8 +63,10 @@ pub(crate) struct ResourceChange {
     pub(crate) after: Option<Resource>,
 }
 
+/// Mostly one.
+type Yield = SmallVec<[Resource; 1]>;
+
 /// See the module's documentation.
-#[derive(Clone)]
 pub(crate) struct ClusterIndex {
     settings: Settings,
     objects: BTreeMap<ObjectKey, Arc<Object>>,
@@ -68,8 +74,8 @@ pub(crate) struct ClusterIndex {
     claims: hosts::Claims,
     allocation: hosts::Allocation,
     /// What each unit yields now.
-    yields: BTreeMap<ObjectKey, BTreeMap<ResourceKey, Resource>>,
-    model: Index,
+    yields: BTreeMap<ObjectKey, Yield>,
+    texts: Pool<str>,
     /// Of each unit; what single objects cannot know.
     problems: BTreeMap<ObjectKey, Vec<Problem>>,
     /// Since they were last asked for.
@@ -78,10 +84,8 @@ pub(crate) struct ClusterIndex {
 
 impl ClusterIndex {
     pub(crate) fn new(settings: Settings) -> Self {
-        let mut model = Index::default();
-        model.set_policies_complete(true);
-        let (objects, pods_by_node, claims, allocation, yields, problems, evaluated) = Default::default();
-        Self { settings, objects, pods_by_node, claims, allocation, yields, model, problems, evaluated }
+        let (objects, pods_by_node, claims, allocation, yields, texts, problems, evaluated) = Default::default();
+        Self { settings, objects, pods_by_node, claims, allocation, yields, texts, problems, evaluated }
     }
 
     /// What is wrong between objects that are each right.
@@ -98,9 +102,15 @@ impl ClusterIndex {
         self.objects.get(key).map(|object| &**object)
     }
 
-    /// The resources as the proxies see them.
-    pub(crate) fn model(&self) -> &Index {
-        &self.model
+    /// The resources as proxies see them.
+    #[cfg(test)]
+    pub(crate) fn model(&self) -> mesh_core::index::Index {
+        let mut model = mesh_core::index::Index::default();
+        model.set_policies_complete(true);
+        let upserts = self.yields.values().flatten().cloned().collect();
+        let provenance = mesh_core::index::Provenance::Xds;
+        model.apply(mesh_core::index::Delta { provenance, upserts, removals: Vec::new() });
+        model
     }
 
     pub(crate) fn apply(&mut self, changes: Vec<ObjectChange>) -> Vec<ResourceChange> {
@@ -119,7 +129,6 @@ impl ClusterIndex {
         }
         let changes: Vec<ResourceChange> = units.iter().flat_map(|unit| self.recompute(unit)).collect();
         self.evaluated.extend(units.into_iter().filter(|unit| unit.kind.is_stated()));
-        self.model.apply(delta(&changes));
         changes
     }
 
@@ -225,8 +234,14 @@ impl ClusterIndex {
     }
 
     fn recompute(&mut self, unit: &ObjectKey) -> Vec<ResourceChange> {
-        let after = self.evaluate(unit);
-        let before = self.yields.remove(unit).unwrap_or_default();
+        let mut after = self.evaluate(unit);
+        for resource in after.values_mut() {
+            if let Resource::Workload(workload) = resource {
+                Arc::make_mut(workload).share(&mut self.texts);
+            }
+        }
+        let before: BTreeMap<ResourceKey, Resource> =
+            self.yields.remove(unit).unwrap_or_default().into_iter().map(|r| (r.key(), r)).collect();
         let mut changes = Vec::new();
         for (key, old) in &before {
             if !after.contains_key(key) {
@@ -239,7 +254,7 @@ impl ClusterIndex {
             }
         }
         if !after.is_empty() {
-            self.yields.insert(unit.clone(), after);
+            self.yields.insert(unit.clone(), after.into_values().collect());
         }
         match self.unbound(unit) {
             problems if problems.is_empty() => drop(self.problems.remove(unit)),
@@ -352,13 +367,6 @@ fn node_of(object: &Object) -> Option<&Arc<str>> {
 fn targets(namespace: &Arc<str>, slice: &EndpointSlice, units: &mut BTreeSet<ObjectKey>) {
     let pods = slice.endpoints.iter().filter_map(|e| e.pod.as_ref());
     units.extend(pods.map(|(name, _)| ObjectKey::new(Kind::Pod, namespace, name)));
-}
-
-fn delta(changes: &[ResourceChange]) -> Delta {
-    let gone = changes.iter().filter(|c| c.after.is_none()).filter_map(|c| c.before.as_ref());
-    let removals = gone.map(Resource::key).collect();
-    let upserts = changes.iter().filter_map(|c| c.after.clone()).collect();
-    Delta { provenance: Provenance::Xds, upserts, removals }
 }
 
 #[cfg(test)]

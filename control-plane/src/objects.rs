@@ -9,10 +9,12 @@ mod egress;
 mod gateway;
 pub(crate) mod mesh_config;
 mod policy;
+mod sharing;
 mod status;
 
 use std::{collections::BTreeMap, fmt, net::IpAddr, sync::Arc};
 
+use litemap::LiteMap;
 use mesh_core::{
     origin::Origin,
     policy::Policy,
@@ -25,11 +27,14 @@ pub(crate) use egress::{Endpoint, EndpointAddress, EntryPort, Resolution, Servic
 pub(crate) use gateway::{AllowedFrom, Binding, FieldPlace, Gateway, GatewayHost, Wanted};
 pub(crate) use mesh_config::MeshConfig;
 pub(crate) use policy::Settings;
+pub(crate) use sharing::Sharing;
 pub(crate) use status::{ACCEPTED, BOUND, Condition, MISSING, Status};
 
 use crate::problem::Place;
 
-pub(crate) type Labels = BTreeMap<Arc<str>, Arc<str>>;
+pub(crate) type Labels = LiteMap<Arc<str>, Arc<str>>;
+/// Container ports that have a name.
+pub(crate) type NamedPorts = LiteMap<Arc<str>, u16>;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Kind {
@@ -114,9 +119,18 @@ impl fmt::Display for ObjectKey {
 pub(crate) struct Object {
     pub(crate) key: ObjectKey,
     pub(crate) place: Place,
-    pub(crate) binding: Binding,
+    /// `None` if its labels say nothing about waypoints, as those of most objects.
+    pub(crate) binding: Option<Box<Binding>>,
     pub(crate) spec: Spec,
 }
+
+impl Object {
+    pub(crate) fn binding(&self) -> &Binding {
+        self.binding.as_deref().unwrap_or(&UNBOUND)
+    }
+}
+
+static UNBOUND: Binding = Binding::none();
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Spec {
@@ -182,7 +196,7 @@ pub(crate) struct PeerAuthentication {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Pod {
     pub(crate) uid: Arc<str>,
-    pub(crate) labels: Labels,
+    pub(crate) labels: Arc<Labels>,
     pub(crate) annotated_enrolled: bool,
     /// Terminates HBONE itself.
     pub(crate) native_tunnel: bool,
@@ -196,7 +210,7 @@ pub(crate) struct Pod {
     pub(crate) workload_name: Arc<str>,
     pub(crate) workload_type: WorkloadType,
     /// TCP container ports that have a name.
-    pub(crate) named_ports: BTreeMap<Arc<str>, u16>,
+    pub(crate) named_ports: Arc<NamedPorts>,
 }
 
 #[derive(Clone, Debug, PartialEq)]

@@ -1,4 +1,4 @@
-//! What the admin port shows: metrics, readiness, the problems of the manifests, and the model.
+//! What the admin port shows: metrics, readiness, the problems of the manifests, and what is published.
 
 use std::{sync::Arc, time::Duration};
 
@@ -7,6 +7,7 @@ use mesh_runtime::{
     metrics::Registry,
     readiness::Readiness,
 };
+use mesh_xds::server::Cache;
 use tokio::sync::watch;
 
 use crate::{pipeline::Snapshot, problem::Problem, source::Version, state};
@@ -18,17 +19,17 @@ pub(crate) fn server(
     registry: &Registry,
     readiness: &Readiness,
     state: watch::Receiver<Snapshot>,
+    published: Arc<Cache>,
     of_ca: watch::Receiver<Option<Problem>>,
 ) -> AdminServer {
-    let (problems, model) = (state.clone(), state);
     AdminServer::new()
         .metrics(registry)
         .readiness("/healthz/ready", readiness)
         .route("/debug/problems", move |request| {
-            problems_page(problems.clone(), of_ca.borrow().clone(), request, READ_WITHIN)
+            problems_page(state.clone(), of_ca.borrow().clone(), request, READ_WITHIN)
         })
         .route("/debug/state", move |_| {
-            let described = state::describe(&model.borrow().index.clone());
+            let described = state::describe(&published);
             std::future::ready(admin::json(http::StatusCode::OK, described.to_string()))
         })
 }

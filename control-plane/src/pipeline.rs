@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use mesh_core::index::{Index, Resource};
+use mesh_core::index::Resource;
 use mesh_runtime::readiness::{Pending, Readiness};
 use mesh_xds::server::Cache;
 use tokio::sync::watch;
@@ -25,7 +25,6 @@ use crate::{
 /// What the rest of the process may look at; replaced as a whole.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Snapshot {
-    pub(crate) index: Index,
     pub(crate) placements: Placements,
     pub(crate) problems: Arc<[Problem]>,
     /// The files that were read for it.
@@ -48,7 +47,7 @@ pub(crate) struct Pipeline {
 impl Pipeline {
     pub(crate) fn new(settings: index::Settings, cache: Arc<Cache>, metrics: Metrics, readiness: Readiness) -> Self {
         let index = ClusterIndex::new(settings);
-        let snapshot = watch::Sender::new(Snapshot { index: index.model().clone(), ..Snapshot::default() });
+        let snapshot = watch::Sender::default();
         let starting = Some(readiness.pending("first full state"));
         let (placements, reported) = Default::default();
         Self { index, placements, cache, snapshot, reported, metrics, readiness, starting }
@@ -68,7 +67,7 @@ impl Pipeline {
         let changes = self.index.apply(changes);
         self.count(&changes);
         let published = self.cache.publish(publish::cache_changes(&changes));
-        tracing::debug!(objects, published, version = self.index.model().version(), "objects changed");
+        tracing::debug!(objects, published, version = self.cache.version(), "objects changed");
     }
 
     fn count(&self, changes: &[ResourceChange]) {
@@ -96,7 +95,6 @@ impl Pipeline {
             tracing::info!(place = %problem.place, field = problem.field, "resolved: {}", problem.message);
         }
         self.snapshot.send_replace(Snapshot {
-            index: self.index.model().clone(),
             placements: self.placements.clone(),
             problems: problems.iter().cloned().collect(),
             versions: Arc::new(versions),

@@ -1,24 +1,26 @@
-//! The model as `/debug/state` shows it.
+//! What is published, as `/debug/state` shows it.
 
 use mesh_core::{
-    index::Index,
+    index::Resource,
     policy::Policy,
     service::Service,
     workload::{GatewayAddress, GatewayDestination, Health, OutboundPolicy, TunnelProtocol, Workload},
 };
-use serde_json::{Value, json};
+use mesh_xds::{convert::resource_from_wire, server::Cache};
+use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL};
+use serde_json::{Map, Value, json};
 
-pub(crate) fn describe(index: &Index) -> Value {
-    json!({
-        "version": index.version(),
-        "workloads": sorted(index.workloads().map(|w| (w.uid.to_string(), workload(w)))),
-        "services": sorted(index.services().map(|s| (s.key().to_string(), service(s)))),
-        "policies": sorted(index.policies().map(|p| (p.key().to_string(), policy(p)))),
-    })
-}
-
-fn sorted(entries: impl Iterator<Item = (String, Value)>) -> Value {
-    Value::Object(entries.collect())
+pub(crate) fn describe(published: &Cache) -> Value {
+    let (mut workloads, mut services, mut policies) = (Map::new(), Map::new(), Map::new());
+    for type_url in [ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL] {
+        published.visit(type_url, |message| match resource_from_wire(type_url, message) {
+            Ok(Resource::Workload(w)) => drop(workloads.insert(w.uid.to_string(), workload(&w))),
+            Ok(Resource::Service(s)) => drop(services.insert(s.key().to_string(), service(&s))),
+            Ok(Resource::Policy(p)) => drop(policies.insert(p.key().to_string(), policy(&p))),
+            Err(error) => tracing::error!(%error, "what was published cannot be read"),
+        });
+    }
+    json!({"version": published.version(), "workloads": workloads, "services": services, "policies": policies})
 }
 
 fn workload(w: &Workload) -> Value {

@@ -1,17 +1,17 @@
 //! ServiceEntry → services and the workloads behind them; WorkloadEntry → a workload.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::sync::Arc;
 
 use ipnet::IpNet;
 use mesh_core::{
     addr::NetworkAddress,
     service::{self, HealthPolicy, LoadBalancing, LoadBalancingMode, Service, ServicePort},
-    workload::{PortMapping, TunnelProtocol, Workload},
+    workload::{Memberships, PortMapping, Ports, TunnelProtocol, Workload},
 };
 
 use super::{
     ClusterIndex,
-    workload::{Member, Ports, canonical_labels},
+    workload::{Member, canonical_labels},
 };
 use crate::objects::{
     Binding, Endpoint, EndpointAddress, EntryPort, ObjectKey, Resolution, ServiceEntry, WorkloadEntry,
@@ -59,7 +59,7 @@ impl ClusterIndex {
         if entry.resolution == Resolution::Dns && entry.endpoints.is_empty() && entry.selector.is_empty() {
             let implicit = |host: &Arc<str>| {
                 let ports = entry.ports.iter().map(|port| mapping(port, None)).collect();
-                let services = [(service::key(&key.namespace, host), ports)].into();
+                let services = [(service::key(&key.namespace, host), ports)].into_iter().collect();
                 let workload = Workload { hostname: host.clone(), services, ..self.entry_workload(key, entry, host) };
                 self.bind_workload(key, &Binding::default(), &entry.labels, workload)
             };
@@ -108,12 +108,12 @@ impl ClusterIndex {
             services: self.services_of(&Member { key, labels, ports, pod_uid: None }),
             ..self.workload(&uid, key)
         };
-        let outer = self.objects.get(key).map(|o| o.binding.clone()).unwrap_or_default();
+        let outer = self.objects.get(key).map(|o| o.binding().clone()).unwrap_or_default();
         self.bind_workload(key, entry.binding(&outer), labels, placed(workload, &entry.endpoint))
     }
 
     /// The entries whose selector picks a pod or workload entry, as services of it.
-    pub(super) fn entries_of(&self, member: &Member<'_>) -> BTreeMap<Arc<str>, Ports> {
+    pub(super) fn entries_of(&self, member: &Member<'_>) -> Memberships {
         let entries = self.objects_of(crate::objects::Kind::ServiceEntry, Some(&member.key.namespace));
         let entries = entries.filter_map(|o| Some((&o.key, self.entry(&o.key)?)));
         let selecting = entries.filter(|(_, entry)| {

@@ -1,6 +1,7 @@
 use mesh_core::{
     authorize::{Connection, authorize},
     identity::Identity,
+    index::Index,
     service::{HealthPolicy, IpFamilies, LoadBalancingMode},
     workload::{Health, NetworkMode, PortMapping, TunnelProtocol, Workload, WorkloadType},
 };
@@ -27,13 +28,14 @@ mod waypoint;
 struct World {
     catalogue: Catalogue,
     index: ClusterIndex,
+    model: Index,
 }
 
 impl World {
     fn new() -> Self {
         let catalogue =
             Catalogue::new(objects::Settings { root_namespace: "istio-system".into(), revision: "default".into() });
-        Self { catalogue, index: ClusterIndex::new(settings()) }
+        Self { catalogue, index: ClusterIndex::new(settings()), model: Index::default() }
     }
 
     fn of(text: &str) -> Self {
@@ -47,6 +49,7 @@ impl World {
     fn set(&mut self, file: &str, text: &str) -> Vec<String> {
         self.catalogue.set_file(&file.into(), text);
         let changes = self.index.apply(self.catalogue.changes());
+        self.model = self.index.model();
         let describe = |change: ResourceChange| match (change.before, change.after) {
             (_, Some(resource)) => key(&resource),
             (before, None) => format!("-{}", before.map(|r| key(&r)).unwrap_or_default()),
@@ -55,7 +58,7 @@ impl World {
     }
 
     fn workload(&self, name: &str) -> &Workload {
-        self.index.model().workload(&format!("Kubernetes//Pod/demo/{name}")).unwrap()
+        self.model.workload(&format!("Kubernetes//Pod/demo/{name}")).unwrap()
     }
 
     fn allows(&self, destination: &str, port: u16, source: Option<&str>) -> bool {
@@ -65,7 +68,7 @@ impl World {
             source_identity: identity.as_ref(),
             destination: (self.workload(destination).addresses[0], port).into(),
         };
-        authorize(&self.index.model().policies_for(self.workload(destination)), &connection).is_allowed()
+        authorize(&self.model.policies_for(self.workload(destination)), &connection).is_allowed()
     }
 }
 
@@ -132,9 +135,9 @@ fn a_pod_becomes_a_workload_with_its_locality_and_names() {
 #[test]
 fn pods_that_have_no_address_or_have_ended_are_no_workloads() {
     let ended = pod("a", "10.0.0.1", "").replace("status: {", "status: {phase: Succeeded, ");
-    assert_eq!(World::of(&ended).index.model().workloads().count(), 0);
+    assert_eq!(World::of(&ended).model.workloads().count(), 0);
     let pending = pod("a", "10.0.0.1", "").replace("podIPs: [{ip: 10.0.0.1}], ", "");
-    assert_eq!(World::of(&pending).index.model().workloads().count(), 0);
+    assert_eq!(World::of(&pending).model.workloads().count(), 0);
 }
 
 #[test]
@@ -160,9 +163,9 @@ fn a_selector_makes_pods_endpoints_and_a_named_port_only_where_it_exists() {
     let spec = "{selector: {app: web}, clusterIP: 10.1.0.1, ports: [{port: 80, targetPort: http}, {port: 81, targetPort: other}, {port: 53, protocol: UDP}]}";
     let world = World::of(&(pod("web", "10.0.0.1", "") + &pod("else", "10.0.0.2", "") + &service(spec)));
     let mapping = |service_port, target_port| PortMapping { service_port, target_port };
-    assert_eq!(world.workload("web").services[WEB], [mapping(80, 8080)]);
+    assert_eq!(world.workload("web").services.get(WEB).unwrap()[..], [mapping(80, 8080)]);
     assert!(world.workload("else").services.is_empty());
-    let service = world.index.model().service(WEB).unwrap();
+    let service = world.model.service(WEB).unwrap();
     assert_eq!(service.ports.iter().map(|p| p.mapping).collect::<Vec<_>>(), [mapping(80, 0), mapping(81, 0)]);
     assert_eq!(service.vips[0].to_string(), "/10.1.0.1");
 }
@@ -175,16 +178,19 @@ fn slices_give_services_without_selector_their_endpoints() {
         + &service("{ports: [{name: http, port: 80}]}")
         + slice;
     let world = World::of(&text);
-    assert_eq!(world.workload("web").services[WEB], [PortMapping { service_port: 80, target_port: 9090 }]);
+    assert_eq!(
+        world.workload("web").services.get(WEB).unwrap()[..],
+        [PortMapping { service_port: 80, target_port: 9090 }]
+    );
     assert!(world.workload("else").services.is_empty(), "the slice names an earlier pod of that name");
-    let bare = world.index.model().workload("Kubernetes/discovery.k8s.io/EndpointSlice/demo/web-1/192.0.2.1").unwrap();
-    assert_eq!((bare.health, bare.services[WEB].len()), (Health::Unhealthy, 1));
-    assert_eq!(world.index.model().workloads().count(), 3);
+    let bare = world.model.workload("Kubernetes/discovery.k8s.io/EndpointSlice/demo/web-1/192.0.2.1").unwrap();
+    assert_eq!((bare.health, bare.services.get(WEB).unwrap()[..].len()), (Health::Unhealthy, 1));
+    assert_eq!(world.model.workloads().count(), 3);
 }
 
 #[test]
 fn service_options_become_load_balancing() {
-    let of = |spec: &str| World::of(&service(spec)).index.model().service(WEB).cloned();
+    let of = |spec: &str| World::of(&service(spec)).model.service(WEB).cloned();
     let lb = |spec: &str| {
         of(spec).unwrap().load_balancing.clone().map(|lb| (lb.mode, lb.routing_preference.len(), lb.health_policy))
     };
@@ -255,7 +261,7 @@ fn dry_run_policies_stay_dry_and_waypoint_policies_stay_out() {
         ("{targetRefs: [{kind: Service, name: web}], rules: [{form: []}]}", 2),
     ] {
         world.set("f.yaml", &authz("demo", "p", spec));
-        assert_eq!((world.index.model().policies().count(), world.catalogue.problems().len()), (0, problems), "{spec}");
+        assert_eq!((world.model.policies().count(), world.catalogue.problems().len()), (0, problems), "{spec}");
     }
     // Attached to nothing, it is a policy of its namespace.
     for spec in ["{targetRefs: [], action: DENY, rules: [{}]}", "{targetRefs: x, rules: [{}]}"] {
@@ -272,7 +278,7 @@ fn strict_on(manifests: &[String]) -> (bool, bool) {
         world.allows("web", 80, Some("client")) && world.allows("web", 8080, Some("client")),
         "identities are never refused"
     );
-    let missing = world.index.model().policies_for(world.workload("web")).missing;
+    let missing = world.model.policies_for(world.workload("web")).missing;
     assert!(missing.is_empty(), "{missing:?}");
     (!world.allows("web", 80, None), !world.allows("web", 8080, None))
 }
@@ -319,7 +325,7 @@ fn a_strict_denial_names_the_object_that_caused_it() {
     let world = World::of(&(pod("web", "10.0.0.1", "") + &peer("demo", "default", "\n  mtls:\n    mode: STRICT")));
     let destination = "10.0.0.1:80".parse().unwrap();
     let connection = Connection { source_ip: "10.0.0.9".parse().unwrap(), source_identity: None, destination };
-    let decision = authorize(&world.index.model().policies_for(world.workload("web")), &connection);
+    let decision = authorize(&world.model.policies_for(world.workload("web")), &connection);
     assert_eq!(decision.origin.unwrap().to_string(), "PeerAuthentication demo/default (f.yaml:12, spec.mtls)");
 }
 

@@ -51,7 +51,7 @@ impl ClusterIndex {
     pub(super) fn bind_service(&self, key: &ObjectKey, service: Service) -> Service {
         let Some(object) = self.objects.get(key) else { return service };
         let of_namespace = self.namespace_binding(&key.namespace);
-        let ingress = object.binding.ingress.or_else(|| of_namespace?.ingress).unwrap_or(false);
+        let ingress = object.binding().ingress.or_else(|| of_namespace?.ingress).unwrap_or(false);
         let Some((waypoint, canary)) = self.service_waypoints(object) else {
             return Service { ingress_use_waypoint: ingress, ..service };
         };
@@ -77,7 +77,7 @@ impl ClusterIndex {
         let own_gateway = ObjectKey { kind: Kind::Gateway, ..object.key.clone() };
         let is_gateway = matches!(&object.spec, Spec::Service(service) if service.is_gateway)
             || object.key.kind == Kind::Service && self.waypoint(&own_gateway).is_some();
-        (!is_gateway).then(|| self.level(&object.binding, &object.key.namespace)).flatten()
+        (!is_gateway).then(|| self.level(object.binding(), &object.key.namespace)).flatten()
     }
 
     fn level<'a>(&'a self, own: &'a Binding, namespace: &Arc<str>) -> Option<&'a Binding> {
@@ -85,7 +85,7 @@ impl ClusterIndex {
     }
 
     fn namespace_binding(&self, name: &Arc<str>) -> Option<&Binding> {
-        Some(&self.objects.get(&ObjectKey::new(Kind::Namespace, &"".into(), name))?.binding)
+        Some(self.objects.get(&ObjectKey::new(Kind::Namespace, &"".into(), name))?.binding())
     }
 
     /// The waypoint for traffic addressed to a workload itself.
@@ -176,7 +176,7 @@ impl ClusterIndex {
         };
         let within = |kind: &Kind| self.objects_of(*kind, Some(&gateway.namespace));
         units.extend(BINDABLE.iter().flat_map(within).filter(instance).map(|o| o.key.clone()));
-        for object in self.objects_of(Kind::Namespace, None).filter(|o| o.binding.names(gateway)) {
+        for object in self.objects_of(Kind::Namespace, None).filter(|o| o.binding().names(gateway)) {
             units.insert(object.key.clone());
             units.extend(BINDABLE.iter().flat_map(|kind| self.keys(*kind, Some(&object.key.name))));
         }
@@ -193,10 +193,10 @@ impl ClusterIndex {
         let object = self.objects.get(unit)?;
         let (own, level, traffic) = match &object.spec {
             Spec::Service(_) | Spec::ServiceEntry(_) => {
-                (&object.binding, self.service_level(object)?, Traffic::Service)
+                (object.binding(), self.service_level(object)?, Traffic::Service)
             }
             Spec::WorkloadEntry(entry) => {
-                let own = entry.binding(&object.binding);
+                let own = entry.binding(object.binding());
                 (own, self.level(own, &unit.namespace)?, Traffic::Workload)
             }
             _ => return None,
@@ -308,7 +308,7 @@ impl ClusterIndex {
 
 /// What an object's labels bind, and for which traffic; `None` where that is not for its label to know.
 fn bindings(object: &Object) -> Vec<(&Binding, Option<Traffic>)> {
-    let own = &object.binding;
+    let own = object.binding();
     match &object.spec {
         Spec::Namespace(_) => vec![(own, None)],
         Spec::Pod(_) => vec![(own, Some(Traffic::Workload))],

@@ -1,23 +1,25 @@
 //! Pods and bare endpoints → workloads.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::sync::Arc;
 
 use mesh_core::{
     service,
-    workload::{Health, Locality, NetworkMode, OutboundPolicy, PortMapping, TunnelProtocol, Workload},
+    workload::{
+        Health, Locality, Memberships, NetworkMode, OutboundPolicy, PortMapping, Ports, TunnelProtocol, Workload,
+    },
 };
 
 use super::{ClusterIndex, matches};
-use crate::objects::{Binding, EndpointSlice, Kind, Labels, ObjectKey, Pod, Service, Spec, TargetPort, mesh_config};
-
-pub(super) type Ports = Vec<PortMapping>;
+use crate::objects::{
+    Binding, EndpointSlice, Kind, Labels, NamedPorts, ObjectKey, Pod, Service, Spec, TargetPort, mesh_config,
+};
 
 /// What a selector looks at: a pod, or a workload entry.
 pub(super) struct Member<'a> {
     pub(super) key: &'a ObjectKey,
     pub(super) labels: &'a Labels,
     /// Its named ports.
-    pub(super) ports: &'a BTreeMap<Arc<str>, u16>,
+    pub(super) ports: &'a NamedPorts,
     /// `None` for a workload entry.
     pub(super) pod_uid: Option<&'a Arc<str>>,
 }
@@ -49,8 +51,7 @@ impl ClusterIndex {
             outbound_policy: self.outbound_policy(),
             ..self.workload(&format!("{}//Pod/{}/{}", self.settings.cluster_id, key.namespace, key.name), key)
         };
-        let binding = self.objects.get(key).map(|o| o.binding.clone()).unwrap_or_default();
-        Some(self.bind_workload(key, &binding, &pod.labels, workload))
+        Some(self.bind_workload(key, self.objects.get(key)?.binding(), &pod.labels, workload))
     }
 
     /// Sets what follows from waypoints.
@@ -119,7 +120,7 @@ impl ClusterIndex {
         keys
     }
 
-    pub(super) fn services_of(&self, member: &Member<'_>) -> BTreeMap<Arc<str>, Ports> {
+    pub(super) fn services_of(&self, member: &Member<'_>) -> Memberships {
         let of = |(service_key, service): (&ObjectKey, &Service)| {
             let ports = match service.selector.is_empty() {
                 _ if service.external_name => return None,
@@ -158,7 +159,7 @@ impl ClusterIndex {
             Spec::Service(service) if !service.external_name => Some((self.service_key(&key), &**service)),
             _ => None,
         });
-        let services: BTreeMap<Arc<str>, Ports> =
+        let services: Memberships =
             service.map(|(key, service)| (key, joined_ports(service, slice))).into_iter().collect();
         let bare = slice.endpoints.iter().filter(|e| e.pod.is_none() && slice.service.is_some());
         bare.map(move |endpoint| {

@@ -1,6 +1,6 @@
 //! Documents → objects.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc};
 
 use mesh_core::{
     addr::canonical_ip,
@@ -9,8 +9,8 @@ use mesh_core::{
 };
 
 use super::{
-    Binding, EndpointSlice, Kind, Labels, Namespace, Object, ObjectKey, Pod, PodEnrolment, Service, ServicePort,
-    Settings, SliceEndpoint, Spec, Status, TargetPort, egress, gateway, mesh_config, policy,
+    Binding, EndpointSlice, Kind, Labels, NamedPorts, Namespace, Object, ObjectKey, Pod, PodEnrolment, Service,
+    ServicePort, Settings, SliceEndpoint, Spec, Status, TargetPort, egress, gateway, mesh_config, policy,
 };
 use crate::{
     fields::{Cursor, Document, Fields},
@@ -73,7 +73,8 @@ impl Read {
                 self.statuses.push((meta.key.clone(), Status::read(&cursor)));
             }
             let object = |spec| {
-                let (key, place, binding) = (meta.key.clone(), cursor.place(), meta.binding.clone());
+                let (key, place) = (meta.key.clone(), cursor.place());
+                let binding = (meta.binding != Binding::none()).then(|| Box::new(meta.binding.clone()));
                 Object { key, place, binding, spec }
             };
             match spec.filter(|_| document.is_usable()) {
@@ -283,7 +284,7 @@ fn pod(meta: &Meta, fields: &Fields<'_>) -> Option<Pod> {
     let text = |name| spec.get(name).and_then(|f| f.shared());
     Some(Pod {
         uid: meta.uid.clone(),
-        labels: meta.labels.clone(),
+        labels: Arc::new(meta.labels.clone()),
         annotated_enrolled: meta.annotated_enrolled(),
         native_tunnel: meta.native_tunnel(),
         node: text("nodeName").unwrap_or_default(),
@@ -294,7 +295,7 @@ fn pod(meta: &Meta, fields: &Fields<'_>) -> Option<Pod> {
         terminal: matches!(phase, "Succeeded" | "Failed"),
         workload_name,
         workload_type,
-        named_ports: named_ports(&spec),
+        named_ports: Arc::new(named_ports(&spec)),
     })
 }
 
@@ -338,7 +339,7 @@ fn owner(meta: &Meta) -> (Arc<str>, WorkloadType) {
     (meta.label("service.istio.io/workload-name").cloned().unwrap_or(name), workload_type)
 }
 
-fn named_ports(spec: &Fields<'_>) -> BTreeMap<Arc<str>, u16> {
+fn named_ports(spec: &Fields<'_>) -> NamedPorts {
     let list = |name| spec.get(name).map(|c| c.items()).unwrap_or_default();
     let containers = list("containers").into_iter().filter_map(|c| c.fields());
     let restarts = |c: &Fields<'_>| c.get("restartPolicy").and_then(|p| p.text()) == Some("Always");

@@ -2,13 +2,13 @@
 //!
 //! Unknown fields reject the object, as with policies: a misspelt `resolution` would send traffic elsewhere.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc};
 
 use ipnet::IpNet;
 use mesh_core::{addr::canonical_ip, service::AppProtocol, service::Visibility, workload::Locality};
 
 use super::{
-    Binding, Labels,
+    Binding, Labels, NamedPorts,
     decode::{Meta, app_protocol},
     status,
 };
@@ -77,7 +77,7 @@ impl WorkloadEntry {
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct Endpoint {
     pub(crate) address: EndpointAddress,
-    pub(crate) ports: BTreeMap<Arc<str>, u16>,
+    pub(crate) ports: NamedPorts,
     pub(crate) labels: Labels,
     /// What its labels say about waypoints.
     pub(crate) binding: Binding,

@@ -41,6 +41,11 @@ pub(crate) enum Wanted {
 }
 
 impl Binding {
+    pub(super) const fn none() -> Self {
+        const NOWHERE: FieldPlace = FieldPlace { line: 0, field: String::new() };
+        Self { waypoint: None, canary: None, ingress: None, waypoint_at: NOWHERE, canary_at: NOWHERE }
+    }
+
     /// Labels that belong to `namespace`; `annotations` hold a canary's weight.
     pub(super) fn read(labels: &Cursor<'_>, annotations: &Labels, namespace: &Arc<str>) -> Self {
         let map = labels.string_map();

@@ -5,15 +5,14 @@ use std::{
     sync::Arc,
 };
 
+use smallvec::SmallVec;
+
 use super::ObjectChange;
 use crate::{
-    objects::{self, Object, ObjectKey, Read, Settings},
+    objects::{self, Object, ObjectKey, Read, Settings, Sharing},
     problem::{Place, Problem},
     yaml,
 };
-
-/// By document and position in it.
-type Places = BTreeMap<(Arc<str>, usize), Arc<Object>>;
 
 /// What is written, by document: a file of manifests, or an object of a cluster, which is one of its own.
 #[derive(Debug)]
@@ -22,17 +21,39 @@ pub(crate) struct Catalogue {
     documents: BTreeMap<Arc<str>, Document>,
     /// Of documents that have any.
     problems: BTreeMap<Arc<str>, Vec<Problem>>,
-    /// Every place each object is written at.
-    places: BTreeMap<ObjectKey, Places>,
-    /// Objects that are written at several.
+    written: BTreeMap<ObjectKey, Written>,
+    /// Objects that are written at several places.
     contested: BTreeSet<ObjectKey>,
-    in_force: BTreeMap<ObjectKey, Arc<Object>>,
     touched: BTreeSet<ObjectKey>,
+    sharing: Sharing,
+}
+
+/// An object's versions.
+#[derive(Debug, Default)]
+struct Written {
+    /// By document and position in it.
+    places: SmallVec<[(Arc<str>, u32, Arc<Object>); 1]>,
+    in_force: Option<Arc<Object>>,
+}
+
+impl Written {
+    fn set(&mut self, document: &Arc<str>, position: u32, object: &Arc<Object>) {
+        let at = self.places.partition_point(|(name, at, _)| (name, at) < (document, &position));
+        self.places.insert(at, (document.clone(), position, object.clone()));
+    }
+
+    fn remove(&mut self, document: &str, position: u32) {
+        self.places.retain(|(name, at, _)| (&**name, *at) != (document, position));
+    }
+
+    fn versions(&self) -> impl Iterator<Item = &Arc<Object>> {
+        self.places.iter().map(|(_, _, object)| object)
+    }
 }
 
 #[derive(Debug, Default)]
 struct Document {
-    objects: Vec<Held>,
+    objects: SmallVec<[Held; 1]>,
     /// Whether every object of it was once identified.
     whole: bool,
 }
@@ -46,8 +67,8 @@ struct Held {
 
 impl Catalogue {
     pub(crate) fn new(settings: Settings) -> Self {
-        let (documents, problems, places, contested, in_force, touched) = Default::default();
-        Self { settings, documents, problems, places, contested, in_force, touched }
+        let (documents, problems, written, contested, touched, sharing) = Default::default();
+        Self { settings, documents, problems, written, contested, touched, sharing }
     }
 
     /// Takes a file's new content.
@@ -58,11 +79,12 @@ impl Catalogue {
 
     /// Takes what a document says now.
     pub(crate) fn set(&mut self, name: &Arc<str>, mut read: Read) {
-        let before = self.documents.remove(name).unwrap_or_default();
+        let (name, before) = self.documents.remove_entry(name).unwrap_or_else(|| (name.clone(), Document::default()));
         let whole = before.whole || !read.unidentified;
-        self.tell(name, std::mem::take(&mut read.problems));
+        self.tell(&name, std::mem::take(&mut read.problems));
+        read.objects.iter_mut().for_each(|object| self.sharing.share(object));
         let objects = settle(read, &before.objects);
-        self.replace(name, before.objects, Document { objects, whole });
+        self.replace(&name, before.objects, Document { objects, whole });
     }
 
     pub(crate) fn set_unreadable(&mut self, file: &Arc<str>, line: u32, message: &str, remedy: &str) {
@@ -86,22 +108,22 @@ impl Catalogue {
         }
     }
 
-    fn replace(&mut self, name: &Arc<str>, old: Vec<Held>, new: Document) {
-        for (position, held) in old.iter().enumerate() {
+    fn replace(&mut self, name: &Arc<str>, old: impl IntoIterator<Item = Held>, new: Document) {
+        for (position, held) in (0..).zip(old) {
             self.touched.insert(held.object.key.clone());
-            if let Some(places) = self.places.get_mut(&held.object.key) {
-                places.remove(&(name.clone(), position));
-                if places.len() < 2 {
+            if let Some(written) = self.written.get_mut(&held.object.key) {
+                written.remove(name, position);
+                if written.places.len() < 2 {
                     self.contested.remove(&held.object.key);
                 }
             }
         }
-        for (position, held) in new.objects.iter().enumerate() {
+        for (position, held) in (0..).zip(&new.objects) {
             let key = &held.object.key;
             self.touched.insert(key.clone());
-            let places = self.places.entry(key.clone()).or_default();
-            places.insert((name.clone(), position), held.object.clone());
-            if places.len() > 1 {
+            let written = self.written.entry(key.clone()).or_default();
+            written.set(name, position, &held.object);
+            if written.places.len() > 1 {
                 self.contested.insert(key.clone());
             }
         }
@@ -112,16 +134,13 @@ impl Catalogue {
     pub(crate) fn changes(&mut self) -> Vec<ObjectChange> {
         let mut changes = Vec::new();
         for key in std::mem::take(&mut self.touched) {
-            let now = self.places.get(&key).and_then(|places| places.values().next()).cloned();
+            let Some(written) = self.written.get_mut(&key) else { continue };
+            let now = written.versions().next().cloned();
+            let before = std::mem::replace(&mut written.in_force, now.clone());
             if now.is_none() {
-                self.places.remove(&key);
+                self.written.remove(&key);
             }
-            let before = self.in_force.get(&key);
-            if before.map(|o| &**o) != now.as_deref() {
-                match &now {
-                    Some(object) => drop(self.in_force.insert(key.clone(), object.clone())),
-                    None => drop(self.in_force.remove(&key)),
-                }
+            if before.as_deref() != now.as_deref() {
                 changes.push((key, now));
             }
         }
@@ -141,12 +160,12 @@ impl Catalogue {
     }
 
     fn duplicates(&self) -> impl Iterator<Item = Problem> {
-        let contested = self.contested.iter().filter_map(|key| Some((key, self.places.get(key)?)));
-        contested.flat_map(|(key, places)| {
-            let first = places.values().next();
+        let contested = self.contested.iter().filter_map(|key| Some((key, self.written.get(key)?)));
+        contested.flat_map(|(key, written)| {
+            let first = written.versions().next();
             first
                 .into_iter()
-                .flat_map(move |first| places.values().skip(1).map(move |other| duplicate(key, first, other)))
+                .flat_map(move |first| written.versions().skip(1).map(move |other| duplicate(key, first, other)))
         })
     }
 
@@ -166,7 +185,7 @@ impl Catalogue {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.in_force.len()
+        self.written.values().filter(|written| written.in_force.is_some()).count()
     }
 }
 
@@ -197,10 +216,15 @@ fn read_documents(file: &Arc<str>, text: &str, settings: &Settings) -> Read {
 
 /// The objects of a document: the good ones, the last good version of the wrong ones or else their stand-in, and, where something could
 /// not be identified, everything it might have been.
-fn settle(read: Read, before: &[Held]) -> Vec<Held> {
+fn settle(read: Read, before: &[Held]) -> SmallVec<[Held; 1]> {
     let mut named: BTreeSet<ObjectKey> = read.objects.iter().map(|o| o.key.clone()).collect();
     let held = |object, good| Held { object: Arc::new(object), good };
-    let mut objects: Vec<Held> = read.objects.into_iter().map(|o| held(o, true)).collect();
+    // Most of what a cluster tells of its objects changes nothing here.
+    let same =
+        |position: usize, object: &Object| before.get(position).filter(|held| held.good && *held.object == *object);
+    let good = read.objects.into_iter().enumerate();
+    let mut objects: SmallVec<[Held; 1]> =
+        good.map(|(position, o)| same(position, &o).cloned().unwrap_or_else(|| held(o, true))).collect();
     let last_good = |key: &ObjectKey| before.iter().find(|held| held.good && held.object.key == *key).cloned();
     for (key, stand_in) in read.rejected {
         if named.insert(key.clone()) {

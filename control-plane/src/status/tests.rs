@@ -157,7 +157,7 @@ fn addresses_that_a_status_names_are_kept() {
     let world = World::of(&[entry]);
     let (wanted, status) = world.wanted(Kind::ServiceEntry, "e");
     assert_eq!(difference(&wanted, &status, "now"), None);
-    let service = world.index.model().services().next().unwrap();
+    let service = world.index.model().services().next().unwrap().clone();
     assert_eq!(service.vips.iter().map(|vip| vip.ip.to_string()).collect::<Vec<_>>(), ["240.240.0.7"]);
 }
 

@@ -179,7 +179,7 @@ mod tests {
     use crate::{
         index::{Delta, Provenance, Resource},
         service::{AppProtocol, HealthPolicy, LoadBalancing, ServicePort},
-        workload::{ApplicationTunnel, Health, PortMapping},
+        workload::{ApplicationTunnel, Health, PortMapping, Ports},
     };
 
     fn service(load_balancing: Option<LoadBalancing>) -> Service {
@@ -193,7 +193,7 @@ mod tests {
     fn endpoint(name: &str, change: impl FnOnce(&mut Workload)) -> Workload {
         let mut workload = Workload::new(format!("Kubernetes//Pod/demo/{name}"), "demo", name);
         workload.addresses = vec!["10.0.0.1".parse().unwrap()];
-        workload.services = BTreeMap::from([("demo/web.demo.svc.cluster.local".into(), Vec::new())]);
+        workload.services = [("demo/web.demo.svc.cluster.local".into(), Ports::new())].into_iter().collect();
         change(&mut workload);
         workload
     }
@@ -308,8 +308,8 @@ mod tests {
         let mut service = service(None);
         service.ports[0].mapping.target_port = 0;
         let mapped = endpoint("mapped", |w| {
-            let ports = vec![PortMapping { service_port: 80, target_port: 9090 }];
-            w.services = BTreeMap::from([("demo/web.demo.svc.cluster.local".into(), ports)]);
+            let ports = Ports::from_slice(&[PortMapping { service_port: 80, target_port: 9090 }]);
+            w.services = [("demo/web.demo.svc.cluster.local".into(), ports)].into_iter().collect();
         });
         let seen = picks(&service, vec![mapped, endpoint("unmapped", |_| ())], 80, Purpose::Standard, &[]);
         assert_eq!(seen.into_keys().collect::<Vec<_>>(), ["mapped:9090"]);

@@ -1,6 +1,9 @@
 //! Workloads: what runs, where, as whom.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc};
+
+use litemap::LiteMap;
+use smallvec::SmallVec;
 
 use crate::{addr::NetworkAddress, identity::Identity};
 
@@ -36,7 +39,7 @@ pub struct Workload {
     /// `namespace/name` of each selector-scoped policy in force here, sorted.
     pub authorization_policies: Vec<Arc<str>>,
     /// `namespace/hostname` of each service this is an endpoint of, to its ports.
-    pub services: BTreeMap<Arc<str>, Vec<PortMapping>>,
+    pub services: Memberships,
     /// Load-balancing weight, 1 unless said otherwise.
     pub capacity: u32,
     /// What it may call beyond the registry; `None` leaves it to its proxy's configuration.
@@ -80,12 +83,17 @@ impl Workload {
             workload_type: WorkloadType::Pod,
             workload_name: name,
             authorization_policies: Vec::new(),
-            services: BTreeMap::new(),
+            services: Memberships::new(),
             capacity: 1,
             outbound_policy: None,
         }
     }
 }
+
+/// By the services' keys. There is one of these for each workload of the mesh in every proxy, so it is kept small.
+pub type Memberships = LiteMap<Arc<str>, Ports>;
+
+pub type Ports = SmallVec<[PortMapping; 4]>;
 
 /// Where a workload's connections may go (`outboundTrafficPolicy` of Istio's MeshConfig and Sidecar).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]

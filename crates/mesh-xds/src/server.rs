@@ -59,6 +59,9 @@ pub enum Change {
     Remove { type_url: &'static str, name: Arc<str>, lane: Lane },
 }
 
+/// How long versions are.
+const VERSION_LENGTH: usize = 32;
+
 /// A content hash in 32 characters, so that a restarted server recognises what its clients already hold. Not against forgery.
 pub fn version_of(body: &[u8]) -> Arc<str> {
     // FNV-1a over 128 bits: stable across builds and processes, which the standard hashers do not promise.

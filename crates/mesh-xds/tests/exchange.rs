@@ -337,7 +337,7 @@ async fn an_on_demand_client_learns_what_it_asks_for_and_follows_it() {
     let member = |name: &str, node: &str| {
         let mut w = Workload::new(format!("Kubernetes//Pod/ns/{name}"), "ns", name);
         w.node = node.into();
-        w.services.insert("ns/web.ns.svc".into(), Vec::new());
+        w.services.insert("ns/web.ns.svc".into(), Default::default());
         upsert(resource_to_wire(&Resource::Workload(Arc::new(w))))
     };
     cache.publish([upsert(resource_to_wire(&Resource::Service(Arc::new(service)))), member("e0", "n1")]);
@@ -375,7 +375,7 @@ async fn an_on_demand_client_learns_what_it_asks_for_and_follows_it() {
     demand.fetch("/10.96.0.2".into()).await.unwrap();
     assert!(next_change(&mut seen).await.upserts.is_empty(), "there is none yet");
     let mut early = Workload::new("Kubernetes//Pod/ns/early", "ns", "early");
-    early.services.insert("ns/late.ns.svc".into(), Vec::new());
+    early.services.insert("ns/late.ns.svc".into(), Default::default());
     let early = resource_to_wire(&Resource::Workload(Arc::new(early)));
     let mut late = mesh_core::service::Service::new("ns", "late", "late.ns.svc");
     late.vips = vec![mesh_core::addr::NetworkAddress::new("", "10.96.0.2".parse().unwrap())];

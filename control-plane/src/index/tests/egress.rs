@@ -16,12 +16,12 @@ fn resolution_none_passes_through_to_ranges_and_addresses_alike() {
         "addresses: [203.0.113.0/24, 198.51.100.7], ports: [{number: 443, name: tls}], resolution: NONE, location: MESH_EXTERNAL",
     );
     let world = World::of(&text);
-    let service = world.index.model().service(API).unwrap();
+    let service = world.model.service(API).unwrap();
     let lb = service.load_balancing.clone().unwrap();
     assert_eq!((lb.mode, lb.health_policy), (LoadBalancingMode::Passthrough, HealthPolicy::AllowAll));
     assert_eq!(service.vips[0].to_string(), "/198.51.100.7");
     assert_eq!(service.cidr_vips, [("".into(), "203.0.113.0/24".parse().unwrap())]);
-    assert_eq!((world.index.model().workloads().count(), service.canonical), (0, true));
+    assert_eq!((world.model.workloads().count(), service.canonical), (0, true));
 }
 
 #[test]
@@ -35,15 +35,15 @@ fn static_endpoints_become_workloads_as_written() {
     assert_eq!(told, ["spec.ports[1].protocol"], "UDP is left out");
     let of = |address: &str| {
         let uid = format!("Kubernetes/networking.istio.io/ServiceEntry/demo/api/{address}");
-        world.index.model().workload(&uid).unwrap().clone()
+        world.model.workload(&uid).unwrap().clone()
     };
     let (first, second) = (of("192.0.2.1"), of("2001:db8::1"));
-    assert_eq!(first.services[API], [PortMapping { service_port: 443, target_port: 9443 }]);
-    assert_eq!(second.services[API], [PortMapping { service_port: 443, target_port: 8443 }]);
+    assert_eq!(first.services.get(API).unwrap()[..], [PortMapping { service_port: 443, target_port: 9443 }]);
+    assert_eq!(second.services.get(API).unwrap()[..], [PortMapping { service_port: 443, target_port: 8443 }]);
     assert_eq!((first.capacity, &*first.service_account, &*first.network), (3, "api", "net"));
     assert_eq!((&*first.locality.region, &*first.locality.zone, &*first.locality.subzone), ("r", "z", "s"));
     assert_eq!((second.capacity, second.addresses.len()), (1, 1));
-    let service = world.index.model().service(API).unwrap();
+    let service = world.model.service(API).unwrap();
     assert_eq!(service.subject_alt_names, ["spiffe://other/ns/x/sa/y".into()]);
     assert_eq!((service.ports.len(), service.vips.len()), (1, 1), "automatic addresses are left out as well");
 }
@@ -55,14 +55,14 @@ fn dns_names_become_workloads_with_a_host_name() {
         "{hosts: [a.example.com, b.example.com], ports: [{number: 80, name: http}], resolution: DNS}",
     ));
     let mut hosts: Vec<(String, usize)> =
-        implicit.index.model().workloads().map(|w| (w.hostname.to_string(), w.services.len())).collect();
+        implicit.model.workloads().map(|w| (w.hostname.to_string(), w.services.len())).collect();
     hosts.sort();
     assert_eq!(hosts, [("a.example.com".to_owned(), 1), ("b.example.com".to_owned(), 1)]);
     let explicit = World::of(&api(
         "ports: [{number: 80, name: http}], resolution: DNS_ROUND_ROBIN, endpoints: [{address: real.example.net}]",
     ));
     let uid = "Kubernetes/networking.istio.io/ServiceEntry/demo/api/real.example.net";
-    let workload = explicit.index.model().workload(uid).unwrap();
+    let workload = explicit.model.workload(uid).unwrap();
     assert_eq!((&*workload.hostname, workload.addresses.len(), workload.services.len()), ("real.example.net", 0, 1));
 }
 
@@ -74,9 +74,9 @@ fn an_entry_selects_pods_and_workload_entries() {
     let vm = workload_entry("{address: 192.0.2.9, labels: {app: web}, ports: {admin: 9001}, weight: 2}");
     let world = World::of(&(selecting + &pod("web", "10.0.0.1", "") + &vm));
     let mapping = |service_port, target_port| PortMapping { service_port, target_port };
-    assert_eq!(world.workload("web").services[API], [mapping(80, 8080), mapping(81, 9000)]);
-    let vm = world.index.model().workload("Kubernetes/networking.istio.io/WorkloadEntry/demo/vm").unwrap();
-    assert_eq!(vm.services[API], [mapping(80, 80), mapping(81, 9001)]);
+    assert_eq!(world.workload("web").services.get(API).unwrap()[..], [mapping(80, 8080), mapping(81, 9000)]);
+    let vm = world.model.workload("Kubernetes/networking.istio.io/WorkloadEntry/demo/vm").unwrap();
+    assert_eq!(vm.services.get(API).unwrap()[..], [mapping(80, 80), mapping(81, 9001)]);
     assert_eq!((vm.capacity, vm.health, vm.tunnel_protocol), (2, Health::Healthy, TunnelProtocol::None));
 }
 
@@ -89,15 +89,16 @@ fn a_workload_entry_is_an_endpoint_of_services_and_subject_to_policies() {
         )
         + &authz("demo", "p", "{selector: {matchLabels: {app: vm}}}");
     let world = World::of(&text);
-    let vm = world.index.model().workload("Kubernetes/networking.istio.io/WorkloadEntry/demo/vm").unwrap();
-    let ports: Vec<(u16, u16)> = vm.services[WEB].iter().map(|p| (p.service_port, p.target_port)).collect();
+    let vm = world.model.workload("Kubernetes/networking.istio.io/WorkloadEntry/demo/vm").unwrap();
+    let ports: Vec<(u16, u16)> =
+        vm.services.get(WEB).unwrap().iter().map(|p| (p.service_port, p.target_port)).collect();
     assert_eq!(ports, [(80, 8080), (82, 9)]);
     assert_eq!((&*vm.hostname, vm.addresses.len(), &*vm.service_account), ("vm.example.com", 0, "vm"));
     assert_eq!(vm.authorization_policies, ["demo/p".into()]);
 }
 
 fn addresses(world: &World, key: &str) -> Vec<IpAddr> {
-    world.index.model().service(key).unwrap().vips.iter().map(|vip| vip.ip).collect()
+    world.model.service(key).unwrap().vips.iter().map(|vip| vip.ip).collect()
 }
 
 #[test]
@@ -129,7 +130,7 @@ fn hosts_without_addresses_get_lasting_ones_unless_they_cannot_be_used() {
 fn export_to_becomes_visibility() {
     let visibility = |to: &str| {
         let world = World::of(&api(&format!("resolution: NONE, exportTo: [{to}]")));
-        world.index.model().service(API).map(|s| s.visibility)
+        world.model.service(API).map(|s| s.visibility)
     };
     assert_eq!(visibility("\"*\""), Some(Visibility::Public));
     assert_eq!(visibility("."), Some(Visibility::Namespace));
@@ -150,11 +151,10 @@ fn one_claimant_of_a_host_wins_per_namespace_and_one_of_those_is_canonical() {
             + &claim("demo", "old", "2026-01-01T00:00:00Z", "")
             + &claim("other", "x", "2025-01-01T00:00:00Z", ", exportTo: [.]")),
     );
-    let service =
-        |world: &World, key: &str| world.index.model().service(key).map(|s| (s.name.to_string(), s.canonical));
+    let service = |world: &World, key: &str| world.model.service(key).map(|s| (s.name.to_string(), s.canonical));
     assert_eq!(service(&world, API), Some(("old".into(), true)));
     assert_eq!(service(&world, "other/api.example.com"), Some(("x".into(), false)), "a private one is not canonical");
-    assert_eq!(world.index.model().workloads().count(), 2, "the loser has no endpoints");
+    assert_eq!(world.model.workloads().count(), 2, "the loser has no endpoints");
     // A Service beats an entry of the same host, and gives it back.
     let shadowing = entry(
         "namespace: demo, name: shadow",
@@ -214,7 +214,7 @@ fn an_entry_with_the_address_of_anothers_service_is_not_what_third_namespaces_me
     );
     let meant = |world: &World, client: &str| {
         let address = mesh_core::addr::NetworkAddress::new("", "10.96.0.7".parse().unwrap());
-        world.index.model().service_by_vip(&address, client).map(|service| service.hostname.to_string())
+        world.model.service_by_vip(&address, client).map(|service| service.hostname.to_string())
     };
     let mut world = World::new();
     world.set("taker.yaml", &taker("2021-01-01T00:00:00Z"));

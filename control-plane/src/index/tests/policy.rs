@@ -5,7 +5,7 @@ use super::*;
 fn translated(spec: &str) -> Policy {
     let mut world = World::new();
     world.set("f.yaml", &(pod("web", "10.0.0.1", "") + &authz("demo", "p", spec)));
-    world.index.model().policy("demo/p").unwrap().as_ref().clone()
+    world.model.policy("demo/p").unwrap().as_ref().clone()
 }
 
 #[test]
@@ -73,7 +73,7 @@ fn denial(spec: &str) -> String {
     world.set("f.yaml", &(pod("web", "10.0.0.1", "") + &authz("demo", "p", spec)));
     let destination = "10.0.0.1:80".parse().unwrap();
     let connection = Connection { source_ip: "10.0.0.9".parse().unwrap(), source_identity: None, destination };
-    let decision = authorize(&world.index.model().policies_for(world.workload("web")), &connection);
+    let decision = authorize(&world.model.policies_for(world.workload("web")), &connection);
     assert!(!decision.is_allowed());
     decision.origin.unwrap().to_string()
 }
@@ -103,12 +103,15 @@ fn headless_services_are_known_by_name_only_and_external_names_not_at_all() {
     let headless =
         "{clusterIP: None, selector: {app: web}, ports: [{port: 80, targetPort: http}, {port: 53, protocol: UDP}]}";
     let world = World::of(&(pod("web", "10.0.0.1", "") + &service(headless)));
-    let found = world.index.model().service(WEB).unwrap();
+    let found = world.model.service(WEB).unwrap();
     assert_eq!((found.vips.len(), found.ports.len(), found.canonical), (0, 1, true));
-    assert_eq!(world.workload("web").services[WEB], [PortMapping { service_port: 80, target_port: 8080 }]);
+    assert_eq!(
+        world.workload("web").services.get(WEB).unwrap()[..],
+        [PortMapping { service_port: 80, target_port: 8080 }]
+    );
     let external = "{type: ExternalName, externalName: example.com, selector: {app: web}, ports: [{port: 80}]}";
     let world = World::of(&(pod("web", "10.0.0.1", "") + &service(external)));
-    assert!(world.index.model().service(WEB).is_none() && world.workload("web").services.is_empty());
+    assert!(world.model.service(WEB).is_none() && world.workload("web").services.is_empty());
 }
 
 #[test]
@@ -116,7 +119,7 @@ fn traffic_distribution_is_the_services_before_its_namespaces() {
     let namespace = "---\napiVersion: v1\nkind: Namespace\nmetadata: {name: demo, annotations: {networking.istio.io/traffic-distribution: PreferClose}}\n";
     let scopes = |text: &str| {
         let world = World::of(&(namespace.to_owned() + text));
-        let lb = world.index.model().service(WEB).unwrap().load_balancing.clone();
+        let lb = world.model.service(WEB).unwrap().load_balancing.clone();
         lb.map_or(0, |lb| lb.routing_preference.len())
     };
     assert_eq!(scopes(&service("{}")), 3);

@@ -37,7 +37,7 @@ fn wp() -> Option<GatewayAddress> {
 }
 
 fn web(world: &World) -> Service {
-    world.index.model().service(WEB).unwrap().as_ref().clone()
+    world.model.service(WEB).unwrap().as_ref().clone()
 }
 
 fn problems(world: &World) -> Vec<String> {
@@ -52,14 +52,14 @@ fn a_label_on_the_object_or_its_namespace_binds_it() {
     assert_eq!((web(&own).waypoint, problems(&own)), (wp(), vec![]));
     let inherited = World::of(&(waypoint("", "") + &namespace("demo", USE) + &any_service("demo", "web", "")));
     assert_eq!(web(&inherited).waypoint, wp());
-    let wp_service = inherited.index.model().service("demo/wp.demo.svc.cluster.local").unwrap();
+    let wp_service = inherited.model.service("demo/wp.demo.svc.cluster.local").unwrap();
     assert_eq!(wp_service.waypoint, None, "a waypoint's own service has none");
     let opted_out = any_service("demo", "web", "istio.io/use-waypoint: none");
     assert_eq!(web(&World::of(&(waypoint("", "") + &namespace("demo", USE) + &opted_out))).waypoint, None);
     let entry =
         entry(&format!("namespace: demo, name: api, labels: {{{USE}}}"), "{hosts: [api.example.com], resolution: DNS}");
     let world = World::of(&(waypoint("", "") + &entry));
-    assert_eq!(world.index.model().service("demo/api.example.com").unwrap().waypoint, wp());
+    assert_eq!(world.model.service("demo/api.example.com").unwrap().waypoint, wp());
 }
 
 #[test]
@@ -169,7 +169,7 @@ fn a_workload_entry_is_bound_by_the_labels_of_its_spec_before_those_of_the_objec
     let mut world = World::of(&vm(USE));
     let bound = |world: &World| {
         let uid = "Kubernetes/networking.istio.io/WorkloadEntry/demo/vm";
-        world.index.model().workload(uid).unwrap().waypoint.clone()
+        world.model.workload(uid).unwrap().waypoint.clone()
     };
     assert_eq!((bound(&world), problems(&world).len()), (None, 1));
     world.set("wp.yaml", &waypoint("istio.io/waypoint-for: all", ""));
@@ -235,7 +235,7 @@ fn who_uses_a_waypoint_can_be_closed_to_all_others() {
     let unasked = ClusterIndex::new(Settings { allow_from_waypoint: false, ..settings() });
     let mut unasked = World { index: unasked, ..world };
     unasked.set("more.yaml", "");
-    assert_eq!(unasked.index.model().policies().count(), 0);
+    assert_eq!(unasked.model.policies().count(), 0);
 }
 
 #[test]

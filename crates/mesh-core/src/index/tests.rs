@@ -9,6 +9,7 @@ use crate::{
     policy::Action,
     reason::Reason,
     service::Visibility,
+    workload::Ports,
 };
 
 fn workload(name: &str, change: impl FnOnce(&mut Workload)) -> Arc<Workload> {
@@ -126,7 +127,7 @@ fn ranges_rank_by_namespace_then_length_and_come_after_exact_addresses() {
 
 #[test]
 fn endpoints_wait_for_their_service_and_outlive_it() {
-    let endpoint = workload("a", |w| w.services = BTreeMap::from([("demo/x.demo.svc".into(), Vec::new())]));
+    let endpoint = workload("a", |w| w.services = [("demo/x.demo.svc".into(), Ports::new())].into_iter().collect());
     let mut index = index_of(vec![Resource::Workload(endpoint)]);
     assert_eq!(index.endpoints("demo/x.demo.svc").count(), 1);
     index.apply(delta(vec![Resource::Service(service("demo", "x", |_| ()))], Vec::new()));
@@ -261,7 +262,7 @@ fn any_resource() -> impl Strategy<Value = Resource> {
             w.network_mode = if host { NetworkMode::HostNetwork } else { NetworkMode::Standard };
             w.tunnel_protocol = if hbone { TunnelProtocol::Hbone } else { TunnelProtocol::None };
             w.hostname = if named { "h".into() } else { "".into() };
-            w.services = members.iter().map(|s| (Arc::from(format!("demo/{s}.demo.svc")), Vec::new())).collect();
+            w.services = members.iter().map(|s| (Arc::from(format!("demo/{s}.demo.svc")), Ports::new())).collect();
         }))
     });
     let services = (

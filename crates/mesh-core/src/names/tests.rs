@@ -1,11 +1,9 @@
-use std::collections::BTreeMap;
-
 use super::*;
 use crate::{
     addr::NetworkAddress,
     index::{Delta, Provenance, Resource},
     service::{HealthPolicy, IpFamilies, LoadBalancing, LoadBalancingMode, Visibility},
-    workload::Health,
+    workload::{Health, Ports},
 };
 
 const DOMAIN: &str = "cluster.local";
@@ -22,7 +20,7 @@ fn service(namespace: &str, hostname: &str, vips: &[&str], change: impl FnOnce(&
 fn pod(name: &str, of: &str, ips: &[&str], change: impl FnOnce(&mut Workload)) -> Resource {
     let mut workload = Workload::new(format!("Kubernetes//Pod/ns1/{name}"), "ns1", name);
     workload.addresses = ips.iter().map(|ip| ip.parse().unwrap()).collect();
-    workload.services = BTreeMap::from([(of.into(), Vec::new())]);
+    workload.services = [(of.into(), Ports::new())].into_iter().collect();
     change(&mut workload);
     Resource::Workload(Arc::new(workload))
 }

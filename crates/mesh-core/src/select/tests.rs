@@ -1,12 +1,10 @@
-use std::collections::BTreeMap;
-
 use rand::{SeedableRng, rngs::StdRng};
 
 use super::*;
 use crate::{
     index::{Delta, Provenance, Resource},
     service::{AppProtocol, HealthPolicy, LoadBalancing, ServicePort},
-    workload::{Health, PortMapping},
+    workload::{Health, PortMapping, Ports},
 };
 
 fn pod(name: &str, ip: &str, change: impl FnOnce(&mut Workload)) -> Workload {
@@ -20,7 +18,7 @@ fn pod(name: &str, ip: &str, change: impl FnOnce(&mut Workload)) -> Workload {
 
 fn serves(service: &str) -> impl FnOnce(&mut Workload) {
     let key = Arc::from(format!("demo/{service}.demo.svc.cluster.local"));
-    move |w| w.services = BTreeMap::from([(key, Vec::new())])
+    move |w| w.services = [(key, Ports::new())].into_iter().collect()
 }
 
 fn service(name: &str, vip: &str, ports: &[(u16, u16)], change: impl FnOnce(&mut Service)) -> Service {

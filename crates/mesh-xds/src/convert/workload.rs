@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, sync::Arc};
 use mesh_core::{
     identity::DEFAULT_TRUST_DOMAIN,
     workload::{
-        ApplicationTunnel, Health, Locality, NetworkMode, OutboundPolicy, PortMapping, TunnelProtocol, Workload,
-        WorkloadType,
+        ApplicationTunnel, Health, Locality, Memberships, NetworkMode, OutboundPolicy, PortMapping, TunnelProtocol,
+        Workload, WorkloadType,
     },
 };
 use prost::Message as _;
@@ -174,9 +174,7 @@ fn tunnel_from_wire(t: wire::ApplicationTunnel) -> Result<ApplicationTunnel, Una
     Ok(ApplicationTunnel { proxy_protocol, port: (port != 0).then_some(port) })
 }
 
-fn services_from_wire(
-    services: BTreeMap<String, wire::PortList>,
-) -> Result<BTreeMap<Arc<str>, Vec<PortMapping>>, Unacceptable> {
+fn services_from_wire(services: BTreeMap<String, wire::PortList>) -> Result<Memberships, Unacceptable> {
     let one = |(key, ports): (String, wire::PortList)| {
         if !key.contains('/') {
             return Err(Unacceptable::new("services", format!("key `{key}` is not namespace/hostname")));

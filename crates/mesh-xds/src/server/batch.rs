@@ -58,7 +58,7 @@ pub(super) fn everything(cache: &Cache, type_url: &'static str, held: &Held) -> 
     let mut gathered = Gathered::default();
     for (name, version) in held.iter() {
         match resources.get(name) {
-            Some(stored) => gathered.add_unless(*version == *stored.version, stored),
+            Some(stored) => gathered.add_unless(stored.is_version(version), stored),
             None => gathered.removed.push(name.to_owned()),
         }
     }
@@ -177,7 +177,7 @@ impl Gathered {
                 && self.added.insert(name.clone())
             {
                 protocol.followed.insert(name.clone());
-                self.add_unless(held.get(&**name).is_some_and(|version| **version == *stored.version), stored);
+                self.add_unless(held.get(&**name).is_some_and(|version| stored.is_version(version)), stored);
             }
         }
     }

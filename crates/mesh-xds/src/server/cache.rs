@@ -8,11 +8,12 @@ use std::{
 use bytes::Bytes;
 use proto::AUTHORIZATION_TYPE_URL;
 use rpds::HashTrieMapSync;
+use smallvec::SmallVec;
 use tokio::sync::watch;
 
 use super::{
-    Change, Lane,
-    outgoing::{Entry, Pieces, WeakPieces},
+    Change, Lane, VERSION_LENGTH,
+    outgoing::{Encoding, Entry, Pieces, WeakPieces},
     version_of,
 };
 use crate::convert::Encoded;
@@ -28,25 +29,36 @@ pub(super) type Resources = HashTrieMapSync<Arc<str>, Stored>;
 
 #[derive(Clone, Debug)]
 pub(super) struct Stored {
-    pub(super) version: Arc<str>,
-    pub(super) aliases: Arc<[Arc<str>]>,
-    pub(super) member_of: Arc<[Arc<str>]>,
-    /// As it stands in a response; ends with the body.
+    /// As it stands in a response.
     pub(super) entry: Bytes,
-    body: usize,
+    /// Where in it they begin.
+    version: u32,
+    body: u32,
+    pub(super) aliases: Names,
+    pub(super) member_of: Names,
 }
+
+/// Mostly one.
+type Names = SmallVec<[Arc<str>; 1]>;
 
 impl Stored {
     fn new(encoded: &Encoded) -> Self {
         let Encoded { type_url, name, aliases, member_of, body } = encoded;
         let version = version_of(body);
-        let entry = Entry { type_url, name, version: &version, aliases, body }.encode();
-        let (aliases, member_of) = (aliases.as_slice().into(), member_of.as_slice().into());
-        Self { version, aliases, member_of, entry, body: body.len() }
+        let Encoding { bytes, version, body } = Entry { type_url, name, version: &version, aliases, body }.encode();
+        // An object of a cluster is a few megabytes at most.
+        let at = |position: usize| u32::try_from(position).unwrap_or(u32::MAX);
+        let (aliases, member_of) = (Names::from(&**aliases), Names::from(&**member_of));
+        Self { entry: bytes, version: at(version), body: at(body), aliases, member_of }
+    }
+
+    pub(super) fn is_version(&self, version: &str) -> bool {
+        let from = self.version as usize;
+        self.entry.get(from..from + VERSION_LENGTH) == Some(version.as_bytes())
     }
 
     fn body(&self) -> &[u8] {
-        &self.entry[self.entry.len() - self.body..]
+        self.entry.get(self.body as usize..).unwrap_or_default()
     }
 }
 
@@ -109,7 +121,7 @@ pub(super) struct Difference<P = Pieces> {
 #[derive(Debug, Default)]
 pub(super) struct TypeCache {
     pub(super) resources: Resources,
-    by_alias: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
+    by_alias: HashMap<Arc<str>, Names>,
     /// Endpoints by the service's key.
     pub(super) members: HashMap<Arc<str>, BTreeSet<Arc<str>>>,
     log: Log,
@@ -169,9 +181,20 @@ impl Cache {
         *self.ready.borrow()
     }
 
+    /// Counts the resources' changes.
+    pub fn version(&self) -> u64 {
+        self.lock().sequence
+    }
+
     /// Resources of a type.
     pub fn len(&self, type_url: &str) -> usize {
         self.lock().types.get(type_url).map_or(0, |t| t.resources.size())
+    }
+
+    /// Shows every resource of a type, as the message that clients are sent.
+    pub fn visit(&self, type_url: &str, mut visitor: impl FnMut(&[u8])) {
+        let resources = self.lock().types.get(type_url).map(|t| t.resources.clone()).unwrap_or_default();
+        resources.values().for_each(|stored| visitor(stored.body()));
     }
 
     pub fn is_empty(&self) -> bool {
@@ -242,7 +265,10 @@ impl TypeCache {
             self.unlink(&encoded.name, &old);
         }
         for alias in &encoded.aliases {
-            self.by_alias.entry(alias.clone()).or_default().insert(encoded.name.clone());
+            let names = self.by_alias.entry(alias.clone()).or_default();
+            if let Err(position) = names.binary_search(&encoded.name) {
+                names.insert(position, encoded.name.clone());
+            }
         }
         for service in &encoded.member_of {
             self.members.entry(service.clone()).or_default().insert(encoded.name.clone());
@@ -258,8 +284,22 @@ impl TypeCache {
     }
 
     fn unlink(&mut self, name: &Arc<str>, old: &Stored) {
-        unlist(&mut self.by_alias, &old.aliases, name);
-        unlist(&mut self.members, &old.member_of, name);
+        for alias in &old.aliases {
+            if let Some(names) = self.by_alias.get_mut(alias) {
+                names.retain(|other| other != name);
+                if names.is_empty() {
+                    self.by_alias.remove(alias);
+                }
+            }
+        }
+        for service in &old.member_of {
+            if let Some(names) = self.members.get_mut(service) {
+                names.remove(name);
+                if names.is_empty() {
+                    self.members.remove(service);
+                }
+            }
+        }
     }
 
     fn record(&mut self, entry: &Logged, lane: Lane) {
@@ -340,16 +380,5 @@ impl Difference<WeakPieces> {
         let (upserted, removed) = (self.upserted.upgrade()?, self.removed.upgrade()?);
         let Self { lane, since, until, resources, removals, .. } = *self;
         Some(Difference { lane, since, until, resources, removals, upserted, removed })
-    }
-}
-
-fn unlist(lists: &mut HashMap<Arc<str>, BTreeSet<Arc<str>>>, keys: &[Arc<str>], name: &Arc<str>) {
-    for key in keys {
-        if let Some(names) = lists.get_mut(key) {
-            names.remove(name);
-            if names.is_empty() {
-                lists.remove(key);
-            }
-        }
     }
 }

@@ -30,9 +30,15 @@ pub(super) struct Entry<'a> {
     pub(super) body: &'a [u8],
 }
 
+/// An entry as it is sent, and where in it version and body begin; the body ends it.
+pub(super) struct Encoding {
+    pub(super) bytes: Bytes,
+    pub(super) version: usize,
+    pub(super) body: usize,
+}
+
 impl Entry<'_> {
-    /// As it is sent; the body comes last.
-    pub(super) fn encode(&self) -> Bytes {
+    pub(super) fn encode(&self) -> Encoding {
         // google.protobuf.Any
         let any = length_of(1, self.type_url) + length_of(2, self.body);
         let aliases: usize = self.aliases.iter().map(|alias| length_of(4, &**alias)).sum();
@@ -42,10 +48,12 @@ impl Entry<'_> {
         put(3, self.name, &mut bytes);
         self.aliases.iter().for_each(|alias| put(4, &**alias, &mut bytes));
         put(1, self.version, &mut bytes);
+        let version = bytes.len() - self.version.len();
         put_length(2, any, &mut bytes);
         put(1, self.type_url, &mut bytes);
         put(2, self.body, &mut bytes);
-        bytes.freeze()
+        let body = bytes.len() - self.body.len();
+        Encoding { bytes: bytes.freeze(), version, body }
     }
 }
 
@@ -231,7 +239,7 @@ mod tests {
             let encode = |r: &Resource| {
                 let aliases: Vec<Arc<str>> = r.aliases.iter().map(|alias| alias.as_str().into()).collect();
                 let body = &r.resource.as_ref().unwrap().value;
-                Entry { type_url: "t", name: &r.name, version: &r.version, aliases: &aliases, body }.encode()
+                Entry { type_url: "t", name: &r.name, version: &r.version, aliases: &aliases, body }.encode().bytes
             };
             let entries: Vec<Bytes> = wanted.resources.iter().map(encode).collect();
             let removed = Pieces::removals(wanted.removed_resources.iter().map(String::as_str));

@@ -1,4 +1,7 @@
-use mesh_core::index::{Delta, Provenance};
+use mesh_core::{
+    index::{Delta, Provenance},
+    workload::Ports,
+};
 
 use super::*;
 
@@ -6,7 +9,8 @@ use super::*;
 fn empty_optionals_are_left_out_and_required_keys_are_not() {
     let mut w = Workload::new("c//Pod/demo/web", "demo", "web");
     w.addresses = vec!["10.0.0.1".parse().unwrap()];
-    w.services = [("demo/web.demo.svc".into(), vec![PortMapping { service_port: 80, target_port: 8080 }])].into();
+    let ports = Ports::from_slice(&[PortMapping { service_port: 80, target_port: 8080 }]);
+    w.services = [("demo/web.demo.svc".into(), ports)].into_iter().collect();
     let shown = workload(&w);
     for key in ["protocol", "networkMode", "name", "status", "clusterId", "capacity", "workloadIps", "namespace"] {
         assert!(shown.get(key).is_some(), "{key}");

@@ -1,9 +1,7 @@
-use std::collections::BTreeMap;
-
 use mesh_core::{
     index::{Delta, Provenance, Resource},
     service::{AppProtocol, ServicePort},
-    workload::{ApplicationTunnel, PortMapping},
+    workload::{ApplicationTunnel, PortMapping, Ports},
 };
 
 use super::*;
@@ -18,8 +16,8 @@ fn workload(name: &str, ip: &str) -> Workload {
 
 /// An endpoint of [`WEB`] that maps the service's named port 443 itself.
 fn web() -> Workload {
-    let ports = vec![PortMapping { service_port: 443, target_port: 8443 }];
-    Workload { services: BTreeMap::from([(format!("demo/{WEB}").into(), ports)]), ..workload("web", "10.0.0.1") }
+    let ports = Ports::from_slice(&[PortMapping { service_port: 443, target_port: 8443 }]);
+    Workload { services: [(format!("demo/{WEB}").into(), ports)].into_iter().collect(), ..workload("web", "10.0.0.1") }
 }
 
 fn service() -> Service {
@@ -94,7 +92,7 @@ fn an_application_tunnel_takes_everything_on_its_port() {
 fn the_service_of_an_inbound_flow_is_the_named_one_or_the_first_with_its_port() {
     let api = Service { hostname: "api.demo.svc".into(), name: "api".into(), ..service() };
     let mut both = web();
-    both.services.insert(api.key(), Vec::new());
+    both.services.insert(api.key(), Ports::new());
     let known = index(&[&both], &[service(), api]);
     let name = |named| inbound_service(&known, &both, named, 8080).map(|service| service.name.to_string());
     assert_eq!((name(None).as_deref(), name(Some(WEB)).as_deref()), (Some("api"), Some("web")));
