@@ -33,7 +33,7 @@ use mesh_core::{
 use smallvec::SmallVec;
 
 use crate::{
-    objects::{AuthorizationPolicy, EndpointSlice, Kind, Labels, Object, ObjectKey, PeerAuthentication, Service, Spec},
+    objects::{EndpointSlice, Kind, Labels, Object, ObjectKey, PeerAuthentication, Service, Spec},
     problem::Problem,
     source::ObjectChange,
 };
@@ -266,8 +266,8 @@ impl ClusterIndex {
     fn evaluate(&self, unit: &ObjectKey) -> BTreeMap<ResourceKey, Resource> {
         let Some(object) = self.objects.get(unit) else { return BTreeMap::new() };
         let resources: Vec<Resource> = match &object.spec {
-            Spec::AuthorizationPolicy(AuthorizationPolicy { policy, .. }) => {
-                policy.iter().cloned().map(|p| Resource::Policy(Arc::new(p))).collect()
+            Spec::AuthorizationPolicy(authorization) => {
+                authorization.policy.iter().cloned().map(|p| Resource::Policy(Arc::new(p))).collect()
             }
             Spec::EndpointSlice(slice) => {
                 self.slice_workloads(unit, slice).map(|w| Resource::Workload(Arc::new(w))).collect()
@@ -326,7 +326,7 @@ impl ClusterIndex {
 
     fn peer_authentications(&self, namespace: &Arc<str>) -> impl Iterator<Item = (&ObjectKey, &PeerAuthentication)> {
         self.objects_of(Kind::PeerAuthentication, Some(namespace)).filter_map(|o| match &o.spec {
-            Spec::PeerAuthentication(peer) => Some((&o.key, peer)),
+            Spec::PeerAuthentication(peer) => Some((&o.key, &**peer)),
             _ => None,
         })
     }

@@ -134,14 +134,14 @@ static UNBOUND: Binding = Binding::none();
 
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) enum Spec {
-    AuthorizationPolicy(AuthorizationPolicy),
+    AuthorizationPolicy(Box<AuthorizationPolicy>),
     EndpointSlice(EndpointSlice),
     Gateway(Gateway),
     /// Of ConfigMaps, the only one there is.
     MeshConfig(MeshConfig),
     Namespace(Namespace),
     Node(Locality),
-    PeerAuthentication(PeerAuthentication),
+    PeerAuthentication(Box<PeerAuthentication>),
     Pod(Box<Pod>),
     PodEnrolment(PodEnrolment),
     Service(Box<Service>),

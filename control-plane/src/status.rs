@@ -100,7 +100,7 @@ pub(crate) fn acceptance(
 
 fn policy(key: &ObjectKey, stated: &Stated, problems: &[Problem], index: &ClusterIndex) -> Option<Told> {
     let written = index.object(key).and_then(|object| match &object.spec {
-        Spec::AuthorizationPolicy(policy) => Some(policy),
+        Spec::AuthorizationPolicy(policy) => Some(&**policy),
         _ => None,
     });
     let Acceptance { is_true, reason, message } = acceptance(stated.rejected, problems, written)?;

@@ -102,7 +102,7 @@ fn is_wrong(read: &Read) -> bool {
 /// Whether an AuthorizationPolicy deserves a warning is for its status to say: one for waypoints has conditions of its own.
 fn of_usable(read: &Read) -> Judgement {
     let policy = read.objects.iter().find_map(|object| match &object.spec {
-        Spec::AuthorizationPolicy(policy) => Some(policy),
+        Spec::AuthorizationPolicy(policy) => Some(&**policy),
         _ => None,
     });
     let acceptance = policy.map(|policy| status::acceptance(false, &read.problems, Some(policy)));

@@ -129,13 +129,17 @@ fn object(cursor: &Cursor<'_>, settings: &Settings) -> Option<(Meta, Option<Spec
         return None;
     }
     let spec = match kind {
-        Kind::AuthorizationPolicy => policy::authorization(&meta, &fields, settings).map(Spec::AuthorizationPolicy),
+        Kind::AuthorizationPolicy => {
+            policy::authorization(&meta, &fields, settings).map(Box::new).map(Spec::AuthorizationPolicy)
+        }
         Kind::EndpointSlice => Some(Spec::EndpointSlice(endpoint_slice(&meta, &fields))),
         Kind::ConfigMap => mesh_config::mesh_config(&fields).map(Spec::MeshConfig),
         Kind::Gateway => gateway::gateway(&meta, &fields).map(Spec::Gateway),
         Kind::Namespace => Some(Spec::Namespace(namespace(&meta))),
         Kind::Node => Some(Spec::Node(locality(&meta))),
-        Kind::PeerAuthentication => policy::peer_authentication(&meta, &fields).map(Spec::PeerAuthentication),
+        Kind::PeerAuthentication => {
+            policy::peer_authentication(&meta, &fields).map(Box::new).map(Spec::PeerAuthentication)
+        }
         Kind::Pod => pod(&meta, &fields).map(|pod| Spec::Pod(Box::new(pod))),
         Kind::PodEnrolment => pod_enrolment(&fields).map(Spec::PodEnrolment),
         Kind::Service => service(&meta, &fields).map(|service| Spec::Service(Box::new(service))),
@@ -218,14 +222,14 @@ fn meta(kind: Kind, cursor: &Cursor<'_>) -> Option<Meta> {
     let name = object_name(&name?)?;
     let text = |name| fields.get(name).and_then(|f| f.shared()).unwrap_or_default();
     let map = |cursor: &Option<Cursor<'_>>| cursor.as_ref().map(|f| f.string_map()).unwrap_or_default();
-    let labels = fields.get("labels");
+    let (labels_at, labels) = (fields.get("labels"), map(&fields.get("labels")));
     let annotations = map(&fields.get("annotations"));
     let home = if kind == Kind::Namespace { &name } else { &namespace };
     Some(Meta {
         uid: text("uid"),
-        binding: labels.as_ref().map(|l| Binding::read(l, &annotations, home)).unwrap_or_default(),
+        binding: labels_at.as_ref().map(|at| Binding::read(at, &labels, &annotations, home)).unwrap_or_default(),
         key: ObjectKey { kind, namespace, name },
-        labels: map(&labels),
+        labels,
         annotations,
         created: text("creationTimestamp"),
         deleting: fields.get("deletionTimestamp").is_some(),

@@ -322,7 +322,8 @@ fn endpoint(fields: &Fields<'_>, namespace: &Arc<str>) -> Option<Endpoint> {
     let address = fields.required("address");
     let ports = fields.get("ports").and_then(|p| p.fields());
     let labels = fields.get("labels");
-    let binding = labels.as_ref().map(|l| Binding::read(l, &Labels::new(), namespace)).unwrap_or_default();
+    let binding =
+        labels.as_ref().map(|l| Binding::read(l, &l.string_map(), &Labels::new(), namespace)).unwrap_or_default();
     let labels = labels.map(|l| l.string_map()).unwrap_or_default();
     let text = |name| fields.get(name).and_then(|f| f.shared()).filter(|text| !text.is_empty());
     let (network, locality, service_account) = (text("network"), text("locality"), text("serviceAccount"));

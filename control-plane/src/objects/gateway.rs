@@ -46,10 +46,9 @@ impl Binding {
         Self { waypoint: None, canary: None, ingress: None, waypoint_at: NOWHERE, canary_at: NOWHERE }
     }
 
-    /// Labels that belong to `namespace`; `annotations` hold a canary's weight.
-    pub(super) fn read(labels: &Cursor<'_>, annotations: &Labels, namespace: &Arc<str>) -> Self {
-        let map = labels.string_map();
-        let label = |name: &str| map.get(name).filter(|value| !value.is_empty());
+    /// Labels, written at `labels`, that belong to `namespace`; `annotations` hold a canary's weight.
+    pub(super) fn read(labels: &Cursor<'_>, values: &Labels, annotations: &Labels, namespace: &Arc<str>) -> Self {
+        let label = |name: &str| values.get(name).filter(|value| !value.is_empty());
         let gateway =
             |name: &Arc<str>, home: &str| ObjectKey::new(Kind::Gateway, label(home).unwrap_or(namespace), name);
         let fields = labels.fields();
@@ -83,11 +82,12 @@ impl Binding {
             }
             said
         });
-        let place = |name| {
-            let at = at(name);
-            FieldPlace { line: at.line(), field: at.path().to_owned() }
+        let place = |name, is_said| match is_said {
+            true => FieldPlace { line: at(name).line(), field: at(name).path().to_owned() },
+            false => FieldPlace::default(),
         };
-        Self { waypoint, canary, ingress, waypoint_at: place(USE_WAYPOINT), canary_at: place(USE_CANARY) }
+        let (waypoint_at, canary_at) = (place(USE_WAYPOINT, waypoint.is_some()), place(USE_CANARY, canary.is_some()));
+        Self { waypoint, canary, ingress, waypoint_at, canary_at }
     }
 
     pub(crate) fn names(&self, gateway: &ObjectKey) -> bool {

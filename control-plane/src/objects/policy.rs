@@ -131,15 +131,15 @@ pub(super) fn stand_in(meta: &Meta, cursor: &Cursor<'_>, problem: &Problem, sett
             let rule = Rule { clauses: Vec::new(), origin: origin.clone() };
             let policy = policy(meta, settings, &selector, Action::Deny, vec![rule], origin);
             // A dry run that cannot be read stays one.
-            Some(Spec::AuthorizationPolicy(AuthorizationPolicy { policy: Some(policy), selector }))
+            Some(Spec::AuthorizationPolicy(Box::new(AuthorizationPolicy { policy: Some(policy), selector })))
         }
-        Kind::PeerAuthentication => Some(Spec::PeerAuthentication(PeerAuthentication {
+        Kind::PeerAuthentication => Some(Spec::PeerAuthentication(Box::new(PeerAuthentication {
             created: meta.created.clone(),
             selector,
             strict: Some(true),
             ports: Default::default(),
             origin,
-        })),
+        }))),
         _ => None,
     }
 }

@@ -4,7 +4,7 @@ use std::{collections::HashSet, fmt, hash::Hash, sync::Arc};
 
 use foldhash::fast::RandomState;
 
-use crate::workload::Workload;
+use crate::workload::{Memberships, Workload};
 
 /// Below this many values it is not worth looking for those that nobody else holds any more.
 const FEW: usize = 1024;
@@ -60,8 +60,11 @@ impl Workload {
         let locality = [&mut self.locality.region, &mut self.locality.zone, &mut self.locality.subzone];
         let all = own.into_iter().chain(told).chain(locality).chain(&mut self.authorization_policies);
         all.for_each(|text| texts.share(text));
-        let services = std::mem::take(&mut self.services).into_iter();
-        self.services = services.map(|(key, ports)| (texts.shared(&key), ports)).collect();
+        let mut services = std::mem::take(&mut self.services).into_tuple_vec();
+        services.iter_mut().for_each(|(key, _)| texts.share(key));
+        services.shrink_to_fit();
+        // The keys are what they were, and so in order.
+        self.services = Memberships::from_sorted_store_unchecked(services);
     }
 }
 
