@@ -3,9 +3,9 @@
 use std::{pin::Pin, sync::Arc};
 
 use mesh_xds::server::{self, Authenticate, Caller};
-use tonic::{Status, metadata::MetadataMap};
+use tonic::{Extensions, Status, metadata::MetadataMap};
 
-use crate::metrics::Metrics;
+use crate::{guests::Peer, metrics::Metrics};
 
 /// Knows whose tokens are whose.
 pub(crate) trait Tokens: Send + Sync + 'static {
@@ -48,11 +48,16 @@ pub(crate) struct Bearers {
 }
 
 impl Bearers {
-    pub(crate) async fn caller(&self, metadata: &MetadataMap) -> Result<Caller, Status> {
+    /// Who makes a call. Its connection may stay from then on.
+    pub(crate) async fn caller(&self, metadata: &MetadataMap, extensions: &Extensions) -> Result<Caller, Status> {
+        let peer = extensions.get::<Peer>();
         let believed = match token(metadata) {
             Ok(token) => self.tokens.bearer(token).await,
             Err(why) => Err(NotBelieved::Refused(why.to_owned())),
         };
+        if let (Ok(_), Some(peer)) = (&believed, peer) {
+            peer.accept();
+        }
         believed.map_err(|error| match error {
             NotBelieved::Refused(why) => {
                 self.metrics.authentication_failures.inc();
@@ -78,8 +83,9 @@ impl Authenticate for Bearers {
     fn authenticate<'a>(
         &'a self,
         metadata: &'a MetadataMap,
+        extensions: &'a Extensions,
     ) -> Pin<Box<dyn Future<Output = Result<Caller, Status>> + Send + 'a>> {
-        Box::pin(self.caller(metadata))
+        Box::pin(self.caller(metadata, extensions))
     }
 
     fn max_request(&self, caller: &Caller) -> usize {

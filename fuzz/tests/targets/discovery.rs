@@ -23,7 +23,7 @@ use proto::{
     ADDRESS_TYPE_URL,
     discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse},
 };
-use tonic::{Status, codegen::Service as _, metadata::MetadataMap};
+use tonic::{Extensions, Status, codegen::Service as _, metadata::MetadataMap};
 
 /// Of a request, in bytes. Beyond it a request is refused unread.
 const MOST: usize = 128 * 1024;
@@ -118,6 +118,7 @@ impl Authenticate for Anybody {
     fn authenticate<'a>(
         &'a self,
         _: &'a MetadataMap,
+        _: &'a Extensions,
     ) -> Pin<Box<dyn Future<Output = Result<Caller, Status>> + Send + 'a>> {
         let [node, namespace, service_account, pod] = ["n1", "istio-system", "ztunnel", "z-1"].map(Arc::<str>::from);
         Box::pin(ready(Ok(Caller { node, namespace, service_account, pod })))
