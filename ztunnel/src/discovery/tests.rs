@@ -306,12 +306,12 @@ impl Authenticate for Guarded {
     fn authenticate<'a>(
         &'a self,
         metadata: &'a MetadataMap,
-        _: &'a Extensions,
+        extensions: &'a Extensions,
     ) -> Pin<Box<dyn Future<Output = Result<Caller, Status>> + Send + 'a>> {
         let is = |name: &str, value: &str| metadata.get(name).is_some_and(|v| v == value);
         let expected = is("x-tenant", "blue") && is("authorization", "Bearer t0ken") && is("clusterid", "c1");
         self.0.send(expected).unwrap_or_default();
-        Anybody.authenticate(metadata)
+        Anybody.authenticate(metadata, extensions)
     }
 }
 
