@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::{self, BufRead},
+    io::{self, BufRead, Read as _},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -25,7 +25,7 @@ pub mod plan;
 use conflist::PLUGIN;
 use fight::{Fight, suspect};
 use kubeconfig::Credentials;
-use plan::{Files, Mode, Plan, plan};
+use plan::{Content, Files, Mode, Plan, plan};
 
 use crate::lookup::Kubeconfig;
 
@@ -81,8 +81,8 @@ pub enum Looked {
     Waiting(String),
 }
 
-/// A configuration larger than this is none.
-const MAX_CONF: u64 = 1 << 20;
+/// A configuration larger than this is none; containerd thinks so too.
+const MAX_CONF: u64 = 2 << 20;
 const CHUNK: usize = 64 << 10;
 
 impl Settings {
@@ -124,6 +124,12 @@ impl Settings {
             }
         }
         Ok(if mended.is_empty() { Looked::InOrder } else { Looked::Mended(mended) })
+    }
+
+    /// See [`plan::passed_over`].
+    fn passed_over(&self) -> Option<String> {
+        let files = conf_files(&self.net_dir).ok()?;
+        plan::passed_over(&files, &self.mode, self.primary.as_deref())
     }
 
     fn place_binary(&self, to: &Path) -> io::Result<Option<String>> {
@@ -176,16 +182,35 @@ pub fn conf_files(folder: &Path) -> io::Result<Files> {
     for entry in fs::read_dir(folder)? {
         let entry = entry?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        // One that vanishes while we look was being replaced: the next event brings its successor.
-        let is_file = fs::metadata(entry.path()).is_ok_and(|m| m.is_file() && m.len() <= MAX_CONF);
         if plan::is_conf(&name)
-            && is_file
-            && let Ok(text) = fs::read_to_string(entry.path())
+            && let Some(content) = content(&entry.path())
         {
-            files.insert(name, text);
+            files.insert(name, content);
         }
     }
     Ok(files)
+}
+
+/// `None` of what is no file, and of one that vanishes while we look: it was being replaced, and the next event brings its successor.
+fn content(path: &Path) -> Option<Content> {
+    let read = || {
+        let file = fs::File::open(path)?;
+        let mut bytes = Vec::new();
+        file.take(MAX_CONF + 1).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    match fs::metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
+        Ok(metadata) if !metadata.is_file() => return None,
+        _ => {}
+    }
+    let read: io::Result<Vec<u8>> = read();
+    match read {
+        Ok(bytes) if bytes.len() as u64 > MAX_CONF => Some(Err(format!("it has more than {MAX_CONF} bytes"))),
+        Ok(bytes) => Some(String::from_utf8(bytes).map_err(|error| format!("it is no text: {error}"))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => Some(Err(format!("it cannot be read: {error}"))),
+    }
 }
 
 /// After a change the folders must have been quiet for this long.
@@ -203,10 +228,17 @@ pub async fn run(
     let mut pending = Some(readiness.pending("installation of the CNI plugin"));
     let mut watches = watch(&settings);
     let mut fight = Fight::default();
-    let mut waiting_for = String::new();
+    let (mut waiting_for, mut told) = (String::new(), None);
     loop {
         let now = settings.clone();
-        let looked = spawn_blocking(move || now.look()).await;
+        let looked = spawn_blocking(move || (now.look(), now.passed_over())).await;
+        let looked = looked.map(|(looked, passed_over)| {
+            if let Some(what) = passed_over.as_ref().filter(|_| passed_over != told) {
+                tracing::warn!(what, "files that are no CNI configurations come before the one with the plugin");
+            }
+            told = passed_over;
+            looked
+        });
         let delay = match looked {
             Ok(Ok(Looked::InOrder)) => {
                 settle(&mut pending, &ready);
@@ -339,6 +371,27 @@ mod tests {
             assert_eq!(settings.look().expect("readable"), Looked::InOrder);
         }
         assert!(fs::read_to_string(settings.kubeconfig()).expect("read").contains("two"));
+    }
+
+    #[test]
+    fn a_file_that_only_a_runtime_could_use_is_waited_for_and_one_that_none_can_is_told() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let settings = settings(dir.path());
+        fs::write(dir.path().join("net.d/10-a.conflist"), BRIDGE).expect("write");
+        settings.look().expect("written");
+        let first = dir.path().join("net.d/05-first.conflist");
+        let large = vec![b' '; usize::try_from(MAX_CONF).expect("small") + 1];
+        let latin = [&b"{\"name\":\"\xe4\","[..], &BRIDGE.as_bytes()[1..]].concat();
+        for (content, why) in [(large, "more than 2097152 bytes"), (latin, "no text")] {
+            fs::write(&first, content).expect("write");
+            let Looked::Waiting(told) = settings.look().expect("readable") else { panic!("waits") };
+            assert!(told.starts_with("05-first.conflist") && told.contains(why), "{told}");
+        }
+        fs::write(&first, "{").expect("write");
+        assert_eq!(settings.look().expect("readable"), Looked::InOrder);
+        assert!(settings.passed_over().is_some_and(|told| told.starts_with("05-first.conflist")));
+        fs::remove_file(&first).expect("remove");
+        assert_eq!(settings.passed_over(), None);
     }
 
     #[test]
