@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    io::{self, BufRead, Read as _},
+    io::{self, BufRead},
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -18,14 +18,16 @@ use tokio::task::spawn_blocking;
 
 pub mod conflist;
 mod fight;
+mod folder;
 pub mod kubeconfig;
 pub mod place;
 pub mod plan;
 
 use conflist::PLUGIN;
 use fight::{Fight, suspect};
+pub use folder::conf_files;
 use kubeconfig::Credentials;
-use plan::{Content, Files, Mode, Plan, plan};
+use plan::{Mode, Plan, plan};
 
 use crate::lookup::Kubeconfig;
 
@@ -81,8 +83,6 @@ pub enum Looked {
     Waiting(String),
 }
 
-/// A configuration larger than this is none; containerd thinks so too.
-const MAX_CONF: u64 = 2 << 20;
 const CHUNK: usize = 64 << 10;
 
 impl Settings {
@@ -173,43 +173,6 @@ fn same_content(a: fs::File, b: fs::File) -> io::Result<bool> {
         }
         a.consume(length);
         b.consume(length);
-    }
-}
-
-/// The configurations of the folder that a runtime would look at.
-pub fn conf_files(folder: &Path) -> io::Result<Files> {
-    let mut files = Files::new();
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        if plan::is_conf(&name)
-            && let Some(content) = content(&entry.path())
-        {
-            files.insert(name, content);
-        }
-    }
-    Ok(files)
-}
-
-/// `None` of what is no file, and of one that vanishes while we look: it was being replaced, and the next event brings its successor.
-fn content(path: &Path) -> Option<Content> {
-    let read = || {
-        let file = fs::File::open(path)?;
-        let mut bytes = Vec::new();
-        file.take(MAX_CONF + 1).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    match fs::metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return None,
-        Ok(metadata) if !metadata.is_file() => return None,
-        _ => {}
-    }
-    let read: io::Result<Vec<u8>> = read();
-    match read {
-        Ok(bytes) if bytes.len() as u64 > MAX_CONF => Some(Err(format!("it has more than {MAX_CONF} bytes"))),
-        Ok(bytes) => Some(String::from_utf8(bytes).map_err(|error| format!("it is no text: {error}"))),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => Some(Err(format!("it cannot be read: {error}"))),
     }
 }
 
@@ -380,7 +343,7 @@ mod tests {
         fs::write(dir.path().join("net.d/10-a.conflist"), BRIDGE).expect("write");
         settings.look().expect("written");
         let first = dir.path().join("net.d/05-first.conflist");
-        let large = vec![b' '; usize::try_from(MAX_CONF).expect("small") + 1];
+        let large = vec![b' '; usize::try_from(folder::MAX_CONF).expect("small") + 1];
         let latin = [&b"{\"name\":\"\xe4\","[..], &BRIDGE.as_bytes()[1..]].concat();
         for (content, why) in [(large, "more than 2097152 bytes"), (latin, "no text")] {
             fs::write(&first, content).expect("write");
