@@ -194,9 +194,15 @@ fn bits(number: usize) -> u32 {
 /// Lets the proxy of a node in; its token.
 pub(crate) fn admit(api: &ApiServer, node: usize) -> anyhow::Result<String> {
     let key = jsonwebtoken::EncodingKey::from_secret(b"the API server believes it, nobody else looks");
-    let claims = json!({"exp": 4_102_444_800_u64, "sub": "system:serviceaccount:istio-system:ztunnel", "node": node});
-    let token = jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key)?;
     let name = node_name(node);
+    let claims = json!({
+        "aud": ["istio-ca"], "exp": 4_102_444_800_u64, "sub": "system:serviceaccount:istio-system:ztunnel",
+        "kubernetes.io": {
+            "namespace": "istio-system", "serviceaccount": {"name": "ztunnel"},
+            "pod": {"name": objects::ztunnel_name(&name), "uid": objects::ztunnel_uid(&name)},
+        },
+    });
+    let token = jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key)?;
     let user = json!({
         "username": "system:serviceaccount:istio-system:ztunnel",
         "extra": {

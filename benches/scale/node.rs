@@ -3,7 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     hash::BuildHasher as _,
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -19,7 +19,7 @@ use http::{Request, header};
 use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, core::Node as WireNode, discovery::DeltaDiscoveryRequest};
 use rustls_pki_types::ServerName;
 use tokio::{
-    net::TcpStream,
+    net::TcpSocket,
     sync::{Notify, watch},
 };
 use tokio_rustls::TlsConnector;
@@ -246,7 +246,11 @@ impl Fleet {
 
     async fn serve(&self, at: usize, held: Held) -> anyhow::Result<()> {
         let node = &self.nodes[at];
-        let stream = TcpStream::connect(self.address).await?;
+        // As every node has an address of its own.
+        let [.., high, low] = u32::try_from(at)?.to_be_bytes();
+        let socket = TcpSocket::new_v4()?;
+        socket.bind((Ipv4Addr::new(127, 1, high, low), 0).into())?;
+        let stream = socket.connect(self.address).await?;
         stream.set_nodelay(true)?;
         let stream = self.tls.connect(ServerName::try_from("fairwayd.istio-system.svc")?, stream).await?;
         let (mut sender, connection) = client::Builder::new()

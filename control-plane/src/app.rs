@@ -52,6 +52,8 @@ pub use config::{Config, NAMESPACE, Source};
 
 /// Calls in flight may finish this long after the drain began; discovery streams never finish by themselves.
 const GRACE: Duration = Duration::from_millis(500);
+/// Of a connection, on their way to an answer; the others wait unread. What is received before its sender is known is thus bounded.
+const CALLS: usize = 16;
 /// Everything has stopped by then, or is aborted.
 const STOP_DEADLINE: Duration = Duration::from_secs(5);
 #[derive(Debug, thiserror::Error)]
@@ -149,6 +151,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .max_concurrent_streams(Some(128))
+        .concurrency_limit_per_connection(CALLS)
         .add_service(discovery)
         .add_service(IstioCertificateServiceServer::new(certificates).max_decoding_message_size(MAX_REQUEST));
 

@@ -159,7 +159,7 @@ impl IstioCertificateService for CertificateService {
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
         self.metrics.csr_count.inc();
-        let caller = self.bearers.caller(request.metadata()).await?;
+        let caller = self.bearers.caller(request.metadata(), request.extensions()).await?;
         let cert_chain = self.sign(&caller, request.get_ref())?;
         Ok(Response::new(IstioCertificateResponse { cert_chain }))
     }

@@ -1,15 +1,24 @@
 //! Who calls: the bearer of a token, for the CA and discovery alike.
 
-use std::{pin::Pin, sync::Arc};
+use std::{
+    net::{IpAddr, Ipv4Addr},
+    pin::Pin,
+    sync::Arc,
+};
 
 use mesh_xds::server::{self, Authenticate, Caller};
-use tonic::{Status, metadata::MetadataMap};
+use tonic::{Extensions, Status, metadata::MetadataMap};
 
-use crate::metrics::Metrics;
+use crate::{guests::Peer, metrics::Metrics};
 
 /// Knows whose tokens are whose.
 pub(crate) trait Tokens: Send + Sync + 'static {
-    fn bearer<'a>(&'a self, token: &'a str) -> Pin<Box<dyn Future<Output = Result<Caller, NotBelieved>> + Send + 'a>>;
+    /// Of a token that came from an address, which proves nothing.
+    fn bearer<'a>(
+        &'a self,
+        token: &'a str,
+        from: IpAddr,
+    ) -> Pin<Box<dyn Future<Output = Result<Caller, NotBelieved>> + Send + 'a>>;
 }
 
 /// Why a bearer is not let in. For the log; the caller learns only whether to come again.
@@ -48,11 +57,18 @@ pub(crate) struct Bearers {
 }
 
 impl Bearers {
-    pub(crate) async fn caller(&self, metadata: &MetadataMap) -> Result<Caller, Status> {
+    /// Who makes a call. Its connection may stay from then on.
+    pub(crate) async fn caller(&self, metadata: &MetadataMap, extensions: &Extensions) -> Result<Caller, Status> {
+        let peer = extensions.get::<Peer>();
+        // Every connection of ours has a peer.
+        let from = peer.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), Peer::address);
         let believed = match token(metadata) {
-            Ok(token) => self.tokens.bearer(token).await,
+            Ok(token) => self.tokens.bearer(token, from).await,
             Err(why) => Err(NotBelieved::Refused(why.to_owned())),
         };
+        if let (Ok(_), Some(peer)) = (&believed, peer) {
+            peer.accept();
+        }
         believed.map_err(|error| match error {
             NotBelieved::Refused(why) => {
                 self.metrics.authentication_failures.inc();
@@ -78,8 +94,9 @@ impl Authenticate for Bearers {
     fn authenticate<'a>(
         &'a self,
         metadata: &'a MetadataMap,
+        extensions: &'a Extensions,
     ) -> Pin<Box<dyn Future<Output = Result<Caller, Status>> + Send + 'a>> {
-        Box::pin(self.caller(metadata))
+        Box::pin(self.caller(metadata, extensions))
     }
 
     fn max_request(&self, caller: &Caller) -> usize {
@@ -96,7 +113,11 @@ mod tests {
     struct Nobody;
 
     impl Tokens for Nobody {
-        fn bearer<'a>(&'a self, _: &'a str) -> Pin<Box<dyn Future<Output = Result<Caller, NotBelieved>> + Send + 'a>> {
+        fn bearer<'a>(
+            &'a self,
+            _: &'a str,
+            _: IpAddr,
+        ) -> Pin<Box<dyn Future<Output = Result<Caller, NotBelieved>> + Send + 'a>> {
             Box::pin(std::future::ready(Err(NotBelieved::Refused("nobody is believed".to_owned()))))
         }
     }

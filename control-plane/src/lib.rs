@@ -18,6 +18,7 @@ mod callers;
 mod cli;
 mod crd;
 mod fields;
+mod guests;
 mod index;
 mod keeper;
 mod lease;

@@ -2,11 +2,18 @@
 //!
 //! An answer is kept for a while under the token's digest, never under the token. While the API server does not answer, one that was
 //! good goes on being good until the token itself expires: certificates are renewed and proxies reconnect without it.
+//!
+//! Anybody may bring tokens, and each that is not known costs a review. So one that by its own word is for somebody else, or of no pod
+//! that is known here, is never asked about; an address has few reviews at a time, and few in vain of each pod it claims to be.
 
 mod answers;
+mod attempts;
+mod claims;
+mod turns;
 
 use std::{
     collections::HashMap,
+    net::IpAddr,
     pin::Pin,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
@@ -14,16 +21,20 @@ use std::{
 
 use futures_util::{
     FutureExt as _,
-    future::{BoxFuture, WeakShared},
+    future::{BoxFuture, Shared, WeakShared},
 };
 use k8s_openapi::api::authentication::v1::{TokenReview, TokenReviewSpec, TokenReviewStatus};
 use kube::{Api, Client, api::PostParams};
 use mesh_runtime::telemetry::error_chain;
 use mesh_xds::server::Caller;
-use serde::Deserialize;
 use tokio::{sync::watch, time::Instant};
 
-use self::answers::{Answers, Digest, Known};
+use self::{
+    answers::{Answers, Digest, Known},
+    attempts::{Attempts, Claimant},
+    claims::Claimed,
+    turns::{Turn, Turns},
+};
 use crate::{
     callers::{NotBelieved, Tokens},
     metrics::Metrics,
@@ -32,10 +43,8 @@ use crate::{
     token::AUDIENCE,
 };
 
-/// The API server must have answered by then.
+/// The API server must have answered by then. As long a caller waits for his turn.
 const DEADLINE: Duration = Duration::from_secs(5);
-/// Longer ones are no tokens.
-const MAX_TOKEN: usize = 16 * 1024;
 /// Reviews at once; who comes on top of that is told to come again.
 const MAX_FLIGHTS: usize = 256;
 
@@ -55,42 +64,85 @@ pub(crate) struct TokenReviews {
     client: Client,
     state: watch::Receiver<Snapshot>,
     metrics: Metrics,
+    turns: Turns,
     inner: Arc<Mutex<Inner>>,
 }
+
+type Flight = BoxFuture<'static, Outcome>;
 
 #[derive(Default)]
 struct Inner {
     answers: Answers,
+    attempts: Attempts,
     /// Reviews under way, held by who waits for them: all who ask about one token wait for the same answer.
-    flights: HashMap<Digest, WeakShared<BoxFuture<'static, Outcome>>>,
+    flights: HashMap<Digest, WeakShared<Flight>>,
+}
+
+impl Inner {
+    /// An answer, or a review under way.
+    fn known(&self, digest: &Digest) -> Option<Shared<Flight>> {
+        match self.answers.of(digest, Instant::now()) {
+            Known::Fresh(answer) => Some(std::future::ready(answer).boxed().shared()),
+            _ => self.flights.get(digest).and_then(WeakShared::upgrade),
+        }
+    }
+
+    /// What was believed before, in place of a better answer.
+    fn instead(&mut self, digest: &Digest, now: Instant, why: String) -> Outcome {
+        match self.answers.of(digest, now) {
+            Known::Fresh(answer) => answer,
+            Known::Stale(bearer) => {
+                tracing::warn!(why, pod = %bearer.pod, "the token is not reviewed; believing what was said of it before");
+                self.answers.lean_on(digest, now);
+                Ok(bearer)
+            }
+            Known::Nothing => Err(NotBelieved::Unknown(why)),
+        }
+    }
 }
 
 impl TokenReviews {
     pub(crate) fn new(client: Client, state: watch::Receiver<Snapshot>, metrics: Metrics) -> Self {
-        Self { client, state, metrics, inner: Arc::default() }
+        Self { client, state, metrics, turns: Turns::default(), inner: Arc::default() }
     }
 
-    async fn reviewed(&self, token: &str) -> Outcome {
-        let expiry = expiry(token).map_err(NotBelieved::Refused)?;
-        let now = SystemTime::now();
-        let left = expiry.duration_since(now).unwrap_or_default();
+    async fn reviewed(&self, token: &str, from: IpAddr) -> Outcome {
+        let Claimed { bearer: claimed, ends } = claims::read(token).map_err(NotBelieved::Refused)?;
+        let left = ends.duration_since(SystemTime::now()).unwrap_or_default();
         if left.is_zero() {
             return Err(NotBelieved::Refused("the token has expired".to_owned()));
         }
         let digest = answers::digest(token);
+        let known = lock(&self.inner).known(&digest);
+        if let Some(known) = known {
+            return known.await;
+        }
+        // What would not be let in if it were authentic.
+        place(&claimed, &self.placements())?;
+        let turn = self.turns.of(from, DEADLINE).await;
         let flight = {
             let mut inner = lock(&self.inner);
-            if let Known::Fresh(answer) = inner.answers.of(&digest, Instant::now()) {
-                return answer;
-            }
-            match inner.flights.get(&digest).and_then(WeakShared::upgrade) {
-                Some(flight) => flight,
+            let now = Instant::now();
+            let Some(turn) = turn else {
+                return inner.instead(&digest, now, format!("too many tokens of {from} wait for their review"));
+            };
+            // Somebody else may have asked meanwhile.
+            match inner.known(&digest) {
+                Some(known) => known,
                 None => {
                     inner.flights.retain(|_, flight| flight.upgrade().is_some());
                     if inner.flights.len() >= MAX_FLIGHTS {
-                        return Err(NotBelieved::Unknown("too many token reviews are under way".to_owned()));
+                        return inner.instead(&digest, now, "too many token reviews are under way".to_owned());
                     }
-                    let flight = self.review(token.to_owned(), digest, left).boxed().shared();
+                    let claimant = (from, claimed.pod_uid);
+                    if !inner.attempts.begin(claimant.clone(), now) {
+                        let why = format!(
+                            "too many tokens from {from} that claimed to be of pod {} were refused",
+                            claimed.pod
+                        );
+                        return inner.instead(&digest, now, why);
+                    }
+                    let flight = self.review(token.to_owned(), digest, left, claimant, turn).boxed().shared();
                     inner.flights.extend(flight.downgrade().map(|flight| (digest, flight)));
                     flight
                 }
@@ -99,8 +151,19 @@ impl TokenReviews {
         flight.await
     }
 
+    fn placements(&self) -> Placements {
+        self.state.borrow().placements.clone()
+    }
+
     /// Asks the API server, and keeps what it says.
-    fn review(&self, token: String, digest: Digest, left: Duration) -> impl Future<Output = Outcome> + Send + 'static {
+    fn review(
+        &self,
+        token: String,
+        digest: Digest,
+        left: Duration,
+        claimant: Claimant,
+        turn: Turn,
+    ) -> impl Future<Output = Outcome> + Send + 'static {
         let (api, inner, metrics) =
             (Api::<TokenReview>::all(self.client.clone()), self.inner.clone(), self.metrics.clone());
         async move {
@@ -108,6 +171,7 @@ impl TokenReviews {
             let review = TokenReview { spec, ..TokenReview::default() };
             let (params, began) = (PostParams::default(), Instant::now());
             let answered = tokio::time::timeout(DEADLINE, api.create(&params, &review)).await;
+            drop(turn);
             let now = Instant::now();
             let left = left.saturating_sub(now - began);
             let outcome = match answered {
@@ -124,22 +188,16 @@ impl TokenReviews {
                         .token_reviews
                         .with_label_values(&[if answer.is_ok() { "believed" } else { "refused" }])
                         .inc();
+                    if answer.is_ok() {
+                        inner.attempts.believed(&claimant);
+                    }
                     inner.answers.keep(digest, answer.clone(), now, left);
                     answer
                 }
                 Err(why) => {
                     metrics.token_reviews.with_label_values(&["unanswered"]).inc();
-                    match inner.answers.of(&digest, now) {
-                        Known::Fresh(answer) => answer,
-                        Known::Stale(bearer) => {
-                            tracing::warn!(why, pod = %bearer.pod, "the API server reviews no tokens; believing what it said before");
-                            inner.answers.lean_on(&digest, now);
-                            Ok(bearer)
-                        }
-                        Known::Nothing => {
-                            Err(NotBelieved::Unknown(format!("the API server does not review the token: {why}")))
-                        }
-                    }
+                    inner.attempts.unanswered(&claimant);
+                    inner.instead(&digest, now, format!("the API server does not review the token: {why}"))
                 }
             }
         }
@@ -147,16 +205,19 @@ impl TokenReviews {
 }
 
 fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
-    // Both maps are changed one entry at a time.
+    // Each map is changed one entry at a time.
     inner.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Tokens for TokenReviews {
-    fn bearer<'a>(&'a self, token: &'a str) -> Pin<Box<dyn Future<Output = Result<Caller, NotBelieved>> + Send + 'a>> {
+    fn bearer<'a>(
+        &'a self,
+        token: &'a str,
+        from: IpAddr,
+    ) -> Pin<Box<dyn Future<Output = Result<Caller, NotBelieved>> + Send + 'a>> {
         Box::pin(async move {
-            let bearer = self.reviewed(token).await?;
-            let placements = self.state.borrow().placements.clone();
-            place(&bearer, &placements)
+            let bearer = self.reviewed(token, from).await?;
+            place(&bearer, &self.placements())
         })
     }
 }
@@ -195,21 +256,6 @@ fn judge(status: &TokenReviewStatus) -> Result<Bearer, String> {
     let pod = extra("authentication.kubernetes.io/pod-name").zip(extra("authentication.kubernetes.io/pod-uid"));
     let (pod, pod_uid) = pod.ok_or_else(|| format!("the token of {name} is bound to no pod"))?;
     Ok(Bearer { namespace: namespace.into(), service_account: service_account.into(), pod, pod_uid })
-}
-
-/// When the token ends, by its own word, which only ever shortens what the API server says. Whatever is no token at all is not worth
-/// asking about.
-fn expiry(token: &str) -> Result<SystemTime, String> {
-    #[derive(Deserialize)]
-    struct Claims {
-        exp: u64,
-    }
-    if token.len() > MAX_TOKEN {
-        return Err(format!("the token is longer than {MAX_TOKEN} bytes"));
-    }
-    let claims = jsonwebtoken::dangerous::insecure_decode::<Claims>(token);
-    let claims = claims.map_err(|error| format!("the token is not a JWT that expires: {error}"))?.claims;
-    SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(claims.exp)).ok_or_else(|| "the token never ends".to_owned())
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::{self, Write as _},
+    net::IpAddr,
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     pin::Pin,
@@ -167,13 +168,17 @@ impl TokenKey {
 }
 
 impl Tokens for TokenKey {
-    fn bearer<'a>(&'a self, token: &'a str) -> Pin<Box<dyn Future<Output = Result<Caller, NotBelieved>> + Send + 'a>> {
+    fn bearer<'a>(
+        &'a self,
+        token: &'a str,
+        _: IpAddr,
+    ) -> Pin<Box<dyn Future<Output = Result<Caller, NotBelieved>> + Send + 'a>> {
         let believed = self.verify(token).map_err(|error| NotBelieved::Refused(error_chain(&error)));
         Box::pin(std::future::ready(believed))
     }
 }
 
-fn account_subject(namespace: &str, service_account: &str) -> String {
+pub(crate) fn account_subject(namespace: &str, service_account: &str) -> String {
     format!("system:serviceaccount:{namespace}:{service_account}")
 }
 

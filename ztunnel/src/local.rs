@@ -184,6 +184,8 @@ fn is_record_of(workload: &Workload, info: &WorkloadInfo) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use mesh_core::authorize::{Connection, authorize};
     use mesh_identity::{CaClient, CaError, ca::BoxFuture};
 
@@ -247,6 +249,37 @@ mod tests {
             destination: ([10, 0, 0, 2], 80).into(),
         };
         assert!(!authorize(&policies, &connection).is_allowed());
+    }
+
+    /// The record does not say of which pod it is: only its name does.
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_made_anew_is_judged_by_the_record_of_its_name_and_without_one_nobody_gets_in() {
+        let (local, state, _task) = start();
+        state.update(|index| index.set_policies_complete(true));
+        let describe = |policy: &str| {
+            let mut workload = Workload::clone(&from_discovery(&state, "c//Pod/demo/a", "td"));
+            workload.authorization_policies = vec![policy.into()];
+            let upserts = vec![Resource::Workload(Arc::new(workload))];
+            state.update(|index| index.apply(Delta { provenance: Provenance::Xds, upserts, removals: Vec::new() }));
+        };
+        let successor = WorkloadInfo { uid: "2".into(), ..info() };
+        let judged_by = async || {
+            let found = state.settled_workload(&successor, Duration::from_secs(5)).await;
+            found.map(|workload| state.snapshot().policies_for(&workload).missing)
+        };
+        local.synced();
+        local.pod_arrived(&info());
+        describe("demo/of-the-first");
+        local.pod_left("1");
+        local.pod_arrived(&successor);
+        assert_eq!(judged_by().await, Some(vec!["demo/of-the-first".into()]));
+        describe("demo/of-the-second");
+        assert_eq!(judged_by().await, Some(vec!["demo/of-the-second".into()]));
+        let removals = vec![ResourceKey::Address("c//Pod/demo/a".into())];
+        state.update(|index| {
+            index.apply(Delta { provenance: Provenance::Xds, upserts: Vec::new(), removals });
+        });
+        assert_eq!(judged_by().await, None, "nobody gets in");
     }
 
     #[tokio::test]

@@ -18,14 +18,16 @@ use tokio::task::spawn_blocking;
 
 pub mod conflist;
 mod fight;
+mod folder;
 pub mod kubeconfig;
 pub mod place;
 pub mod plan;
 
 use conflist::PLUGIN;
 use fight::{Fight, suspect};
+pub use folder::conf_files;
 use kubeconfig::Credentials;
-use plan::{Files, Mode, Plan, plan};
+use plan::{Mode, Plan, plan};
 
 use crate::lookup::Kubeconfig;
 
@@ -81,8 +83,6 @@ pub enum Looked {
     Waiting(String),
 }
 
-/// A configuration larger than this is none.
-const MAX_CONF: u64 = 1 << 20;
 const CHUNK: usize = 64 << 10;
 
 impl Settings {
@@ -124,6 +124,12 @@ impl Settings {
             }
         }
         Ok(if mended.is_empty() { Looked::InOrder } else { Looked::Mended(mended) })
+    }
+
+    /// See [`plan::passed_over`].
+    fn passed_over(&self) -> Option<String> {
+        let files = conf_files(&self.net_dir).ok()?;
+        plan::passed_over(&files, &self.mode, self.primary.as_deref())
     }
 
     fn place_binary(&self, to: &Path) -> io::Result<Option<String>> {
@@ -170,24 +176,6 @@ fn same_content(a: fs::File, b: fs::File) -> io::Result<bool> {
     }
 }
 
-/// The configurations of the folder that a runtime would look at.
-pub fn conf_files(folder: &Path) -> io::Result<Files> {
-    let mut files = Files::new();
-    for entry in fs::read_dir(folder)? {
-        let entry = entry?;
-        let name = entry.file_name().to_string_lossy().into_owned();
-        // One that vanishes while we look was being replaced: the next event brings its successor.
-        let is_file = fs::metadata(entry.path()).is_ok_and(|m| m.is_file() && m.len() <= MAX_CONF);
-        if plan::is_conf(&name)
-            && is_file
-            && let Ok(text) = fs::read_to_string(entry.path())
-        {
-            files.insert(name, text);
-        }
-    }
-    Ok(files)
-}
-
 /// After a change the folders must have been quiet for this long.
 const QUIET: Duration = Duration::from_millis(50);
 const RETRY: Duration = Duration::from_secs(2);
@@ -203,10 +191,17 @@ pub async fn run(
     let mut pending = Some(readiness.pending("installation of the CNI plugin"));
     let mut watches = watch(&settings);
     let mut fight = Fight::default();
-    let mut waiting_for = String::new();
+    let (mut waiting_for, mut told) = (String::new(), None);
     loop {
         let now = settings.clone();
-        let looked = spawn_blocking(move || now.look()).await;
+        let looked = spawn_blocking(move || (now.look(), now.passed_over())).await;
+        let looked = looked.map(|(looked, passed_over)| {
+            if let Some(what) = passed_over.as_ref().filter(|_| passed_over != told) {
+                tracing::warn!(what, "files that are no CNI configurations come before the one with the plugin");
+            }
+            told = passed_over;
+            looked
+        });
         let delay = match looked {
             Ok(Ok(Looked::InOrder)) => {
                 settle(&mut pending, &ready);
@@ -339,6 +334,27 @@ mod tests {
             assert_eq!(settings.look().expect("readable"), Looked::InOrder);
         }
         assert!(fs::read_to_string(settings.kubeconfig()).expect("read").contains("two"));
+    }
+
+    #[test]
+    fn a_file_that_only_a_runtime_could_use_is_waited_for_and_one_that_none_can_is_told() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let settings = settings(dir.path());
+        fs::write(dir.path().join("net.d/10-a.conflist"), BRIDGE).expect("write");
+        settings.look().expect("written");
+        let first = dir.path().join("net.d/05-first.conflist");
+        let large = vec![b' '; usize::try_from(folder::MAX_CONF).expect("small") + 1];
+        let latin = [&b"{\"name\":\"\xe4\","[..], &BRIDGE.as_bytes()[1..]].concat();
+        for (content, why) in [(large, "more than 2097152 bytes"), (latin, "no text")] {
+            fs::write(&first, content).expect("write");
+            let Looked::Waiting(told) = settings.look().expect("readable") else { panic!("waits") };
+            assert!(told.starts_with("05-first.conflist") && told.contains(why), "{told}");
+        }
+        fs::write(&first, "{").expect("write");
+        assert_eq!(settings.look().expect("readable"), Looked::InOrder);
+        assert!(settings.passed_over().is_some_and(|told| told.starts_with("05-first.conflist")));
+        fs::remove_file(&first).expect("remove");
+        assert_eq!(settings.passed_over(), None);
     }
 
     #[test]

@@ -189,7 +189,9 @@ impl Traces {
                 return done;
             }
         };
-        for (name, text) in files {
+        for (name, content) in files {
+            // What we could not read, we have not written.
+            let Ok(text) = content else { continue };
             let path = install.net_dir.join(&name);
             let change = match plan::without_us(&name, &text, &install.mode) {
                 None => continue,

@@ -19,7 +19,7 @@ use proto::{
     discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
 };
 use rustls_pki_types::{CertificateDer, pem::PemObject as _};
-use tokio::{net::TcpStream, sync::mpsc};
+use tokio::{io::AsyncReadExt as _, net::TcpStream, sync::mpsc};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, transport::Channel};
 
@@ -324,6 +324,32 @@ async fn peers_who_connect_and_say_nothing_keep_no_proxy_out() {
     // Sooner than those are given up on.
     let channel = tokio::time::timeout(Duration::from_secs(8), mesh.channel()).await.expect("a handshake");
     drop((channel, silent));
+    mesh.running.stop().await;
+}
+
+#[tokio::test]
+async fn an_address_has_few_connections_without_an_accepted_call_and_any_number_with_one() {
+    let mesh = Mesh::start(&[("pod.yaml", pod("client", "n1", "10.0.0.1"))]).await;
+    ready(&mesh).await;
+    let mut nodes = Vec::new();
+    for n in 0..70 {
+        let mut node = mesh.node(&format!("n{n}")).await;
+        node.initial().await;
+        nodes.push(node);
+    }
+    let mut first = TcpStream::connect(mesh.running.address).await.unwrap();
+    let mut others = Vec::new();
+    for _ in 0..70 {
+        others.push(TcpStream::connect(mesh.running.address).await.unwrap());
+    }
+    // Sooner than it would be given up on by itself.
+    let ended = tokio::time::timeout(Duration::from_secs(8), first.read(&mut [0])).await.expect("its place is taken");
+    assert!(ended.is_err() || ended.is_ok_and(|read| read == 0));
+    mesh.write("other.yaml", &pod("web", "n1", "10.0.0.2"));
+    for node in &mut nodes {
+        assert_eq!(node.receive().await.1.names, names(&[WEB]), "its stream has not ended");
+    }
+    drop(others);
     mesh.running.stop().await;
 }
 

@@ -55,6 +55,11 @@ impl Cluster {
         channel(self.running.address, &roots(&self.api)).await
     }
 
+    /// How many tokens the API server was asked about.
+    fn reviews(&self) -> usize {
+        self.api.asked().iter().filter(|asked| asked.path.contains("tokenreviews")).count()
+    }
+
     async fn node(&self) -> NodeProxy {
         NodeProxy::connect(self.channel().await, &token("n1"), types()).await
     }
@@ -112,10 +117,22 @@ fn ztunnel(node: &str) -> Value {
     })
 }
 
-/// A JWT that says nothing but its end; who bears it is for the API server to know.
-fn token(who: &str) -> String {
+/// Of the node proxy of a node, by its own word; whether that is so is for the API server to know.
+fn token(node: &str) -> String {
+    token_of(node, "ztunnel", 0)
+}
+
+/// One of many that say the same.
+fn token_of(node: &str, account: &str, number: u32) -> String {
     let key = jsonwebtoken::EncodingKey::from_secret(b"not ours");
-    let claims = json!({"exp": 4_102_444_800_u64, "sub": who});
+    let claims = json!({
+        "aud": ["istio-ca"], "exp": 4_102_444_800_u64, "jti": number,
+        "sub": format!("system:serviceaccount:istio-system:{account}"),
+        "kubernetes.io": {
+            "namespace": "istio-system", "serviceaccount": {"name": account},
+            "pod": {"name": format!("ztunnel-{node}"), "uid": format!("uid-{node}")},
+        },
+    });
     jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key).unwrap()
 }
 
@@ -259,25 +276,26 @@ async fn an_object_nested_too_deep_to_be_read_is_denied_and_harms_no_other() {
 #[tokio::test]
 async fn a_certificate_is_for_an_account_on_the_node_of_the_callers_pod() {
     let cluster = Cluster::start().await;
-    cluster.api.review(&token("other account"), review("n1", "web"));
-    cluster.api.review(&token("not yet seen"), review("n3", "ztunnel"));
-    cluster.api.review(&token("unbound"), {
+    let [other_account, unbound, stranger] = [1, 2, 3].map(|number| token_of("n1", "ztunnel", number));
+    cluster.api.review(&other_account, review("n1", "web"));
+    cluster.api.review(&token("n3"), review("n3", "ztunnel"));
+    cluster.api.review(&unbound, {
         let mut unbound = review("n1", "ztunnel");
         unbound["user"]["extra"] = json!({});
         unbound
     });
     assert_eq!(cluster.certificate(&token("n1"), "client").await.unwrap().len(), 2);
     let table = [
-        ("n1", "web", Code::Unauthenticated, "it runs elsewhere"),
-        ("n1", "nobody", Code::Unauthenticated, "it runs nowhere"),
-        ("other account", "client", Code::Unauthenticated, "the pod runs as another account"),
-        ("not yet seen", "client", Code::Unavailable, "the pod has not been seen"),
-        ("unbound", "client", Code::Unauthenticated, "the token is bound to no pod"),
-        ("stranger", "client", Code::Unauthenticated, "the API server does not know the token"),
+        (token("n1"), "web", Code::Unauthenticated, "it runs elsewhere"),
+        (token("n1"), "nobody", Code::Unauthenticated, "it runs nowhere"),
+        (other_account, "client", Code::Unauthenticated, "the pod runs as another account"),
+        (token("n3"), "client", Code::Unavailable, "the pod has not been seen"),
+        (unbound, "client", Code::Unauthenticated, "the token is bound to no pod"),
+        (stranger, "client", Code::Unauthenticated, "the API server does not know the token"),
     ];
-    for (who, account, code, why) in table {
-        let refused = cluster.certificate(&token(who), account).await.unwrap_err();
-        assert_eq!(refused.code(), code, "{who} asks for {account}: {why}");
+    for (token, account, code, why) in table {
+        let refused = cluster.certificate(&token, account).await.unwrap_err();
+        assert_eq!(refused.code(), code, "asks for {account}: {why}");
     }
     // A pod has its account from the moment it is scheduled: it is certified before it has an address.
     let mut pending = pod("late", "", "n1");
@@ -294,8 +312,42 @@ async fn one_review_does_for_all_who_bring_the_same_token() {
     let calls = (0..8).map(|_| cluster.certificate(&token, "client"));
     let answers = futures_util::future::join_all(calls).await;
     assert!(answers.iter().all(Result::is_ok));
-    let reviews = cluster.api.asked().iter().filter(|asked| asked.path.contains("tokenreviews")).count();
-    assert_eq!(reviews, 1);
+    assert_eq!(cluster.reviews(), 1);
+    cluster.running.stop().await;
+}
+
+#[tokio::test]
+async fn tokens_that_cannot_be_right_cost_no_review_and_those_that_might_few() {
+    let cluster = Cluster::start().await;
+    cluster.api.put(PODS, ztunnel("n2"));
+    cluster.api.review(&token("n2"), review("n2", "ztunnel"));
+    assert!(cluster.certificate(&token("n1"), "client").await.is_ok());
+    assert_eq!(cluster.reviews(), 1);
+    let channel = cluster.channel().await;
+    let flood = async |tokens: Vec<String>| {
+        let calls = tokens.iter().map(|token| certificate(channel.clone(), Some(token), None, String::new()));
+        let answers = futures_util::future::join_all(calls).await;
+        let codes: BTreeSet<String> =
+            answers.into_iter().map(|answer| answer.unwrap_err().code().to_string()).collect();
+        codes
+    };
+    let nowhere = (0..200).map(|number| token_of(&format!("n{}", 100 + number), "ztunnel", number)).collect();
+    assert_eq!(flood(nowhere).await, names(&[&Code::Unavailable.to_string()]));
+    let other_account = (0..200).map(|number| token_of("n1", "other", number)).collect();
+    assert_eq!(flood(other_account).await, names(&[&Code::Unauthenticated.to_string()]));
+    assert_eq!(cluster.reviews(), 1, "nothing was asked");
+
+    // As the pod itself could make them, or who knows its uid.
+    let forged: Vec<String> = (1..300).map(|number| token_of("n1", "ztunnel", number)).collect();
+    let kept = token("n1");
+    let (codes, known, ()) = tokio::join!(
+        flood(forged),
+        cluster.certificate(&kept, "client"),
+        eventually("a new caller gets in", async || cluster.certificate(&token("n2"), "web").await.is_ok()),
+    );
+    assert!(known.is_ok(), "an answer that is kept needs no review: {known:?}");
+    assert_eq!(codes, names(&[&Code::Unavailable.to_string(), &Code::Unauthenticated.to_string()]));
+    assert_eq!(cluster.reviews(), 1 + 8 + 1);
     cluster.running.stop().await;
 }
 

@@ -22,7 +22,7 @@ use bytes::Bytes;
 use http_body::Body;
 use tokio::sync::{Semaphore, mpsc};
 use tonic::{
-    Status,
+    Extensions, Status,
     codegen::{BoxFuture, Service, StdError, http},
     metadata::MetadataMap,
     server::NamedService,
@@ -80,13 +80,14 @@ pub struct Caller {
     pub pod: Arc<str>,
 }
 
-/// Turns request metadata into a [`Caller`].
+/// Turns request metadata into a [`Caller`]; the extensions say what the server knows of the connection.
 pub trait Authenticate: Send + Sync + 'static {
     /// # Errors
     /// The status to refuse the call with; `Unauthenticated` as a rule.
     fn authenticate<'a>(
         &'a self,
         metadata: &'a MetadataMap,
+        extensions: &'a Extensions,
     ) -> Pin<Box<dyn Future<Output = Result<Caller, Status>> + Send + 'a>>;
 
     /// How long a request of this caller may be, in bytes: it is held as a whole, several times over once it has been read.
@@ -131,11 +132,16 @@ impl DeltaService {
         DeltaServer(self)
     }
 
-    async fn open(self, metadata: MetadataMap, body: tonic::body::Body) -> Result<Responses, Status> {
+    async fn open(
+        self,
+        metadata: MetadataMap,
+        extensions: Extensions,
+        body: tonic::body::Body,
+    ) -> Result<Responses, Status> {
         if !self.cache.is_ready() {
             return Err(Status::unavailable("the first full state is still being built"));
         }
-        let caller = self.authenticate.authenticate(&metadata).await?;
+        let caller = self.authenticate.authenticate(&metadata, &extensions).await?;
         let requests = Requests::new(body, self.turns.clone(), self.authenticate.max_request(&caller));
         let (responses, queue) = mpsc::channel(RESPONSE_QUEUE);
         let session = Session::new(self.cache, self.observer, caller, responses);
@@ -176,7 +182,7 @@ where
                 return Ok(Status::unimplemented("only delta discovery is served").into_http());
             }
             let body = tonic::body::Body::new(body);
-            Ok(match service.open(MetadataMap::from_headers(parts.headers), body).await {
+            Ok(match service.open(MetadataMap::from_headers(parts.headers), parts.extensions, body).await {
                 Ok(responses) => {
                     let mut answer = Answer::new(tonic::body::Body::new(responses));
                     let grpc = http::HeaderValue::from_static("application/grpc");

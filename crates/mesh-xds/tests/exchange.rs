@@ -17,7 +17,7 @@ use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, core::Node};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{
-    Status,
+    Extensions, Status,
     metadata::MetadataMap,
     transport::{Channel, Endpoint, Server},
 };
@@ -30,6 +30,7 @@ impl Authenticate for Token {
     fn authenticate<'a>(
         &'a self,
         metadata: &'a MetadataMap,
+        _: &'a Extensions,
     ) -> Pin<Box<dyn Future<Output = Result<Caller, Status>> + Send + 'a>> {
         Box::pin(async move {
             match metadata.get("authorization").and_then(|v| v.to_str().ok()) {
@@ -293,6 +294,7 @@ impl Authenticate for Undecided {
     fn authenticate<'a>(
         &'a self,
         _: &'a MetadataMap,
+        _: &'a Extensions,
     ) -> Pin<Box<dyn Future<Output = Result<Caller, Status>> + Send + 'a>> {
         self.0.send(()).unwrap_or_default();
         Box::pin(std::future::pending())

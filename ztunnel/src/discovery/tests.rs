@@ -14,7 +14,7 @@ use mesh_xds::{
     server::{Authenticate, Cache, Caller, Change, DeltaService, Lane},
 };
 use tonic::{
-    Status,
+    Extensions, Status,
     transport::{Endpoint, Server},
 };
 
@@ -71,6 +71,7 @@ impl Authenticate for Anybody {
     fn authenticate<'a>(
         &'a self,
         _: &'a MetadataMap,
+        _: &'a Extensions,
     ) -> Pin<Box<dyn Future<Output = Result<Caller, Status>> + Send + 'a>> {
         Box::pin(async {
             Ok(Caller { node: "n".into(), namespace: "n".into(), service_account: "s".into(), pod: "p".into() })
@@ -305,11 +306,12 @@ impl Authenticate for Guarded {
     fn authenticate<'a>(
         &'a self,
         metadata: &'a MetadataMap,
+        extensions: &'a Extensions,
     ) -> Pin<Box<dyn Future<Output = Result<Caller, Status>> + Send + 'a>> {
         let is = |name: &str, value: &str| metadata.get(name).is_some_and(|v| v == value);
         let expected = is("x-tenant", "blue") && is("authorization", "Bearer t0ken") && is("clusterid", "c1");
         self.0.send(expected).unwrap_or_default();
-        Anybody.authenticate(metadata)
+        Anybody.authenticate(metadata, extensions)
     }
 }
 

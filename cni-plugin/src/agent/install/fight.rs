@@ -14,7 +14,7 @@ use super::{
 pub(super) fn suspect(files: &Files) -> String {
     let types: Vec<String> = files
         .values()
-        .filter_map(|text| Conf::parse(text).ok())
+        .filter_map(|content| Conf::parse(content.as_ref().ok()?).ok())
         .flat_map(|conf| conf.types())
         .filter(|kind| kind != PLUGIN)
         .collect();

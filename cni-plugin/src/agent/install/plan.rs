@@ -33,13 +33,17 @@ pub enum Plan {
 }
 
 /// The files of the folder that count, by name.
-pub type Files = BTreeMap<String, String>;
+pub type Files = BTreeMap<String, Content>;
 
+/// The text of a file, or why it is not known here. A runtime may know better, and use it.
+pub type Content = Result<String, String>;
+
+/// As runtimes see it, which take the first by name.
 pub fn is_conf(name: &str) -> bool {
-    [".conf", ".conflist"].iter().any(|end| name.ends_with(end)) && !name.starts_with('.')
+    [".conf", ".conflist", ".json"].iter().any(|end| name.ends_with(end)) && !name.starts_with('.')
 }
 
-/// `primary` is the configured name of the primary configuration; it also means its sibling (`.conf` or `.conflist`).
+/// `primary` is the configured name of the primary configuration; it also means its siblings (`.conf`, `.conflist`, `.json`).
 pub fn plan(files: &Files, mode: &Mode, primary: Option<&str>, entry: &Value) -> Plan {
     match mode {
         Mode::Chained => chained(files, primary, entry),
@@ -48,8 +52,20 @@ pub fn plan(files: &Files, mode: &Mode, primary: Option<&str>, entry: &Value) ->
     }
 }
 
+/// What to say of files that come before the primary and that no runtime can use: CRI-O passes over them, as we do, and containerd does
+/// not.
+pub fn passed_over(files: &Files, mode: &Mode, primary: Option<&str>) -> Option<String> {
+    let own = match mode {
+        Mode::Chained => None,
+        Mode::Owned { file } => Some(file.as_str()),
+        Mode::Standalone { .. } => return None,
+    };
+    let Found { unusable, .. } = find(files, primary, own).ok().filter(|found| !found.unusable.is_empty())?;
+    Some(format!("{}: containerd starts no pods while this comes first; correct or remove it", unusable.join("; ")))
+}
+
 fn chained(files: &Files, primary: Option<&str>, entry: &Value) -> Plan {
-    let (name, conf) = match find(files, primary, None) {
+    let Found { name, conf, .. } = match find(files, primary, None) {
         Ok(found) => found,
         Err(wait) => return Plan::Wait(wait),
     };
@@ -63,7 +79,7 @@ fn chained(files: &Files, primary: Option<&str>, entry: &Value) -> Plan {
 }
 
 fn owned(files: &Files, own: &str, primary: Option<&str>, entry: &Value) -> Plan {
-    let (name, conf) = match find(files, primary, Some(own)) {
+    let Found { name, conf, .. } = match find(files, primary, Some(own)) {
         Ok(found) => found,
         Err(wait) => return Plan::Wait(wait),
     };
@@ -72,7 +88,7 @@ fn owned(files: &Files, own: &str, primary: Option<&str>, entry: &Value) -> Plan
     }
     let text = conf.with(entry);
     let why = match files.get(own) {
-        Some(found) if same(found, &text) => return Plan::InOrder,
+        Some(Ok(found)) if same(found, &text) => return Plan::InOrder,
         Some(_) => format!("{own} is not {name} with our entry"),
         None => format!("{own} is missing"),
     };
@@ -84,7 +100,7 @@ fn standalone(files: &Files, own: &str, entry: &Value) -> Plan {
     alone["cniVersion"] = json!("0.3.1");
     let text = format!("{alone:#}\n");
     let why = match files.get(own) {
-        Some(found) if same(found, &text) => return Plan::InOrder,
+        Some(Ok(found)) if same(found, &text) => return Plan::InOrder,
         Some(_) => format!("{own} is another"),
         None => format!("{own} is missing"),
     };
@@ -97,17 +113,31 @@ fn same(a: &str, b: &str) -> bool {
     value(a).is_some_and(|a| Some(a) == value(b))
 }
 
-/// The first usable configuration by name, as runtimes choose it.
-fn find<'a>(files: &'a Files, wanted: Option<&str>, own: Option<&str>) -> Result<(&'a str, Conf), String> {
-    let stem = |name: &str| name.trim_end_matches(".conflist").trim_end_matches(".conf").to_owned();
+struct Found<'a> {
+    name: &'a str,
+    conf: Conf,
+    /// What comes before it, and why it is none.
+    unusable: Vec<String>,
+}
+
+/// The first usable configuration by name, as runtimes choose it. One that we cannot judge stands in the way of all behind it: a runtime
+/// that can would start its pods without us.
+fn find<'a>(files: &'a Files, wanted: Option<&str>, own: Option<&str>) -> Result<Found<'a>, String> {
     let is_candidate = |name: &str| Some(name) != own && wanted.is_none_or(|w| stem(w) == stem(name));
     let mut unusable = Vec::new();
-    for (name, text) in files.iter().filter(|(name, _)| is_candidate(name)) {
-        match Conf::parse(text) {
+    for (name, content) in files.iter().filter(|(name, _)| is_candidate(name)) {
+        let parsed = match content {
+            Ok(text) => Conf::parse(text),
+            Err(why) => return Err(in_the_way(name, why)),
+        };
+        match parsed {
             // Ours alone, left behind by another mode.
             Ok(conf) if conf.without().is_none() => {}
-            Ok(conf) if conf.is_list() || name.ends_with(".conf") => return Ok((name, conf)),
+            Ok(conf) if conf.is_list() == name.ends_with(".conflist") => return Ok(Found { name, conf, unusable }),
+            Ok(conf) if conf.is_list() => unusable.push(format!("{name}: a list of plugins has to be in a .conflist")),
             Ok(_) => unusable.push(format!("{name}: {}", ConfError::NoPlugin)),
+            // The last one counts for a runtime.
+            Err(error @ ConfError::Twice(_)) => return Err(in_the_way(name, &error.to_string())),
             Err(error) => unusable.push(format!("{name}: {error}")),
         }
     }
@@ -116,8 +146,16 @@ fn find<'a>(files: &'a Files, wanted: Option<&str>, own: Option<&str>) -> Result
     Err(format!("there is no {which} yet{unusable}"))
 }
 
+fn in_the_way(name: &str, why: &str) -> String {
+    format!("{name}: {why}; a runtime may use it all the same, and start pods without us: correct or remove it")
+}
+
+fn stem(name: &str) -> &str {
+    [".conflist", ".conf", ".json"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name)
+}
+
 fn as_list(name: &str, conf: &Conf) -> String {
-    if conf.is_list() { name.to_owned() } else { format!("{}.conflist", name.trim_end_matches(".conf")) }
+    if conf.is_list() { name.to_owned() } else { format!("{}.conflist", stem(name)) }
 }
 
 /// What is to be done with one file when we leave: `None` to delete it, the text it should have, or nothing.
@@ -142,7 +180,7 @@ mod tests {
     }
 
     fn files(files: &[(&str, &str)]) -> Files {
-        files.iter().map(|(name, text)| ((*name).to_owned(), (*text).to_owned())).collect()
+        files.iter().map(|(name, text)| ((*name).to_owned(), Ok((*text).to_owned()))).collect()
     }
 
     /// Carries the plan out and names the file written; a second look must find everything in order.
@@ -150,7 +188,7 @@ mod tests {
         let Plan::Write { file, text, remove, .. } = plan(&files, mode, primary, &entry()) else {
             panic!("nothing to write: {:?}", plan(&files, mode, primary, &entry()));
         };
-        files.insert(file.clone(), text);
+        files.insert(file.clone(), Ok(text));
         remove.map(|old| files.remove(&old));
         assert_eq!(plan(&files, mode, primary, &entry()), Plan::InOrder, "{files:?}");
         (file, files)
@@ -158,7 +196,7 @@ mod tests {
 
     #[test]
     fn the_first_usable_file_by_name_is_the_primary() {
-        let cases: [(&[(&str, &str)], &str); 5] = [
+        let cases: [(&[(&str, &str)], &str); 7] = [
             (&[("20-b.conflist", BRIDGE), ("10-a.conflist", BRIDGE)], "10-a.conflist"),
             (
                 &[("05-bad.conflist", "{"), ("06-none.conflist", r#"{"plugins":[]}"#), ("10-a.conflist", BRIDGE)],
@@ -166,13 +204,52 @@ mod tests {
             ),
             (&[("05-untyped.conf", "{}"), ("10-a.conflist", BRIDGE)], "10-a.conflist"),
             (&[("05-single.conflist", SINGLE), ("10-a.conflist", BRIDGE)], "10-a.conflist"),
+            (&[("05-list.conf", BRIDGE), ("10-a.conflist", BRIDGE)], "10-a.conflist"),
             (&[("10-a.conf", SINGLE)], "10-a.conflist"),
+            (&[("10-a.json", SINGLE), ("20-b.conflist", BRIDGE)], "10-a.conflist"),
         ];
         for (folder, expected) in cases {
             assert_eq!(settle(files(folder), &Mode::Chained, None).0, expected);
         }
         let (_, converted) = settle(files(&[("10-a.conf", SINGLE)]), &Mode::Chained, None);
         assert!(!converted.contains_key("10-a.conf"), "or a runtime would read it first");
+    }
+
+    #[test]
+    fn what_no_runtime_can_use_is_passed_over_and_told() {
+        let bad = files(&[("05-bad.conflist", "{"), ("10-a.conflist", BRIDGE), ("20-bad.conflist", "{")]);
+        let told = passed_over(&bad, &Mode::Chained, None).expect("something to say");
+        assert!(told.starts_with("05-bad.conflist: it is not a JSON object") && !told.contains("20-bad"), "{told}");
+        assert!(told.contains("containerd starts no pods"), "{told}");
+        let own = Mode::Owned { file: "02-us.conflist".into() };
+        assert!(passed_over(&bad, &own, None).is_some());
+        let alone = Mode::Standalone { file: "YYY-us.conf".into() };
+        for (mode, primary) in [(&alone, None), (&Mode::Chained, Some("10-a.conflist"))] {
+            assert_eq!(passed_over(&bad, mode, primary), None, "{mode:?} {primary:?}");
+        }
+        assert_eq!(passed_over(&files(&[("10-a.conflist", BRIDGE)]), &Mode::Chained, None), None);
+    }
+
+    #[test]
+    fn what_only_a_runtime_could_use_stands_in_the_way_of_all_behind_it() {
+        let first = |content: Content| {
+            let mut folder = files(&[("10-a.conflist", BRIDGE)]);
+            folder.insert("05-first.conflist".into(), content);
+            folder
+        };
+        let twice = r#"{"name":"n","plugins":[],"plugins":[{"type":"bridge"}]}"#;
+        let own = Mode::Owned { file: "02-us.conflist".into() };
+        for (content, why) in [(Err("it is not UTF-8".to_owned()), "not UTF-8"), (Ok(twice.to_owned()), "two fields")] {
+            for mode in [&Mode::Chained, &own] {
+                let Plan::Wait(told) = plan(&first(content.clone()), mode, None, &entry()) else { panic!("waits") };
+                assert!(told.starts_with("05-first.conflist") && told.contains(why), "{told}");
+            }
+            let behind = plan(&first(content), &Mode::Chained, Some("10-a.conflist"), &entry());
+            assert!(matches!(behind, Plan::Write { .. }), "the operator says which it is");
+        }
+        let mut last = files(&[("10-a.conflist", BRIDGE)]);
+        last.insert("99-last.conflist".into(), Err("it is not UTF-8".into()));
+        assert!(matches!(plan(&last, &Mode::Chained, None, &entry()), Plan::Write { .. }));
     }
 
     #[test]
@@ -197,10 +274,10 @@ mod tests {
         let mode = Mode::Owned { file: "02-fairway-cni.conflist".into() };
         let (file, mut folder) = settle(files(&[("10-a.conflist", BRIDGE)]), &mode, None);
         assert_eq!(file, "02-fairway-cni.conflist");
-        assert_eq!(folder["10-a.conflist"], BRIDGE, "the primary is not touched");
-        folder.insert("10-a.conflist".into(), BRIDGE.replace("bridge", "ptp"));
+        assert_eq!(folder["10-a.conflist"], Ok(BRIDGE.into()), "the primary is not touched");
+        folder.insert("10-a.conflist".into(), Ok(BRIDGE.replace("bridge", "ptp")));
         let (_, folder) = settle(folder, &mode, None);
-        assert!(folder["02-fairway-cni.conflist"].contains("ptp"));
+        assert!(folder["02-fairway-cni.conflist"].as_ref().is_ok_and(|text| text.contains("ptp")));
         let late = Mode::Owned { file: "20-us.conflist".into() };
         let Plan::Wait(why) = plan(&folder, &late, Some("10-a.conflist"), &entry()) else { panic!("waits") };
         assert!(why.contains("must sort before"), "{why}");
@@ -210,14 +287,14 @@ mod tests {
     fn a_standalone_file_needs_no_primary() {
         let mode = Mode::Standalone { file: "YYY-fairway-cni.conf".into() };
         let (file, folder) = settle(Files::new(), &mode, None);
-        assert!(folder[&file].contains(r#""cniVersion": "0.3.1""#));
+        assert!(folder[&file].clone().unwrap().contains(r#""cniVersion": "0.3.1""#));
     }
 
     #[test]
     fn leaving_takes_out_what_is_ours_in_every_mode() {
         let own = Mode::Owned { file: "02-us.conflist".into() };
         let alone = Mode::Standalone { file: "YYY-us.conf".into() };
-        let chained = settle(files(&[("10.conflist", BRIDGE)]), &Mode::Chained, None).1["10.conflist"].clone();
+        let chained = settle(files(&[("10.conflist", BRIDGE)]), &Mode::Chained, None).1["10.conflist"].clone().unwrap();
         let left = without_us("10.conflist", &chained, &own).flatten().expect("the others stay");
         assert!(left.contains("bridge") && !left.contains("fairway-cni"));
         assert_eq!(without_us("02-us.conflist", &chained, &own), Some(None));

@@ -1,6 +1,9 @@
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use http::{Request, Response, StatusCode};
@@ -126,6 +129,16 @@ async fn a_doubted_kind_that_was_never_known_is_believed_absent_only_after_a_whi
     let nowhere = || client(vec![failure(StatusCode::NOT_FOUND)]);
     let waits = ["listing", "listing", "listing", "listing", "unknown", "listing", "unknown"];
     assert!(hear_of(nowhere(), policies(), &waits).await >= UNKNOWN_BELIEVED);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_doubted_kind_that_a_server_knows_a_little_later_is_never_told_to_be_absent() {
+    let lists = AtomicUsize::new(0);
+    let starting = answering(move |path| match path {
+        "/api/v1/configmaps" if lists.fetch_add(1, Ordering::Relaxed) >= 2 => list(&["a"]),
+        _ => failure(StatusCode::NOT_FOUND),
+    });
+    hear_of(starting, policies(), &["listing", "listing", "listing", "set a", "listed"]).await;
 }
 
 #[tokio::test(start_paused = true)]
