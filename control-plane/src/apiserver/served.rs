@@ -3,7 +3,10 @@
 
 use http::Request;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::APIGroup;
-use kube::{Client, api::ApiResource};
+use kube::{
+    Client,
+    api::{ApiResource, PartialObjectMeta},
+};
 
 /// The versions at which the server has the kind; none if it does not have it at all.
 pub(super) async fn versions(client: &Client, resource: &ApiResource) -> kube::Result<Vec<String>> {
@@ -18,6 +21,23 @@ pub(super) async fn versions(client: &Client, resource: &ApiResource) -> kube::R
     }
     Ok(versions)
 }
+
+/// Whether the server says that it has no definition of the kind. It knows that from its first request on, and serves what is defined a
+/// little later; false also where it says nothing of the kind, or may not.
+pub(super) async fn is_undefined(client: &Client, resource: &ApiResource) -> bool {
+    let name = format!("{}.{}", resource.plural, resource.group);
+    let asked = Request::get(format!("/apis/{DEFINITIONS}/v1/customresourcedefinitions/{name}")).body(Vec::new());
+    let Ok(asked) = asked else { return false };
+    match client.request::<PartialObjectMeta>(asked).await {
+        // Whatever else answers 404 does not say of what.
+        Err(kube::Error::Api(status)) if status.code == 404 => {
+            status.details.is_some_and(|details| (details.group.as_str(), &details.name) == (DEFINITIONS, &name))
+        }
+        _ => false,
+    }
+}
+
+const DEFINITIONS: &str = "apiextensions.k8s.io";
 
 fn found<T>(answer: kube::Result<T>) -> kube::Result<Option<T>> {
     match answer {

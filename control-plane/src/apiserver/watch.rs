@@ -100,7 +100,7 @@ impl Stopped {
 
 /// Watches the objects that `fields` select, all of them if it is empty, until nobody listens. That the server does not know the kind is
 /// believed at once of one that was never known; where to take that for "there are none" would open what they close, the kind is
-/// `doubted`: it must stay unknown for a while, and be there at no other version.
+/// `doubted`: it must be there at no other version, and have no definition, or stay unknown for a while.
 pub(crate) async fn watch<K, T>(
     api: Api<K>,
     fields: &str,
@@ -135,7 +135,7 @@ pub(crate) async fn watch<K, T>(
         }
         let pause = if unknown {
             let since = *unknown_since.get_or_insert(began);
-            let patient = was_listed || watch.doubted.is_some();
+            let patient = was_listed || watch.doubted.is_some() && !watch.is_undefined().await;
             let event = watch.instead().await.or_else(|| {
                 let believed = !patient || began - since >= UNKNOWN_BELIEVED;
                 believed.then_some(Event::Unknown)
@@ -182,6 +182,12 @@ where
 {
     async fn send(&self, event: Event<K>) -> Result<(), Stopped> {
         self.told.send((self.tell)(event)).await.map_err(|_| Stopped::Unheard)
+    }
+
+    async fn is_undefined(&self) -> bool {
+        let Some(resource) = &self.doubted else { return false };
+        let client = self.api.clone().into_client();
+        timeout(ANSWER, served::is_undefined(&client, resource)).await.unwrap_or(false)
     }
 
     /// What is the matter with a kind that was not found, but for its not being there.

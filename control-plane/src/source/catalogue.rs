@@ -28,11 +28,14 @@ pub(crate) struct Catalogue {
     sharing: Sharing,
 }
 
+/// In which document, where in it, and what is written there.
+type Version = (Arc<str>, u32, Arc<Object>);
+
 /// An object's versions.
 #[derive(Debug, Default)]
 struct Written {
     /// By document and position in it.
-    places: SmallVec<[(Arc<str>, u32, Arc<Object>); 1]>,
+    places: SmallVec<[Version; 1]>,
     in_force: Option<Arc<Object>>,
 }
 

@@ -92,6 +92,11 @@ const fn is_policy(kind: Kind) -> bool {
     matches!(kind, Kind::AuthorizationPolicy | Kind::PeerAuthentication)
 }
 
+/// Without objects of it traffic would go around what it is to pass, or in clear: a waypoint, a registry, a tunnel.
+const fn restricts(kind: Kind) -> bool {
+    is_policy(kind) || matches!(kind, Kind::Gateway | Kind::ServiceEntry | Kind::WorkloadEntry)
+}
+
 /// What a watch told of a kind.
 #[derive(Debug)]
 pub(crate) struct Told {
@@ -159,7 +164,7 @@ async fn feed(client: Client, watched: Watched, settings: Settings, sender: mpsc
         };
         Told { kind: watched.kind, news, at: Instant::now() }
     };
-    let doubted = is_policy(watched.kind).then(|| watched.resource());
+    let doubted = restricts(watched.kind).then(|| watched.resource());
     watch::watch(api, &fields, doubted, sender, tell).await;
 }
 

@@ -2,7 +2,6 @@
 //! dedicated proxy on an address of its own, entered through SOCKS5; in namespaces it is what it is on a node.
 
 use std::{
-    collections::BTreeMap,
     net::{IpAddr, Ipv4Addr, SocketAddr},
     sync::{Arc, Mutex},
     time::{Duration, SystemTime},
@@ -293,7 +292,8 @@ pub(crate) fn service(name: &str, vip: [u8; 4], target: u16) -> Resource {
 }
 
 pub(crate) fn serving(workload: &Workload, service: &str) -> Resource {
-    let services = BTreeMap::from([(format!("demo/{service}.demo.svc.cluster.local").into(), Vec::new())]);
+    let services =
+        [(format!("demo/{service}.demo.svc.cluster.local").into(), Default::default())].into_iter().collect();
     Resource::Workload(Arc::new(Workload { services, ..workload.clone() }))
 }
 

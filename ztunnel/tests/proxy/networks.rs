@@ -1,7 +1,6 @@
 //! Destinations on another network: through its gateway, in a tunnel inside a tunnel.
 
 use std::{
-    collections::BTreeMap,
     net::SocketAddr,
     sync::{
         Arc,
@@ -64,7 +63,7 @@ impl Networks {
         let way = GatewayDestination::Address(NetworkAddress::new("", gateway.ip));
         let remote = Workload {
             network_gateway: Some(GatewayAddress { destination: way, hbone_mtls_port: HBONE_PORT }),
-            services: BTreeMap::from([("demo/web.demo.svc.cluster.local".into(), Vec::new())]),
+            services: [("demo/web.demo.svc.cluster.local".into(), Default::default())].into_iter().collect(),
             ..(*server.workload).clone()
         };
         let web = Service { subject_alt_names, ..(*web).clone() };

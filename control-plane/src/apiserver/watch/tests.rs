@@ -132,6 +132,25 @@ async fn a_doubted_kind_that_was_never_known_is_believed_absent_only_after_a_whi
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_doubted_kind_without_definition_is_absent_at_once() {
+    const NAME: &str = "authorizationpolicies.security.istio.io";
+    let of = |name: &'static str| {
+        answering(move |path| match path.strip_prefix("/apis/apiextensions.k8s.io/v1/customresourcedefinitions/") {
+            Some(NAME) => {
+                let (code, mut status) = failure(StatusCode::NOT_FOUND);
+                status["details"] =
+                    json!({"group": "apiextensions.k8s.io", "kind": "customresourcedefinitions", "name": name});
+                (code, status)
+            }
+            _ => failure(StatusCode::NOT_FOUND),
+        })
+    };
+    assert!(hear_of(of(NAME), policies(), &["listing", "unknown"]).await < UNKNOWN_RETRY);
+    let waits = ["listing", "listing", "listing", "listing", "unknown"];
+    assert!(hear_of(of("something.else"), policies(), &waits).await >= UNKNOWN_BELIEVED);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_doubted_kind_that_a_server_knows_a_little_later_is_never_told_to_be_absent() {
     let lists = AtomicUsize::new(0);
     let starting = answering(move |path| match path {

@@ -52,7 +52,9 @@ pub(super) async fn answer(shared: Arc<Shared>, request: Request<Incoming>) -> R
 fn work(store: &mut Store, asked: &Asked, target: &Target, content: &str, page: usize) -> Response<Body> {
     let body = || serde_json::from_str::<Value>(&asked.body).unwrap_or_default();
     match asked.method {
-        Method::GET if target.name.is_some() => found(store.get(&target.key())),
+        Method::GET if target.name.is_some() => {
+            store.get(&target.key()).map_or_else(|| absent(target), |o| found(Some(o)))
+        }
         Method::GET => list(store, target, page),
         Method::POST if target.resource.ends_with("/tokenreviews") => {
             let mut review = body();
@@ -153,6 +155,20 @@ fn found(object: Option<Value>) -> Response<Body> {
         Some(object) => json_answer(StatusCode::OK, object.to_string()),
         None => status(StatusCode::NOT_FOUND, "NotFound"),
     }
+}
+
+/// As real servers say it, of what they would have had.
+fn absent(target: &Target) -> Response<Body> {
+    let (group, plural) = match target.resource.split('/').collect::<Vec<_>>()[..] {
+        ["apis", group, _, plural] => (group, plural),
+        [.., plural] => ("", plural),
+        [] => ("", ""),
+    };
+    let status = json!({
+        "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": "NotFound", "reason": "NotFound", "code": 404,
+        "details": {"name": target.name, "group": group, "kind": plural},
+    });
+    json_answer(StatusCode::NOT_FOUND, status.to_string())
 }
 
 fn status(code: StatusCode, reason: &str) -> Response<Body> {
