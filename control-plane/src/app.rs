@@ -42,7 +42,7 @@ use crate::{
     pipeline::{Pipeline, cluster::ClusterPipeline, folder::FolderPipeline},
     problem::Problem,
     review::TokenReviews,
-    source::kubernetes::{Feed, Objects},
+    source::kubernetes::Objects,
     status::Sink,
     tls::{self, Certificate, CertificateError},
     token::{TokenKey, TokenKeyError},
@@ -50,6 +50,8 @@ use crate::{
 
 pub use config::{Config, NAMESPACE, Source};
 
+/// What a client may send of a request before it is read: of a large mesh those of reconnecting nodes are megabytes, and take turns.
+const REQUEST_WINDOW: u32 = 256 * 1024;
 /// Calls in flight may finish this long after the drain began; discovery streams never finish by themselves.
 const GRACE: Duration = Duration::from_millis(500);
 /// Of a connection, on their way to an answer; the others wait unread. What is received before its sender is known is thus bounded.
@@ -151,6 +153,7 @@ pub async fn start(config: Config) -> Result<Running, StartError> {
         .http2_keepalive_interval(Some(Duration::from_secs(30)))
         .http2_keepalive_timeout(Some(Duration::from_secs(10)))
         .max_concurrent_streams(Some(128))
+        .initial_stream_window_size(Some(REQUEST_WINDOW))
         .concurrency_limit_per_connection(CALLS)
         .add_service(discovery)
         .add_service(IstioCertificateServiceServer::new(certificates).max_decoding_message_size(MAX_REQUEST));
@@ -213,9 +216,10 @@ async fn open(config: &Config, pipeline: Pipeline, metrics: &Metrics) -> Result<
             let leases = Api::namespaced(client.clone(), &config.namespace);
             let (identity, metrics, signer) = (identity.clone(), metrics.clone(), authority.clone());
             let configuration = config.webhook.map(|_| keeper::bundle::name(&config.namespace));
+            let api_server = (**api_server).clone();
             let run = move |tasks: &mut Tasks, drain: &DrainWatcher| {
                 let (leading, leads) = watch::channel(false);
-                tasks.spawn(pipeline.run(Feed::start(&client, &settings), drain.clone()));
+                tasks.spawn(pipeline.run(api_server, settings, drain.clone()));
                 match mounted {
                     Some(folder) => tasks.spawn(keeper::folder::follow(keeper, folder, drain.clone())),
                     None => tasks.spawn(secret::follow(keeper, secrets, drain.clone())),

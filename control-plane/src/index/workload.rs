@@ -126,8 +126,8 @@ impl ClusterIndex {
                 _ if service.external_name => return None,
                 false => matches(&service.selector, member.labels).then(|| selected_ports(service, member)),
                 true => self.sliced_ports(service_key, service, member),
-            };
-            Some((self.service_key(service_key), ports?))
+            }?;
+            Some((self.service_key(service_key), ports))
         };
         // Where a Service and an entry claim the same host, only the Service is left among the winners.
         let entries = self.entries_of(member);

@@ -2,6 +2,7 @@
 
 use std::{sync::Arc, time::Duration};
 
+use kube::Client;
 use mesh_runtime::drain::DrainWatcher;
 use tokio::{sync::mpsc, task::JoinError, time::Instant};
 
@@ -9,6 +10,7 @@ use super::Pipeline;
 use crate::{
     app::TaskFailed,
     metrics::Metrics,
+    objects::Settings,
     source::kubernetes::{Feed, Objects, Told, Turn},
     status::{self, Sink},
 };
@@ -32,7 +34,27 @@ impl ClusterPipeline {
         new
     }
 
-    pub(crate) async fn run(self, mut feed: Feed, drain: DrainWatcher) -> Result<(), TaskFailed> {
+    /// Follows an API server until the drain. On a thread of its own: however much there is to be written to clients, events get in,
+    /// and an endpoint that goes need not wait until all have read of something else.
+    pub(crate) async fn run(
+        self,
+        api_server: kube::Config,
+        settings: Settings,
+        drain: DrainWatcher,
+    ) -> Result<(), TaskFailed> {
+        let following = move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+            runtime.map_err(TaskFailed::of("the source"))?.block_on(async move {
+                // Its connections live on this thread, so the client is nobody else's.
+                let client = Client::try_from(api_server).map_err(TaskFailed::of("the source"))?;
+                self.follow(Feed::start(&client, &settings), drain).await
+            })
+        };
+        let followed = tokio::task::spawn_blocking(following).await;
+        followed.map_err(TaskFailed::of::<JoinError>("the source"))?
+    }
+
+    async fn follow(self, mut feed: Feed, drain: DrainWatcher) -> Result<(), TaskFailed> {
         let mut pipeline = self;
         loop {
             let batch = tokio::select! {

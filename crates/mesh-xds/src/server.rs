@@ -6,6 +6,7 @@
 
 mod batch;
 mod cache;
+mod log;
 mod outgoing;
 mod request;
 mod session;

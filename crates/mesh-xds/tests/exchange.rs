@@ -13,9 +13,16 @@ use mesh_xds::{
     convert::{Encoded, resource_to_wire},
     server::{Authenticate, Cache, Caller, Change, DeltaService, Event, Lane},
 };
-use proto::{ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL, core::Node};
+use proto::{
+    ADDRESS_TYPE_URL, AUTHORIZATION_TYPE_URL,
+    core::Node,
+    discovery::{
+        DeltaDiscoveryRequest, DeltaDiscoveryResponse,
+        aggregated_discovery_service_client::AggregatedDiscoveryServiceClient,
+    },
+};
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::TcpListenerStream;
+use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{
     Extensions, Status,
     metadata::MetadataMap,
@@ -262,6 +269,57 @@ async fn policies_come_before_workloads_and_leave_after_them() {
 }
 
 #[tokio::test]
+async fn much_comes_in_parts_and_what_is_urgent_goes_between_them() {
+    const MANY: usize = 1200;
+    let mesh = Mesh::start(filled(MANY));
+    let channel = Endpoint::new(format!("http://{}", mesh.address)).unwrap().connect().await.unwrap();
+    let (requests, stream) = mpsc::channel(8);
+    let request = |type_url: &str, response_nonce: String| DeltaDiscoveryRequest {
+        type_url: type_url.to_owned(),
+        response_nonce,
+        ..DeltaDiscoveryRequest::default()
+    };
+    for type_url in [AUTHORIZATION_TYPE_URL, ADDRESS_TYPE_URL] {
+        requests.send(request(type_url, String::new())).await.unwrap();
+    }
+    let mut call = tonic::Request::new(ReceiverStream::new(stream));
+    call.metadata_mut().insert("authorization", "Bearer good".parse().unwrap());
+    let mut responses =
+        AggregatedDiscoveryServiceClient::new(channel).delta_aggregated_resources(call).await.unwrap().into_inner();
+    let mut next = async || tokio::time::timeout(DEADLINE, responses.message()).await.unwrap().unwrap().unwrap();
+    let answer = async |response: &DeltaDiscoveryResponse| {
+        requests.send(request(&response.type_url, response.nonce.clone())).await.unwrap();
+    };
+    for expected in [0, MANY] {
+        let initial = next().await;
+        assert_eq!(initial.resources.len(), expected, "what is there comes at once: it is what readiness waits for");
+        answer(&initial).await;
+    }
+
+    mesh.cache.publish([upsert(policy("p"))]);
+    answer(&next().await).await;
+    let gone = Change::Remove { type_url: AUTHORIZATION_TYPE_URL, name: "ns/p".into(), lane: Lane::Bulk };
+    mesh.cache.publish((0..MANY).map(|n| upsert(workload(&format!("w{n}"), "moved"))).chain([gone]));
+    let first = next().await;
+    let dying = Change::Upsert { encoded: workload("w0", "dying"), lane: Lane::Urgent };
+    mesh.cache.publish([dying]);
+    let urgent = next().await;
+    assert_eq!(urgent.resources.len(), 1, "it waits for no answer");
+    let mut rest = first.resources.len();
+    assert!(rest < MANY / 2);
+    answer(&first).await;
+    answer(&urgent).await;
+    while rest < MANY {
+        let part = next().await;
+        assert_eq!(part.type_url, ADDRESS_TYPE_URL, "a policy goes after the last workload that may have named it");
+        rest += part.resources.len();
+        answer(&part).await;
+    }
+    let last = next().await;
+    assert_eq!((last.type_url.as_str(), last.removed_resources), (AUTHORIZATION_TYPE_URL, vec!["ns/p".to_owned()]));
+}
+
+#[tokio::test]
 async fn one_bad_resource_is_rejected_alone() {
     let cache = filled(3);
     let bad =
@@ -279,10 +337,9 @@ async fn one_bad_resource_is_rejected_alone() {
 
 #[tokio::test]
 async fn a_caller_without_a_token_is_refused() {
-    use proto::discovery::aggregated_discovery_service_client::AggregatedDiscoveryServiceClient;
     let mesh = Mesh::start(filled(1));
     let channel = Endpoint::new(format!("http://{}", mesh.address)).unwrap().connect().await.unwrap();
-    let requests = tokio_stream::iter([proto::discovery::DeltaDiscoveryRequest::default()]);
+    let requests = tokio_stream::iter([DeltaDiscoveryRequest::default()]);
     let refused = AggregatedDiscoveryServiceClient::new(channel).delta_aggregated_resources(requests).await;
     assert_eq!(refused.unwrap_err().code(), tonic::Code::Unauthenticated);
 }

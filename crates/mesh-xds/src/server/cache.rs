@@ -13,13 +13,12 @@ use tokio::sync::watch;
 
 use super::{
     Change, Lane, VERSION_LENGTH,
+    log::{Log, Logged},
     outgoing::{Encoding, Entry, Pieces, WeakPieces},
     version_of,
 };
 use crate::convert::Encoded;
 
-/// Changes remembered for incremental pushes; a client further behind is compared name by name.
-const LOG: usize = 65_536;
 /// A whole type that is still being sent to somebody serves those who come meanwhile, unless more has changed since.
 const WHOLE_SERVES: u64 = 4096;
 /// Differences that are remembered.
@@ -59,39 +58,6 @@ impl Stored {
 
     fn body(&self) -> &[u8] {
         self.entry.get(self.body as usize..).unwrap_or_default()
-    }
-}
-
-#[derive(Clone, Debug)]
-struct Logged {
-    sequence: u64,
-    name: Arc<str>,
-}
-
-/// What changed, oldest first.
-#[derive(Debug, Default)]
-struct Log {
-    entries: VecDeque<Logged>,
-    /// Changes up to here are no longer in it.
-    trimmed: u64,
-}
-
-impl Log {
-    fn record(&mut self, entry: Logged) {
-        self.entries.push_back(entry);
-        if self.entries.len() > LOG
-            && let Some(old) = self.entries.pop_front()
-        {
-            self.trimmed = old.sequence;
-        }
-    }
-
-    /// No more than `most` entries behind `since`, and up to when they are everything.
-    fn after(&self, since: u64, most: usize, now: u64) -> (impl Iterator<Item = &Arc<str>>, u64) {
-        let start = self.entries.partition_point(|entry| entry.sequence <= since);
-        let end = start.saturating_add(most).min(self.entries.len());
-        let until = if end < self.entries.len() { self.entries[end - 1].sequence } else { now };
-        (self.entries.range(start..end).map(|entry| &entry.name), until)
     }
 }
 
