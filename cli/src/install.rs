@@ -21,8 +21,7 @@ use serde_json::{Value, json};
 
 use self::{manifest::Choice, ownership::Owner, ready::Waiter};
 pub(crate) use self::{
-    manifest::{COMPONENTS, Component, platforms},
-    ready::pods,
+    manifest::platforms,
     record::Record,
     settings::{known as settings_help, parse as setting},
     uninstall::run as uninstall,
@@ -32,6 +31,7 @@ use crate::{
     args::{Install, Selection},
     check::{self, Level},
     cluster::{self, Applied, Cluster, KINDS, Kind, Object, escape},
+    component::{COMPONENTS, Component},
     output::{bad, good, say, took},
 };
 

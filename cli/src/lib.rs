@@ -9,6 +9,8 @@ mod apps;
 mod args;
 mod check;
 mod cluster;
+mod component;
+mod counters;
 mod debug;
 mod demo;
 mod dump;

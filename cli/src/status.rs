@@ -14,9 +14,10 @@ use serde_json::Value;
 use crate::{
     args::ClusterStatus,
     cluster::{self, Cluster, rollout},
-    install::{COMPONENTS, Component, Record, pods},
+    component::{COMPONENTS, Component},
+    counters::{self, Sample},
+    install::Record,
     output::{self, bad, dim, good},
-    top::counters::{self, Sample},
 };
 
 /// Pods asked at a time.
@@ -104,7 +105,7 @@ impl Overview {
         let record = Record::read(cluster, namespace).await?;
         let mut all = Vec::new();
         for component in &COMPONENTS {
-            all.extend(pods(cluster, namespace, component).await?.into_iter().map(|pod| (component, pod)));
+            all.extend(component.pods(cluster, namespace).await?.into_iter().map(|pod| (component, pod)));
         }
         if all.is_empty() {
             return Ok(None);

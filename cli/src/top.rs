@@ -3,8 +3,6 @@
 //! Both ends of a connection count it. Where the source's ztunnel reports, it is believed; a source outside the mesh is seen by the
 //! destination's only.
 
-pub(crate) mod counters;
-
 use std::{
     collections::BTreeMap,
     io::IsTerminal as _,
@@ -15,9 +13,9 @@ use std::{
 
 use serde::Serialize;
 
-use self::counters::Sample;
 use crate::{
     args::{Output, Top},
+    counters::{self, Sample},
     mesh::{self, Mesh, Page, Program},
     output,
 };

@@ -20,7 +20,7 @@ use mesh_runtime::{
     metrics::Registry,
     readiness::Readiness,
     signal::Shutdown,
-    telemetry,
+    telemetry, whole_file,
 };
 use tokio::{
     sync::{mpsc, oneshot, watch},
@@ -57,7 +57,7 @@ use sandbox::Sandboxes;
 use source::{FolderSource, KubernetesSource, PodSource};
 use status::{AnnotationStatus, FolderStatus, StatusWriter};
 
-use crate::request::socket_path;
+use crate::{decision::Decisions, request::socket_path};
 
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// Of captured flows when everything is removed: well within the grace period of a pod.
@@ -162,6 +162,8 @@ impl Agent {
     pub async fn start(config: Config) -> anyhow::Result<Self> {
         let plugin_socket = server::bind(&config.run_dir)
             .with_context(|| format!("CNI_AGENT_RUN_DIR: cannot listen in {}", config.run_dir.display()))?;
+        whole_file::sweep(&Decisions::path(&config.run_dir))
+            .with_context(|| format!("CNI_AGENT_RUN_DIR: cannot tidy up {}", config.run_dir.display()))?;
         if let Some(folder) = config.zds_socket.parent() {
             std::fs::create_dir_all(folder).with_context(|| format!("cannot create {}", folder.display()))?;
         }

@@ -7,6 +7,7 @@ use std::{
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
+use mesh_runtime::whole_file;
 use serde::{Deserialize, Serialize};
 
 /// The agent rewrites the file this often even when nothing changes.
@@ -57,10 +58,7 @@ impl Decisions {
     /// Replaces the file in one step.
     pub fn write(&mut self, run_dir: &Path, now: SystemTime) -> io::Result<()> {
         self.written_at = seconds(now);
-        let path = Self::path(run_dir);
-        let fresh = path.with_extension("json.tmp");
-        fs::write(&fresh, serde_json::to_vec(self)?)?;
-        fs::rename(fresh, path)
+        whole_file::replace(&Self::path(run_dir), &serde_json::to_vec(self)?, 0o644)
     }
 
     /// Whether the pod is enrolled; `None` when the file does not know this very pod.

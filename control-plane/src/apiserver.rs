@@ -1,5 +1,7 @@
 //! The Kubernetes API server: how it is found, and how it is listened to.
 
+pub(crate) mod answer;
+pub(crate) mod listed;
 mod served;
 pub(crate) mod watch;
 

@@ -5,10 +5,10 @@
 
 pub(crate) mod bundle;
 pub(crate) mod folder;
-mod listed;
 pub(crate) mod roots;
 pub(crate) mod rotate;
 pub(crate) mod secret;
+mod standing;
 
 use std::{
     sync::Arc,
@@ -20,6 +20,7 @@ use mesh_runtime::telemetry::error_chain;
 use tokio::sync::watch;
 
 use crate::{
+    apiserver::answer,
     metrics::Metrics,
     problem::{Place, Problem},
 };
@@ -122,10 +123,7 @@ impl Keeper {
 
 /// An answer of the API server, or why there is none.
 async fn within<T>(answer: impl Future<Output = kube::Result<T>>) -> Result<T, String> {
-    match tokio::time::timeout(DEADLINE, answer).await {
-        Ok(answer) => answer.map_err(|error| error_chain(&error)),
-        Err(_) => Err(format!("the API server did not answer within {DEADLINE:?}")),
-    }
+    answer::within(DEADLINE, answer).await.map_err(|error| error_chain(&error))
 }
 
 #[cfg(test)]

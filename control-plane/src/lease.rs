@@ -14,13 +14,14 @@ use k8s_openapi::{
 };
 use kube::{Api, api::PostParams};
 use mesh_runtime::{drain::DrainWatcher, telemetry::error_chain};
-use tokio::{
-    sync::watch,
-    time::{Instant, timeout},
-};
+use tokio::{sync::watch, time::Instant};
 
 use self::election::{Election, LASTS, Next, Record};
-use crate::{app::TaskFailed, metrics::Metrics};
+use crate::{
+    apiserver::answer::{NoAnswer, within},
+    app::TaskFailed,
+    metrics::Metrics,
+};
 
 const NAME: &str = "fairwayd";
 /// For one answer of the API server.
@@ -187,12 +188,10 @@ impl Candidate {
 }
 
 async fn answered<T>(answer: impl Future<Output = kube::Result<T>>) -> Result<T, Unanswered> {
-    match timeout(DEADLINE, answer).await {
-        Ok(Ok(answer)) => Ok(answer),
-        Ok(Err(kube::Error::Api(status))) if status.code == 409 => Err(Unanswered::Raced),
-        Ok(Err(error)) => Err(Unanswered::Failed(error_chain(&error))),
-        Err(_) => Err(Unanswered::Failed(format!("no answer within {DEADLINE:?}"))),
-    }
+    within(DEADLINE, answer).await.map_err(|error| match error {
+        NoAnswer::Failed(kube::Error::Api(status)) if status.code == 409 => Unanswered::Raced,
+        error => Unanswered::Failed(error_chain(&error)),
+    })
 }
 
 fn record(lease: &Lease) -> Record {

@@ -36,6 +36,7 @@ use self::{
     turns::{Turn, Turns},
 };
 use crate::{
+    apiserver::answer::within,
     callers::{NotBelieved, Tokens},
     metrics::Metrics,
     pipeline::Snapshot,
@@ -170,14 +171,13 @@ impl TokenReviews {
             let spec = TokenReviewSpec { token: Some(token), audiences: Some(vec![AUDIENCE.to_owned()]) };
             let review = TokenReview { spec, ..TokenReview::default() };
             let (params, began) = (PostParams::default(), Instant::now());
-            let answered = tokio::time::timeout(DEADLINE, api.create(&params, &review)).await;
+            let answered = within(DEADLINE, api.create(&params, &review)).await;
             drop(turn);
             let now = Instant::now();
             let left = left.saturating_sub(now - began);
             let outcome = match answered {
-                Ok(Ok(review)) => Ok(review.status.unwrap_or_default()),
-                Ok(Err(error)) => Err(error_chain(&error)),
-                Err(_) => Err(format!("no answer within {DEADLINE:?}")),
+                Ok(review) => Ok(review.status.unwrap_or_default()),
+                Err(error) => Err(error_chain(&error)),
             };
             let mut inner = lock(&inner);
             inner.flights.remove(&digest);

@@ -182,7 +182,8 @@ pub(crate) fn account_subject(namespace: &str, service_account: &str) -> String 
     format!("system:serviceaccount:{namespace}:{service_account}")
 }
 
-/// Makes a key appear at `path` whole or not at all, so that `run` and `token` may start at the same time.
+/// Makes a key appear at `path` whole or not at all, so that `run` and `token` may start at the same time. Not by `whole_file`, which
+/// replaces: here the first who comes wins.
 fn create(state: &Path, path: &Path) -> Result<String, TokenKeyError> {
     let failed = |verb: &'static str, path: &Path| {
         let path = path.to_owned();

@@ -16,9 +16,9 @@ use super::membership::{self, Membership};
 use crate::{
     args::Check,
     cluster::{Cluster, rollout},
-    install::{COMPONENTS, pods},
+    component::ZTUNNEL,
+    counters,
     output::{self, bad, good, say},
-    top::counters,
 };
 
 const OPENED: &str = "istio_tcp_connections_opened_total";
@@ -40,7 +40,7 @@ struct Caller {
 type Counts = BTreeMap<(String, String), f64>;
 
 pub(super) async fn run(cluster: &Cluster, query: &Check, namespace: &str) -> anyhow::Result<ExitCode> {
-    let ztunnels = pods(cluster, &query.namespace, &COMPONENTS[2]).await?;
+    let ztunnels = ZTUNNEL.pods(cluster, &query.namespace).await?;
     let names: Vec<String> = ztunnels
         .iter()
         .filter(|pod| rollout::is_ready(pod))

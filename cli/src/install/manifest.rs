@@ -17,23 +17,6 @@ const RENDERED: [(&str, &str); 8] =
 /// The namespace they were rendered for.
 const NAMESPACE: &str = "istio-system";
 
-/// A part of the mesh that runs, in the order in which they are started and upgraded.
-#[derive(Debug)]
-pub(crate) struct Component {
-    pub(crate) kind: &'static str,
-    pub(crate) name: &'static str,
-    /// Label of its pods.
-    pub(crate) selector: &'static str,
-    /// Port and path that say whether it serves.
-    pub(crate) ready: (u16, &'static str),
-}
-
-pub(crate) const COMPONENTS: [Component; 3] = [
-    Component { kind: "Deployment", name: "fairwayd", selector: "app=fairwayd", ready: (15014, "/healthz/ready") },
-    Component { kind: "DaemonSet", name: "fairway-node", selector: "k8s-app=fairway-node", ready: (8000, "/readyz") },
-    Component { kind: "DaemonSet", name: "ztunnel", selector: "app=ztunnel", ready: (15021, "/healthz/ready") },
-];
-
 /// What is asked for; without hub and tag the images are those of the chart.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Choice {
@@ -143,6 +126,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::component::COMPONENTS;
 
     fn choice(platform: &str) -> Choice {
         Choice { namespace: "mesh".to_owned(), platform: platform.to_owned(), ..Choice::default() }

@@ -9,12 +9,12 @@ use anyhow::bail;
 use futures_util::{StreamExt as _, stream};
 use serde_json::Value;
 
-use super::Component;
 use crate::{
     cluster::{
-        Cluster, escape,
+        Cluster,
         rollout::{self, Rollout},
     },
+    component::Component,
     output::{say, took},
 };
 
@@ -63,7 +63,7 @@ impl<'a> Waiter<'a> {
         let there = super::one(self.cluster, component.kind, Some(self.namespace), component.name).await?;
         let Some(mut workload) = there else { bail!("{} {} is not there", component.kind, component.name) };
         workload["kind"] = component.kind.into();
-        let pods = pods(self.cluster, self.namespace, component).await?;
+        let pods = component.pods(self.cluster, self.namespace).await?;
         match rollout::of(&workload) {
             Rollout::Done => Ok(self.ask(component, &pods).await),
             Rollout::Under(state) => {
@@ -94,7 +94,7 @@ impl<'a> Waiter<'a> {
     }
 
     async fn give_up(&self, component: &Component, state: &str) -> anyhow::Result<()> {
-        let pods = pods(self.cluster, self.namespace, component).await.unwrap_or_default();
+        let pods = component.pods(self.cluster, self.namespace).await.unwrap_or_default();
         let mut told = rollout::trouble(&pods);
         for warning in self.warnings(&pods).await.unwrap_or_default() {
             let (_, message) = warning.split_once(": ").unwrap_or_default();
@@ -127,12 +127,6 @@ impl Waiter<'_> {
         told.dedup();
         Ok(told)
     }
-}
-
-pub(crate) async fn pods(cluster: &Cluster, namespace: &str, component: &Component) -> anyhow::Result<Vec<Value>> {
-    cluster
-        .list(&format!("/api/v1/namespaces/{namespace}/pods"), &format!("labelSelector={}", escape(component.selector)))
-        .await
 }
 
 /// What is waited for: on a terminal one line that changes, else a line for every change.

@@ -14,14 +14,15 @@ use cni_plugin::{agent::status::REDIRECTION, eligibility::MODE};
 use serde_json::{Value, json};
 
 use super::{
-    COMPONENTS, Component, INSTALL,
+    INSTALL,
     made::{self, Made, ROOTS},
     owned,
-    ready::{AGAIN, Line, pods},
+    ready::{AGAIN, Line},
 };
 use crate::{
     args::Uninstall,
     cluster::{self, Cluster, Object, escape},
+    component::{AGENT, CONTROL_PLANE, Component, ZTUNNEL},
     output::{good, say, took},
 };
 
@@ -56,7 +57,7 @@ impl Removal<'_> {
             self.purge_labels().await?;
         }
         // Agents first, and the control plane last.
-        for component in [&COMPONENTS[1], &COMPONENTS[2], &COMPONENTS[0]] {
+        for component in [&AGENT, &ZTUNNEL, &CONTROL_PLANE] {
             self.end(component, &objects).await?;
         }
         self.remove_objects(&objects).await?;
@@ -121,7 +122,7 @@ impl Removal<'_> {
         let (started, mut line) = (Instant::now(), Line::new(component.name));
         self.cluster.delete(&object.path()).await?;
         loop {
-            let left = pods(&self.cluster, &self.options.namespace, component).await?.len();
+            let left = component.pods(&self.cluster, &self.options.namespace).await?.len();
             if left == 0 && self.cluster.get(&object.path()).await?.is_none() {
                 line.end(&format!("gone after {}", took(started.elapsed())));
                 return Ok(());

@@ -13,7 +13,7 @@ use super::{Mesh, Page, Program};
 use crate::{
     args::Place,
     cluster::{Cluster, escape, rollout},
-    install::{self, COMPONENTS},
+    component::{self, COMPONENTS},
 };
 
 /// Pods asked at a time.
@@ -46,7 +46,7 @@ impl OnCluster {
         let listed = self.runtime.block_on(async {
             let mut all = Vec::new();
             for component in &COMPONENTS {
-                all.extend(install::pods(&self.cluster, &self.system, component).await?);
+                all.extend(component.pods(&self.cluster, &self.system).await?);
             }
             anyhow::Ok(all)
         })?;
@@ -56,9 +56,9 @@ impl OnCluster {
     /// The pod of a program; while it is being replaced, the one that is ready.
     fn pod_of(&self, program: &Program) -> anyhow::Result<String> {
         let (component, node) = match program {
-            Program::ControlPlane => (&COMPONENTS[0], None),
-            Program::Agent(node) => (&COMPONENTS[1], Some(node)),
-            Program::Ztunnel(node) => (&COMPONENTS[2], Some(node)),
+            Program::ControlPlane => (&component::CONTROL_PLANE, None),
+            Program::Agent(node) => (&component::AGENT, Some(node)),
+            Program::Ztunnel(node) => (&component::ZTUNNEL, Some(node)),
         };
         let (key, value) = component.selector.split_once('=').unwrap_or_default();
         let is_it = |pod: &&Value| {

@@ -1,43 +1,48 @@
 //! Carries out what the state machine asks for, and feeds it what the world answers.
 
-use mesh_runtime::telemetry::error_chain;
 use std::{
     collections::HashMap,
     net::IpAddr,
     path::PathBuf,
     sync::Arc,
-    time::{Duration, Instant, SystemTime},
+    time::{Duration, Instant},
 };
 
 use mesh_net::NetNs;
 use mesh_runtime::{drain::DrainWatcher, readiness::Pending};
 use tokio::{
     sync::{mpsc, oneshot, watch},
-    task::{JoinSet, spawn_blocking},
+    task::JoinSet,
     time::sleep_until,
 };
 
 use super::{
     enroll::{Machine, Outcome, Pace, Redirection, State, Step, Uid, Wanted},
     host::Host,
-    probes::{self, Probes},
-    report::{Metrics, PodReport, PodState, Reports},
-    sandbox::{SandboxError, Sandboxes},
+    probes::Probes,
+    report::{Metrics, Reports},
+    sandbox::Sandboxes,
     server::AddCall,
     source::View,
     status::StatusWriter,
     zds::Zds,
 };
 use crate::{
-    decision::{Decisions, Listed, REFRESH},
-    eligibility::{Exclusion, Labels, Pod, decide, decided_by},
+    decision::Decisions,
+    eligibility::{Exclusion, Labels, Pod, decide},
     request::{AddAnswer, AddRequest},
     rules::Options,
 };
 
+mod probing;
+mod publish;
+mod questions;
 mod steps;
 
-use steps::{Ended, options_of, step_name, take_step, workload};
+use self::{
+    probing::marked,
+    steps::{Ended, step_name, workload},
+};
 
 /// What the driver needs to know of its node.
 pub struct Settings {
@@ -54,8 +59,6 @@ pub struct Settings {
 
 /// How long a question of the plugin may wait for the source to bring the pod.
 const SOURCE_LAG: Duration = Duration::from_secs(3);
-/// Shorter than the plugin waits, so that it gets the reason.
-const ADD_LIMIT: Duration = Duration::from_millis(4500);
 
 type AddReply = oneshot::Sender<Result<AddAnswer, String>>;
 
@@ -222,37 +225,6 @@ impl Driver {
         }
     }
 
-    fn take_call(&mut self, request: AddRequest, reply: AddReply, deadline: Instant) {
-        let found = self.view.find(&request.pod_namespace, &request.pod_name);
-        let same = found.filter(|(uid, _)| request.pod_uid.as_deref().is_none_or(|wanted| wanted == &***uid));
-        let Some((uid, pod)) = same.map(|(uid, pod)| (uid.clone(), pod.clone())) else {
-            self.unknown.push((request, reply, deadline));
-            return;
-        };
-        match self.verdict(&pod) {
-            Err(_) if request.undecided => self.reply(reply, Ok(AddAnswer { enrolled: false })),
-            Err(why) => {
-                let who = format!("{}/{}", pod.namespace, pod.name);
-                self.reply(reply, Err(format!("pod {who} is not to be captured: {why}")));
-            }
-            Ok(()) => match self.settings.host.open_netns(request.netns.as_ref()) {
-                Ok(ns) => {
-                    self.addresses.insert(uid.clone(), request.addresses());
-                    self.enrol(uid, pod, ns, reply);
-                }
-                Err(error) => self.reply(reply, Err(error_chain(&error))),
-            },
-        }
-    }
-
-    fn enrol(&mut self, uid: Uid, pod: Arc<Pod>, ns: NetNs, reply: AddReply) {
-        self.pods.insert(uid.clone(), pod);
-        self.netns.insert(uid.clone(), ns);
-        self.machine.observe(&uid, Wanted::Enrolled, None);
-        self.machine.give_netns(&uid);
-        self.waiting.entry(uid).or_default().push((reply, Instant::now() + ADD_LIMIT));
-    }
-
     fn take_finished(&mut self, finished: Finished) {
         let Finished { uid, step, netns, result } = finished;
         self.searching &= step != Step::FindNetns;
@@ -343,187 +315,4 @@ impl Driver {
         let waiting = self.waiting.values().flatten().map(|(_, at)| *at);
         questions.chain(waiting).chain(self.machine.wakes_at()).fold(self.decisions_due, Instant::min)
     }
-
-    /// Of every pod that should be captured, sooner than it is: the node's probes pass a pod without rules as well.
-    fn want_probes(&mut self) {
-        let Some(probes) = &self.probes else { return };
-        let mut wanted = probes::Wanted { complete: true, ..probes::Wanted::default() };
-        for (uid, pod) in &self.pods {
-            if self.machine.get(uid).is_some_and(|state| state.wanted == Wanted::Enrolled) {
-                let addresses = self.addresses_of(uid, pod);
-                wanted.complete &= !addresses.is_empty();
-                wanted.addresses.extend(addresses);
-            }
-        }
-        probes.wanted.send_if_modified(|now| {
-            let differs = *now != wanted;
-            *now = wanted;
-            differs
-        });
-    }
-
-    fn addresses_of<'a>(&'a self, uid: &Uid, pod: &'a Pod) -> &'a [IpAddr] {
-        let told = || self.addresses.get(uid).map(Vec::as_slice).unwrap_or_default();
-        if pod.ips.is_empty() { told() } else { &pod.ips }
-    }
-
-    fn are_probes_marked(&self, uid: &Uid) -> bool {
-        let (Some(probes), Some(pod)) = (&self.probes, self.pods.get(uid)) else { return true };
-        probes.marked.borrow().is_settled(self.addresses_of(uid, pod))
-    }
-
-    fn answer_waiting(&mut self, now: Instant) {
-        let mut answers = Vec::new();
-        for (request, reply, deadline) in std::mem::take(&mut self.unknown) {
-            if deadline > now {
-                self.unknown.push((request, reply, deadline));
-                continue;
-            }
-            let AddRequest { pod_namespace, pod_name, .. } = request;
-            let why = format!("pod {pod_namespace}/{pod_name} is not among the pods of node {}", self.settings.node);
-            answers.push((reply, Err(why)));
-        }
-        let mut all_waiting = std::mem::take(&mut self.waiting);
-        for (uid, waiting) in &mut all_waiting {
-            let state = self.machine.get(uid);
-            let is_marked = self.are_probes_marked(uid);
-            for (reply, deadline) in std::mem::take(waiting) {
-                match state {
-                    Some(state) if state.is_captured() && is_marked => {
-                        answers.push((reply, Ok(AddAnswer { enrolled: true })))
-                    }
-                    Some(State { error: Some(why), .. }) => answers.push((reply, Err(why.clone()))),
-                    Some(_) if deadline > now => waiting.push((reply, deadline)),
-                    _ => answers.push((reply, Err("the pod could not be captured in time".into()))),
-                }
-            }
-        }
-        all_waiting.retain(|_, waiting| !waiting.is_empty());
-        self.waiting = all_waiting;
-        answers.into_iter().for_each(|(reply, answer)| self.reply(reply, answer));
-    }
-
-    fn reply(&self, reply: AddReply, answer: Result<AddAnswer, String>) {
-        let code = if answer.is_ok() { "200" } else { "500" };
-        self.metrics.requests.with_label_values(&[code]).inc();
-        // A plugin that has given up will ask again.
-        drop(reply.send(answer));
-    }
-
-    fn publish(&mut self, now: Instant) {
-        if self.decisions_due <= now {
-            self.decisions_due = now + REFRESH;
-            self.write_decisions();
-        }
-        let reports: Vec<PodReport> = self.view.pods.iter().map(|(uid, pod)| self.report(uid, pod)).collect();
-        self.metrics.update(&reports, self.zds.connected());
-        self.reports.send_if_modified(|shown| {
-            let differs = **shown != reports;
-            if differs {
-                *shown = Arc::new(reports);
-            }
-            differs
-        });
-    }
-
-    fn write_decisions(&mut self) {
-        let listed = |pod: &Arc<Pod>| {
-            let key = format!("{}/{}", pod.namespace, pod.name);
-            (key, Listed { uid: pod.uid.clone(), enrolled: self.verdict(pod).is_ok() })
-        };
-        let pods = self.view.pods.values().map(listed).collect();
-        self.decisions.pods = pods;
-        if let Err(error) = self.decisions.write(&self.settings.run_dir, SystemTime::now()) {
-            tracing::warn!(%error, "cannot write the decision file; the plugin will ask instead");
-        }
-    }
-
-    fn report(&self, uid: &Uid, pod: &Pod) -> PodReport {
-        let state = self.machine.get(uid);
-        let (shown, reason) = match (self.verdict(pod), state) {
-            (Ok(()), Some(state)) if state.is_captured() => (PodState::Enrolled, state.error.clone()),
-            (Ok(()), _) if pod.ips.is_empty() && !self.netns.contains_key(uid) => {
-                (PodState::Awaited, Some("it has no sandbox yet".into()))
-            }
-            (Ok(()), state) => {
-                let why = state.and_then(|s| s.error.clone()).unwrap_or_else(|| "enrolment is under way".into());
-                (PodState::Uncaptured, Some(why))
-            }
-            (Err(why), Some(_)) => (PodState::Leaving, Some(why.to_string())),
-            (Err(why), None) => (PodState::Outside, Some(why.to_string())),
-        };
-        PodReport {
-            namespace: pod.namespace.clone(),
-            name: pod.name.clone(),
-            uid: pod.uid.clone(),
-            state: shown,
-            reason,
-            decided_by: decided_by(pod, self.labels_of(&pod.namespace), self.verdict(pod)),
-            rules: state.is_some_and(State::has_rules),
-            announced: state.is_some_and(State::is_announced),
-            dns: options_of(pod, &self.settings.options).dns,
-            older_flows: self.older_flows.get(uid).copied(),
-            captured_flows: state.and_then(State::captured_flows),
-        }
-    }
-
-    // --- steps
-
-    fn start(&mut self, uid: Uid, step: Step) {
-        let Some(pod) = self.pods.get(&uid).cloned() else {
-            // Every pod the machine knows has been put into `pods` before it.
-            self.machine.finish(&uid, step, &Outcome::Failed("the pod is not known".into()), Instant::now());
-            return;
-        };
-        if step == Step::FindNetns {
-            self.to_find.push(uid);
-            return;
-        }
-        // What was written on a pod is gone with it.
-        let is_gone = || !self.view.pods.contains_key(&uid);
-        if step == Step::WriteStatus(None) && !self.settings.status.outlives_pods() && is_gone() {
-            self.machine.finish(&uid, step, &Outcome::Done, Instant::now());
-            return;
-        }
-        let netns = self.netns.get(&uid).cloned();
-        let (settings, zds) = (self.settings.clone(), self.zds.clone());
-        self.steps.spawn(async move {
-            let result = take_step(step, &settings, &zds, &pod, netns.clone()).await;
-            vec![Finished { uid, step, netns, result }]
-        });
-    }
-
-    /// Starts a search for all namespaces wanted now: it costs the same for one as for all.
-    fn search(&mut self) {
-        if self.searching || self.to_find.is_empty() {
-            return;
-        }
-        self.searching = true;
-        let uids = std::mem::take(&mut self.to_find);
-        let pods: Vec<Arc<Pod>> = uids.iter().filter_map(|uid| self.pods.get(uid).cloned()).collect();
-        let settings = self.settings.clone();
-        self.steps.spawn(async move {
-            let searched = spawn_blocking(move || settings.sandboxes.find(&settings.host, &pods)).await;
-            let mut found = searched.unwrap_or_else(|error| {
-                tracing::error!(%error, "the search for namespaces failed");
-                HashMap::new()
-            });
-            let finished = uids.into_iter().map(|uid| {
-                let result = found.remove(&uid).unwrap_or(Err(SandboxError::NoProcess));
-                let result = result.map(Ended::Found).map_err(|e| error_chain(&e));
-                Finished { uid, step: Step::FindNetns, netns: None, result }
-            });
-            finished.collect()
-        });
-    }
-}
-
-/// Completes when more probes are marked. Cancel safe.
-async fn marked(probes: &mut Option<Probes>) {
-    if let Some(probes) = probes
-        && probes.marked.changed().await.is_ok()
-    {
-        return;
-    }
-    std::future::pending().await
 }

@@ -3,6 +3,7 @@
 use std::{
     fs,
     io::{self, BufRead},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -11,6 +12,7 @@ use mesh_runtime::{
     drain::DrainWatcher,
     folder::Watch,
     readiness::{Pending, Readiness},
+    whole_file,
 };
 use prometheus::{IntCounterVec, IntGauge};
 use serde_json::{Value, json};
@@ -20,7 +22,6 @@ pub mod conflist;
 mod fight;
 mod folder;
 pub mod kubeconfig;
-pub mod place;
 pub mod plan;
 
 use conflist::PLUGIN;
@@ -118,12 +119,18 @@ impl Settings {
             Plan::InOrder => {}
             Plan::Wait(why) => return Ok(Looked::Waiting(why)),
             Plan::Write { file, text, remove, why } => {
-                place::replace(&self.net_dir.join(file), text.as_bytes(), self.conf_mode).map_err(failed)?;
-                remove.map(|old| place::remove(&self.net_dir.join(old))).transpose().map_err(failed)?;
+                self.rewrite(&self.net_dir.join(file), &text).map_err(failed)?;
+                remove.map(|old| whole_file::remove(&self.net_dir.join(old))).transpose().map_err(failed)?;
                 mended.push(why);
             }
         }
         Ok(if mended.is_empty() { Looked::InOrder } else { Looked::Mended(mended) })
+    }
+
+    /// Puts a configuration in its place. It keeps its mode; a new one gets `conf_mode`.
+    pub fn rewrite(&self, path: &Path, text: &str) -> io::Result<()> {
+        let kept = fs::metadata(path).map(|found| found.permissions().mode() & 0o7777);
+        whole_file::replace_synced(path, text.as_bytes(), kept.unwrap_or(self.conf_mode))
     }
 
     /// See [`plan::passed_over`].
@@ -139,8 +146,8 @@ impl Settings {
             return Ok(None);
         }
         let ours = fs::read(&self.binary).map_err(named)?;
-        place::sweep(to)?;
-        place::with_mode(to, &ours, 0o755)?;
+        whole_file::sweep(to)?;
+        whole_file::replace_synced(to, &ours, 0o755)?;
         Ok(Some(format!("{} was missing or another", to.display())))
     }
 
@@ -150,8 +157,8 @@ impl Settings {
         if fs::read_to_string(to).is_ok_and(|there| there == text) {
             return Ok(None);
         }
-        place::sweep(to)?;
-        place::with_mode(to, text.as_bytes(), self.kubeconfig_mode)?;
+        whole_file::sweep(to)?;
+        whole_file::replace_synced(to, text.as_bytes(), self.kubeconfig_mode)?;
         Ok(Some("the plugin's kubeconfig was missing or had an older token".to_owned()))
     }
 }
@@ -273,8 +280,6 @@ fn unsettle(pending: &mut Option<Pending>, readiness: &Readiness, ready: &IntGau
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
     fn settings(dir: &Path) -> Settings {
@@ -306,6 +311,18 @@ mod tests {
     }
 
     const BRIDGE: &str = r#"{"name":"n","cniVersion":"1.0.0","plugins":[{"type":"bridge"}]}"#;
+
+    #[test]
+    fn a_configuration_keeps_its_mode_and_a_new_one_gets_ours() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let (settings, path) = (settings(dir.path()), dir.path().join("net.d/10-a.conflist"));
+        let mode = || fs::metadata(&path).expect("stat").permissions().mode() & 0o7777;
+        settings.rewrite(&path, "one").expect("new");
+        assert_eq!(mode(), 0o600);
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("chmod");
+        settings.rewrite(&path, "two").expect("again");
+        assert_eq!((fs::read_to_string(&path).expect("read").as_str(), mode()), ("two", 0o644));
+    }
 
     #[test]
     fn whatever_is_missing_or_changed_is_put_right() {

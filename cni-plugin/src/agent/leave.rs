@@ -12,7 +12,7 @@ use futures_util::future::join_all;
 use k8s_openapi::api::{apps::v1::DaemonSet, core::v1::Node};
 use kube::{Api, Client, api::ListParams, core::PartialObjectMeta};
 use mesh_net::{NetNs, NetNsId};
-use mesh_runtime::telemetry::error_chain;
+use mesh_runtime::{telemetry::error_chain, whole_file};
 use tokio::{
     task::spawn_blocking,
     time::{sleep, timeout},
@@ -20,7 +20,7 @@ use tokio::{
 
 use super::{
     host::{Host, NETNS_FOLDERS},
-    install::{self, conf_files, place, plan},
+    install::{self, conf_files, plan},
     source::kubernetes::WatchedPod,
     status::{AnnotationStatus, REDIRECTION, StatusWriter},
 };
@@ -195,8 +195,8 @@ impl Traces {
             let path = install.net_dir.join(&name);
             let change = match plan::without_us(&name, &text, &install.mode) {
                 None => continue,
-                Some(None) => place::remove(&path),
-                Some(Some(text)) => place::replace(&path, text.as_bytes(), install.conf_mode).map(|()| true),
+                Some(None) => whole_file::remove(&path),
+                Some(Some(text)) => install.rewrite(&path, &text).map(|()| true),
             };
             done.add(format_args!("our entry in {}", path.display()), change);
         }
@@ -233,7 +233,7 @@ impl Traces {
         let table = rules::host::remove(self.host.netns()).map_err(other);
         done.add(format_args!("table {} of the node", rules::host::TABLE), table);
         for path in self.files() {
-            done.add(path.display(), place::remove(&path));
+            done.add(path.display(), whole_file::remove(&path));
         }
         // With another agent in our place, ztunnel may well stay.
         if !self.has_successor_at(&self.zds_socket) {

@@ -11,7 +11,7 @@ use kube::{
     Api, Client,
     api::{Patch, PatchParams},
 };
-use mesh_runtime::telemetry::error_chain;
+use mesh_runtime::{telemetry::error_chain, whole_file};
 use serde_json::json;
 use tokio::{task::spawn_blocking, time::timeout};
 
@@ -70,16 +70,9 @@ impl StatusWriter for FolderStatus {
 /// In one step, so that readers see the old or the new.
 fn replace(folder: &Path, name: &str, content: Option<String>) -> io::Result<()> {
     let path = folder.join(name);
-    let Some(content) = content else {
-        return match fs::remove_file(path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
-            _ => Ok(()),
-        };
-    };
+    let Some(content) = content else { return whole_file::remove(&path).map(drop) };
     fs::create_dir_all(folder)?;
-    let fresh = folder.join(format!(".{name}.tmp"));
-    fs::write(&fresh, content)?;
-    fs::rename(fresh, path)
+    whole_file::replace(&path, content.as_bytes(), 0o644)
 }
 
 /// Strings are written as JSON, which YAML reads, so that no name can break out of its place.

@@ -18,7 +18,10 @@ use tokio::{
     time::{Instant, timeout},
 };
 
-use super::served;
+use super::{
+    answer::{NoAnswer, within},
+    served,
+};
 
 /// Objects per page of a list.
 const PAGE: u32 = 500;
@@ -91,6 +94,13 @@ impl Stopped {
             _ => (false, false),
         };
         Self::Failed { why: error_chain(error), relist, unknown }
+    }
+
+    fn unanswered(error: &NoAnswer) -> Self {
+        match error {
+            NoAnswer::Failed(error) => Self::of(error),
+            NoAnswer::Late(_) => Self::failed(error.to_string()),
+        }
     }
 
     fn failed(why: impl Into<String>) -> Self {
@@ -194,11 +204,10 @@ where
     async fn instead(&self) -> Option<Event<K>> {
         let resource = self.doubted.as_ref()?;
         let client = self.api.clone().into_client();
-        match timeout(ANSWER, served::versions(&client, resource)).await {
-            Ok(Ok(versions)) if versions.is_empty() => None,
-            Ok(Ok(versions)) => Some(Event::Unserved(served::otherwise(resource, &versions))),
-            Ok(Err(error)) => Some(Event::Failing(error_chain(&error))),
-            Err(_) => Some(Event::Failing(unanswered())),
+        match within(ANSWER, served::versions(&client, resource)).await {
+            Ok(versions) if versions.is_empty() => None,
+            Ok(versions) => Some(Event::Unserved(served::otherwise(resource, &versions))),
+            Err(error) => Some(Event::Failing(error_chain(&error))),
         }
     }
 
@@ -217,8 +226,7 @@ where
         params.field_selector = Some(self.fields.to_owned()).filter(|fields| !fields.is_empty());
         self.send(Event::Listing).await?;
         loop {
-            let page = timeout(ANSWER, self.api.list(&params)).await;
-            let page = page.map_err(|_| Stopped::failed(unanswered()))?.map_err(|error| Stopped::of(&error))?;
+            let page = within(ANSWER, self.api.list(&params)).await.map_err(|error| Stopped::unanswered(&error))?;
             self.recovered().await?;
             for object in page.items {
                 self.send(Event::Set(object)).await?;
@@ -243,8 +251,8 @@ where
         let mut params = WatchParams::default().timeout(WATCH_SECONDS);
         params.field_selector = Some(self.fields.to_owned()).filter(|fields| !fields.is_empty());
         let began = Instant::now();
-        let events = timeout(ANSWER, self.api.watch(&params, &version)).await;
-        let events = events.map_err(|_| Stopped::failed(unanswered()))?.map_err(|error| Stopped::of(&error))?;
+        let events = within(ANSWER, self.api.watch(&params, &version)).await;
+        let events = events.map_err(|error| Stopped::unanswered(&error))?;
         let mut events = std::pin::pin!(events);
         // A refusal comes as if it were the first event: a watch works that says nothing of the kind for a moment.
         let mut works = false;
@@ -284,10 +292,6 @@ where
     async fn recovered(&mut self) -> Result<(), Stopped> {
         if std::mem::take(&mut self.failing) { self.send(Event::Recovered).await } else { Ok(()) }
     }
-}
-
-fn unanswered() -> String {
-    format!("the API server did not answer within {ANSWER:?}")
 }
 
 #[cfg(test)]

@@ -14,13 +14,12 @@ use mesh_runtime::drain::DrainWatcher;
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 
-use super::{
-    MANAGER, RETRY,
-    listed::{Listed, Standing},
-    within,
-};
+use super::{MANAGER, RETRY, standing::Standing, within};
 use crate::{
-    apiserver::watch::{self as apiwatch, Event},
+    apiserver::{
+        listed::Listed,
+        watch::{self as apiwatch, Event},
+    },
     app::TaskFailed,
     lease::whenever_leading,
     metrics::Metrics,

@@ -15,7 +15,10 @@ use tokio::{sync::mpsc, time::Instant};
 
 use super::{Keeper, KeeperError, within};
 use crate::{
-    apiserver::watch::{self, Event},
+    apiserver::{
+        listed::Unlisted,
+        watch::{self, Event},
+    },
     app::TaskFailed,
 };
 
@@ -100,15 +103,15 @@ pub(crate) async fn follow(keeper: Arc<Keeper>, api: Api<Secret>, drain: DrainWa
     let fields = format!("metadata.name={NAME}");
     let watching = watch::watch(api, &fields, None, sender, std::convert::identity);
     let following = async {
-        let mut listed = None;
+        let mut unlisted = Unlisted::default();
         while let Some(event) = events.recv().await {
             match event {
-                Event::Listing => listed = Some(false),
+                Event::Listing => unlisted.begin([NAME]),
                 Event::Set(secret) => {
-                    listed = listed.map(|_| true);
+                    unlisted.named(&NAME);
                     keeper.offer(authority(&secret, SystemTime::now()));
                 }
-                Event::Listed if listed.take() == Some(false) => keeper.keep_last_good(gone()),
+                Event::Listed if !unlisted.end().is_empty() => keeper.keep_last_good(gone()),
                 Event::Gone(_) | Event::Unknown => keeper.keep_last_good(gone()),
                 Event::Failing(why) | Event::Unserved(why) => {
                     if keeper.metrics.watch_failed("Secret") {

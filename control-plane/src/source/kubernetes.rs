@@ -14,7 +14,10 @@ use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 
 use super::{Catalogue, ObjectChange};
 use crate::{
-    apiserver::watch::{self, Event},
+    apiserver::{
+        listed::Unlisted,
+        watch::{self, Event},
+    },
     objects::{Kind, ObjectKey, Read, Settings, Status, mesh_config},
     problem::{Place, Problem},
 };
@@ -203,8 +206,7 @@ struct Standing {
     /// Was listed whole once, or is known not to exist.
     complete: bool,
     unknown: bool,
-    /// What the list under way has not named yet.
-    unlisted: Option<BTreeSet<Arc<str>>>,
+    unlisted: Unlisted<Arc<str>>,
     failing: Option<Problem>,
 }
 
@@ -220,21 +222,19 @@ impl Objects {
         let Self { catalogue, standings, .. } = self;
         let standing = standings.entry(kind).or_default();
         match news {
-            News::Listing => standing.unlisted = Some(names(catalogue, kind)),
+            News::Listing => standing.unlisted.begin(names(catalogue, kind)),
             News::Set(name, read) => {
-                if let Some(unlisted) = &mut standing.unlisted {
-                    unlisted.remove(&name);
-                }
+                standing.unlisted.named(&name);
                 self.set(name, read);
             }
             News::Listed => {
-                let gone = standing.unlisted.take().unwrap_or_default();
+                let gone = standing.unlisted.end();
                 (standing.complete, standing.unknown) = (true, false);
                 gone.iter().for_each(|name| self.remove(name));
             }
             News::Gone(name) => self.remove(&name),
             News::Unknown => {
-                standing.unlisted = None;
+                standing.unlisted = Unlisted::default();
                 standing.complete = true;
                 standing.failing = None;
                 let is_news = !std::mem::replace(&mut standing.unknown, true);

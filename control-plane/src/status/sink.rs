@@ -16,11 +16,12 @@ use mesh_runtime::{drain::DrainWatcher, telemetry::error_chain};
 use serde_json::{Value, json};
 use tokio::{
     sync::{Notify, watch},
-    time::{Instant, timeout},
+    time::Instant,
 };
 
 use super::pace::{Pace, is_same};
 use crate::{
+    apiserver::answer::{NoAnswer, within},
     app::TaskFailed,
     lease::whenever_leading,
     metrics::Metrics,
@@ -181,12 +182,11 @@ async fn write(client: &Client, key: &ObjectKey, status: &Value) -> Result<(), S
         "status": status,
     });
     let params = PatchParams::apply(manager(key.kind)).force();
-    match timeout(DEADLINE, api.patch_status(&key.name, &params, &Patch::Apply(applied))).await {
-        Ok(Ok(_)) => Ok(()),
+    match within(DEADLINE, api.patch_status(&key.name, &params, &Patch::Apply(applied))).await {
+        Ok(_) => Ok(()),
         // Gone meanwhile.
-        Ok(Err(kube::Error::Api(status))) if status.code == 404 => Ok(()),
-        Ok(Err(error)) => Err(error_chain(&error)),
-        Err(_) => Err(format!("no answer within {DEADLINE:?}")),
+        Err(NoAnswer::Failed(kube::Error::Api(status))) if status.code == 404 => Ok(()),
+        Err(error) => Err(error_chain(&error)),
     }
 }
 

@@ -12,6 +12,7 @@ use std::{
 
 use anyhow::Context as _;
 use mesh_net::{NetNs, SocketOptions, isolate::kill_group, link::Netlink};
+use mesh_runtime::whole_file;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
@@ -137,8 +138,8 @@ impl Cluster {
         if !output.status.success() {
             anyhow::bail!("fairwayd token failed: {}", String::from_utf8_lossy(&output.stderr).trim());
         }
-        write_whole(&self.paths.node(node).join("token"), String::from_utf8_lossy(&output.stdout).trim())?;
-        Ok(())
+        let token = output.stdout.trim_ascii();
+        Ok(whole_file::replace(&self.paths.node(node).join("token"), token, 0o600)?)
     }
 
     // --- programs

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    fs, io,
+    io,
     net::IpAddr,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -13,6 +13,7 @@ use mesh_net::{
     isolate::PodSandbox,
     nft::{Batch, Chain, ChainType, Family, Hook, Nft, Rule},
 };
+use mesh_runtime::whole_file;
 use serde_json::{Value, json};
 use tokio::{io::AsyncWriteExt, process::Child};
 
@@ -283,8 +284,5 @@ async fn exec_plugin(
 /// # Errors
 /// Whatever the file system says.
 pub fn write_whole(path: &Path, text: &str) -> io::Result<()> {
-    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or("file");
-    let temporary = path.with_file_name(format!(".{name}.new"));
-    fs::write(&temporary, text)?;
-    fs::rename(temporary, path)
+    whole_file::replace(path, text.as_bytes(), 0o644)
 }

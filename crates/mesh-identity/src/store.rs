@@ -4,15 +4,15 @@
 //! replaced whole.
 
 use std::{
-    fs, io,
-    os::unix::fs::{MetadataExt as _, OpenOptionsExt as _},
+    fs,
+    os::unix::fs::MetadataExt as _,
     path::{Path, PathBuf},
     sync::Arc,
     time::SystemTime,
 };
 
 use mesh_core::identity::Identity;
-use mesh_runtime::private::PrivateFolder;
+use mesh_runtime::{private::PrivateFolder, whole_file};
 use rustls_pki_types::{CertificateDer, PrivatePkcs8KeyDer};
 
 use crate::{
@@ -27,7 +27,6 @@ const MAX_PARTS: usize = 256;
 /// Identities that are read; a node has fewer pods.
 const MAX_FILES: usize = 4096;
 const SUFFIX: &str = ".svid";
-const UNFINISHED: &str = ".new";
 
 /// A folder of keys.
 #[derive(Debug)]
@@ -40,7 +39,8 @@ impl KeyStore {
         Self { folder }
     }
 
-    /// Every certificate that is valid at `now`; files of others are removed, and what is no certificate is left alone and reported.
+    /// Every certificate that is valid at `now`; what is outdated or was left unfinished is removed, and what is no
+    /// certificate is left alone and reported.
     pub(crate) fn load(&self, now: SystemTime, trust: &Arc<Trust>) -> Vec<Svid> {
         let files = match fs::read_dir(self.folder.path()) {
             Ok(files) => files,
@@ -49,9 +49,14 @@ impl KeyStore {
                 return Vec::new();
             }
         };
-        let paths = files.filter_map(|file| file.ok().map(|file| file.path())).filter(|path| has_suffix(path, SUFFIX));
+        let paths = files.filter_map(|file| file.ok().map(|file| file.path()));
+        let paths = paths.filter(|path| has_suffix(path, SUFFIX) || is_unfinished(path));
         let mut loaded = Vec::new();
         for (index, path) in paths.take(MAX_FILES).enumerate() {
+            if is_unfinished(&path) {
+                discard(&path);
+                continue;
+            }
             match self.read(&path, index as u64 + 1, trust) {
                 Ok(svid) if svid.is_valid_at(now) => loaded.push(svid),
                 Ok(svid) => self.remove(&svid.identity),
@@ -81,23 +86,23 @@ impl KeyStore {
     /// Keeps `svid` in place of what was kept for its identity.
     pub(crate) fn save(&self, svid: &Svid) {
         let path = self.path(&svid.identity);
-        if let Err(error) = replace(&path, &encode(&Kept::of(svid))) {
+        if let Err(error) = whole_file::replace(&path, &encode(&Kept::of(svid)), 0o600) {
             tracing::warn!(path = %path.display(), %error, "certificate not kept for a restart");
         }
     }
 
     pub(crate) fn remove(&self, identity: &Identity) {
-        let path = self.path(identity);
-        match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(path = %path.display(), %error, "cannot remove a key that is not needed any more");
-            }
-            _ => {}
-        }
+        discard(&self.path(identity));
     }
 
     fn path(&self, identity: &Identity) -> PathBuf {
         self.folder.path().join(escaped(&identity.to_string()) + SUFFIX)
+    }
+}
+
+fn discard(path: &Path) {
+    if let Err(error) = whole_file::remove(path) {
+        tracing::warn!(path = %path.display(), %error, "cannot remove a key that is not needed any more");
     }
 }
 
@@ -107,21 +112,13 @@ fn escaped(text: &str) -> String {
     text.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
 }
 
-fn has_suffix(path: &Path, suffix: &str) -> bool {
-    path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(suffix))
+/// Of a process that was killed meanwhile.
+fn is_unfinished(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| whole_file::is_unfinished(&name.to_string_lossy()))
 }
 
-fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut unfinished = path.as_os_str().to_owned();
-    unfinished.push(UNFINISHED);
-    // Of a process that was killed meanwhile.
-    match fs::remove_file(&unfinished) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&unfinished)?;
-    io::Write::write_all(&mut file, bytes)?;
-    fs::rename(&unfinished, path)
+fn has_suffix(path: &Path, suffix: &str) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(suffix))
 }
 
 /// What a file holds.
@@ -215,8 +212,11 @@ mod tests {
         let svid = issue(&authority, &Identity::new("cluster.local", "demo", "a"), HOUR);
         store.save(&svid);
         store.save(&svid);
+        let unfinished = store.folder.path().join("a.svid.tmp.7");
+        fs::write(&unfinished, "half").unwrap();
         let again = store.load(SystemTime::now(), &Arc::default()).remove(0);
         assert_eq!((&again.chain, &again.roots, again.identity), (&svid.chain, &svid.roots, svid.identity.clone()));
+        assert!(!unfinished.exists(), "of a process that was killed");
         let path = store.path(&svid.identity);
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o777, 0o600);
         assert!(loaded(&store, SystemTime::now() + 2 * HOUR).is_empty() && !path.exists(), "expired: removed");

@@ -15,4 +15,5 @@ pub mod private;
 pub mod readiness;
 pub mod signal;
 pub mod telemetry;
+pub mod whole_file;
 pub mod workers;

@@ -71,7 +71,7 @@ impl Store {
         decode(&fs::read(&self.path)?, &self.header)
     }
 
-    /// Writes what is current anew, beside the log, then in its place.
+    /// Writes what is current anew, beside the log, then in its place. Not by `whole_file`: what was written stays open, to be added to.
     fn rewrite(&self) -> io::Result<(File, u64)> {
         let responses = current(self.load());
         let beside = self.path.with_extension("new");

@@ -1,15 +1,16 @@
-//! The steps of the state machine, carried out.
+//! The steps of the state machine, started and carried out.
 
-use std::sync::Arc;
+use std::{collections::HashMap, sync::Arc, time::Instant};
 
 use mesh_net::NetNs;
 use mesh_runtime::telemetry::error_chain;
 use tokio::task::spawn_blocking;
 
-use super::Settings;
+use super::{Driver, Finished, Settings};
 use crate::{
     agent::{
-        enroll::Step,
+        enroll::{Outcome, Step, Uid},
+        sandbox::SandboxError,
         zds::{Workload, Zds},
     },
     eligibility::Pod,
@@ -24,8 +25,58 @@ pub(super) enum Ended {
     Flows(usize),
 }
 
+impl Driver {
+    pub(super) fn start(&mut self, uid: Uid, step: Step) {
+        let Some(pod) = self.pods.get(&uid).cloned() else {
+            // Every pod the machine knows has been put into `pods` before it.
+            self.machine.finish(&uid, step, &Outcome::Failed("the pod is not known".into()), Instant::now());
+            return;
+        };
+        if step == Step::FindNetns {
+            self.to_find.push(uid);
+            return;
+        }
+        // What was written on a pod is gone with it.
+        let is_gone = || !self.view.pods.contains_key(&uid);
+        if step == Step::WriteStatus(None) && !self.settings.status.outlives_pods() && is_gone() {
+            self.machine.finish(&uid, step, &Outcome::Done, Instant::now());
+            return;
+        }
+        let netns = self.netns.get(&uid).cloned();
+        let (settings, zds) = (self.settings.clone(), self.zds.clone());
+        self.steps.spawn(async move {
+            let result = take_step(step, &settings, &zds, &pod, netns.clone()).await;
+            vec![Finished { uid, step, netns, result }]
+        });
+    }
+
+    /// Starts a search for all namespaces wanted now: it costs the same for one as for all.
+    pub(super) fn search(&mut self) {
+        if self.searching || self.to_find.is_empty() {
+            return;
+        }
+        self.searching = true;
+        let uids = std::mem::take(&mut self.to_find);
+        let pods: Vec<Arc<Pod>> = uids.iter().filter_map(|uid| self.pods.get(uid).cloned()).collect();
+        let settings = self.settings.clone();
+        self.steps.spawn(async move {
+            let searched = spawn_blocking(move || settings.sandboxes.find(&settings.host, &pods)).await;
+            let mut found = searched.unwrap_or_else(|error| {
+                tracing::error!(%error, "the search for namespaces failed");
+                HashMap::new()
+            });
+            let finished = uids.into_iter().map(|uid| {
+                let result = found.remove(&uid).unwrap_or(Err(SandboxError::NoProcess));
+                let result = result.map(Ended::Found).map_err(|e| error_chain(&e));
+                Finished { uid, step: Step::FindNetns, netns: None, result }
+            });
+            finished.collect()
+        });
+    }
+}
+
 /// Takes a step and waits for what comes of it.
-pub(super) async fn take_step(
+async fn take_step(
     step: Step,
     settings: &Arc<Settings>,
     zds: &Zds,
