@@ -29,12 +29,14 @@ const CERTIFICATE_TTL: Duration = Duration::from_secs(30 * 24 * 3600);
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Handshakes, and connections that nobody has looked at yet. One more takes the place of the oldest.
 const MAX_HANDSHAKES: usize = 128;
+/// Of a handshake, in which it gives place to none: when all nodes of a large cluster come back at once, each is a moment of work.
+const MOMENT: Duration = Duration::from_secs(1);
 /// Of a peer, after which it is not there. One that speaks HTTP/2 is asked for a sign of life more often, but only once it has spoken.
 const SILENCE: Duration = Duration::from_secs(60);
 /// Within which a call must have been accepted, however much else is said.
 const WELCOME: Duration = Duration::from_secs(30);
 /// Connections of which no call was accepted yet, those in their handshake included.
-const GUESTS: Limits = Limits { per_address: 64, in_all: 1024 };
+const GUESTS: Limits = Limits { per_address: 64, in_all: 4096 };
 /// Rest after a failed accept: out of descriptors, most likely, and spinning would make it worse.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -108,11 +110,13 @@ pub(crate) async fn accept(
 ) {
     let (mut handshakes, guests) = (Crowd::new(MAX_HANDSHAKES), Guests::new(GUESTS));
     loop {
+        let next = async {
+            handshakes.room(MOMENT).await;
+            accept_one(&listener).await
+        };
         let accepted = tokio::select! {
             () = stop_accepting.cancelled() => break,
-            // Reap what has finished; an empty set is disabled by the guard.
-            Some(_) = handshakes.ended(), if !handshakes.is_empty() => continue,
-            accepted = accept_one(&listener) => accepted,
+            accepted = next => accepted,
         };
         let Some((stream, peer)) = accepted else { continue };
         let (guest, displaced) = guests.admit(peer.ip());
