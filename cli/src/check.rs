@@ -7,6 +7,7 @@ mod evidence;
 mod membership;
 mod network;
 mod nodes;
+mod older;
 mod selector;
 mod server;
 mod strict;

@@ -11,6 +11,9 @@ use serde::Serialize;
 
 use crate::args::Output;
 
+/// Exit status for "nothing is known": neither a yes nor a no, and no error of this program.
+pub(crate) const NOTHING_KNOWN: u8 = 4;
+
 /// `println!` for people who pipe us into `head`: a reader that has gone ends the program quietly.
 macro_rules! say {
     ($($text:tt)*) => { $crate::output::write_line(format_args!($($text)*)) };
