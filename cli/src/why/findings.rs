@@ -6,6 +6,10 @@ use serde_json::Value;
 use super::facts::{End, Facts};
 use crate::output::short_name;
 
+/// Before a PeerAuthentication's name in that of the policy it becomes.
+const CONVERTED: &str = "converted_peer_authentication_";
+/// What istiod makes of all that make a namespace or the mesh STRICT.
+pub(super) const STATIC_STRICT: &str = "istio_converted_static_strict";
 const MODE: &str = "metadata.labels[istio.io/dataplane-mode]";
 
 /// One thing that decides.
@@ -80,11 +84,12 @@ pub(crate) fn of(facts: &Facts) -> Vec<Finding> {
         findings.extend(unserved(facts));
     }
     findings.extend(facts.outbound.as_ref().and_then(|answer| way(facts, answer)));
+    findings.extend(outside(facts));
     // A waypoint may speak for itself instead of being captured.
     if let Some(target) = facts.target.as_ref().filter(|_| facts.waypoint().is_none()) {
         findings.extend(capture(target, "destination"));
     }
-    findings.extend(facts.inbound.as_ref().and_then(admitted));
+    findings.extend(facts.inbound.as_ref().and_then(|answer| admitted(facts, answer)));
     findings.extend(facts.inbound.as_ref().and_then(|answer| application(facts, answer)));
     findings.extend(problems(facts));
     findings
@@ -243,6 +248,14 @@ fn certificate(facts: &Facts) -> Option<Finding> {
     Some(finding.reason("identity").in_field(format!("certificate of {identity}"), "notAfter").remedy(remedy))
 }
 
+/// Nothing of the mesh decides, and nobody has tried.
+fn outside(facts: &Facts) -> Option<Finding> {
+    facts.is_outside().then(|| {
+        let says = format!("{} is outside of what the mesh knows, and was not tried from here", facts.destination);
+        Finding::new("way", says).remedy("try it from the source; a ServiceEntry makes it known to the mesh")
+    })
+}
+
 /// The way was tried, and is not open.
 fn way(facts: &Facts, answer: &Value) -> Option<Finding> {
     let probe = &answer["probe"];
@@ -264,11 +277,33 @@ fn way(facts: &Facts, answer: &Value) -> Option<Finding> {
         _ => (behind, port_of(address)),
     };
     let finding = Finding::blocking("way", text("detail")).reason(text("reason"));
+    if let Some((says, remedy)) = unserved_pod(facts, text("reason"), text("detail")) {
+        return Some(Finding { says, ..finding }.in_field(object, field).remedy(remedy));
+    }
     Some(finding.in_field(object, field).remedy(text("remedy")))
 }
 
+/// A captured pod's port for tunnels is its ztunnel's, not the application's: where nobody answers there, none serves the pod.
+fn unserved_pod(facts: &Facts, reason: &str, detail: &str) -> Option<(String, String)> {
+    let address = facts.hop()?["tunnel"]["address"].as_str()?;
+    let target = facts.target.as_ref().filter(|target| target.is_captured() && facts.waypoint().is_none())?;
+    let ztunnel = format!("the ztunnel on {}", target.node);
+    let is_silent = facts.silent.iter().any(|(who, _)| *who == ztunnel);
+    let is_timeout = matches!(reason, "network_policy" | "connect_timeout");
+    // Refused is an answer of the pod's own namespace; nothing at all may be a firewall's too, unless the ztunnel is known to be away.
+    (reason == "connect" || (is_timeout && is_silent)).then(|| {
+        let says = format!(
+            "nothing answers on {} at node {}, so no ztunnel serves pod {} there: {detail}",
+            port_of(address),
+            target.node,
+            target.name
+        );
+        (says, format!("see in `fairway status` whether {ztunnel} is ready; the application has no part in it"))
+    })
+}
+
 /// The receiving end's policies.
-fn admitted(answer: &Value) -> Option<Finding> {
+fn admitted(facts: &Facts, answer: &Value) -> Option<Finding> {
     let decision = &answer["decision"];
     let text = |field: &str| decision[field].as_str().map(str::to_owned);
     let dry_run: Vec<&str> = decision["dryRun"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
@@ -284,7 +319,58 @@ fn admitted(answer: &Value) -> Option<Finding> {
     finding.object = text("object").filter(|object| !object.is_empty()).or_else(|| text("policy"));
     finding.place = text("place");
     finding.field = text("field");
-    Some(finding.remedy(text("remedy").unwrap_or_default()))
+    let finding = finding.remedy(text("remedy").unwrap_or_default());
+    let identity = answer["sourceIdentity"].as_str();
+    Some(match strict(facts, &finding, decision["policy"].as_str().unwrap_or_default()) {
+        Some(named) => named,
+        None => unlike(finding, identity, &decision["nearest"]),
+    })
+}
+
+/// What a PeerAuthentication was made into is nothing that anybody could look up: the object itself is named.
+fn strict(facts: &Facts, finding: &Finding, policy: &str) -> Option<Finding> {
+    let (namespace, name) = policy.split_once('/')?;
+    let named = match name.strip_prefix(CONVERTED) {
+        Some(name) => vec![format!("{namespace}/{name}")],
+        None if name == STATIC_STRICT => facts.strict.clone(),
+        None => return None,
+    };
+    let object = match named.as_slice() {
+        [] => "a PeerAuthentication of the namespace or the mesh".to_owned(),
+        named => format!("PeerAuthentication {}", named.join(", ")),
+    };
+    let says = format!(
+        "explicitly denied by: {object}, which is STRICT, and {} comes in clear and proves no identity",
+        facts.source.name
+    );
+    let remedy = match facts.is_captured() {
+        false => {
+            "bring the source into the mesh: label its namespace istio.io/dataplane-mode=ambient; else make the PeerAuthentication PERMISSIVE"
+        }
+        true => {
+            "see why the source does not use a tunnel: the destination may not have been captured when it was last heard of; else make the PeerAuthentication PERMISSIVE"
+        }
+    };
+    let field = finding.field.clone().filter(|_| facts.strict.is_empty());
+    Some(Finding { says, object: Some(object), field, ..finding.clone() }.remedy(remedy))
+}
+
+/// Nothing allows the caller: who that is, and what the rule wants that it came nearest to.
+fn unlike(finding: Finding, identity: Option<&str>, nearest: &Value) -> Finding {
+    let Some(rule) = nearest["rule"].as_str() else { return finding };
+    let wants: Vec<&str> = nearest["wants"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+    let caller = match identity {
+        Some(identity) => format!("the caller is {identity}"),
+        None => "the caller proves no identity".to_owned(),
+    };
+    let says = format!("{}: {caller}; the nearest rule, {rule}, wants {}", finding.says, wants.join(" and "));
+    let remedy = match identity.and_then(|identity| identity.strip_prefix("spiffe://")) {
+        Some(principal) => format!("add `{principal}` to the principals of that rule, if it shall be allowed"),
+        None => "bring the source into the mesh, so that it has an identity".to_owned(),
+    };
+    let wants_caller = wants.iter().any(|wanted| wanted.contains("principals") || wanted.contains("service accounts"));
+    let remedy = if wants_caller { remedy } else { finding.remedy.clone() };
+    Finding { says, ..finding }.remedy(remedy)
 }
 
 /// Admitted, but nobody listens.
@@ -397,6 +483,64 @@ mod tests {
         assert_eq!(closed("network_policy"), [certificate.clone(), firewall]);
         // Another trust domain, another account: the peer is not who is expected.
         assert_eq!(closed("tls"), [certificate, ("Pod t/b".to_owned(), "the identity it proves".to_owned())]);
+    }
+
+    #[test]
+    fn a_pod_that_no_ztunnel_serves_is_not_its_applications_fault() {
+        let found = |reason: &str, silent: bool| {
+            let mut facts = facts(hbone(json!({"open": false, "reason": reason, "detail": "refused", "remedy": "r"})));
+            facts.silent =
+                silent.then(|| ("the ztunnel on n1".to_owned(), "no such pod".to_owned())).into_iter().collect();
+            way(&facts, facts.outbound.as_ref().unwrap()).unwrap()
+        };
+        for (reason, silent, blamed) in [
+            ("connect", false, true),
+            ("connect", true, true),
+            ("network_policy", true, true),
+            ("network_policy", false, false),
+        ] {
+            let finding = found(reason, silent);
+            let says = finding.says.contains("nothing answers on port 15008 at node n1");
+            assert_eq!((says, finding.remedy.contains("`fairway status`")), (blamed, blamed), "{reason} {silent}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_names_the_caller_and_what_the_nearest_rule_wants() {
+        let nearest = json!({"rule": "AuthorizationPolicy t/p (spec.rules[0])", "wants": ["principals td/ns/t/sa/x"]});
+        let decision = json!({"verdict": "deny", "reason": "denied", "explanation": "none allowed", "policy": "t/p", "nearest": nearest});
+        let answer = json!({"decision": decision, "sourceIdentity": "spiffe://td/ns/t/sa/a"});
+        let finding = admitted(&facts(json!({})), &answer).unwrap();
+        assert_eq!(
+            finding.says,
+            "none allowed: the caller is spiffe://td/ns/t/sa/a; the nearest rule, AuthorizationPolicy t/p (spec.rules[0]), wants principals td/ns/t/sa/x"
+        );
+        assert!(finding.remedy.contains("`td/ns/t/sa/a`"), "{}", finding.remedy);
+    }
+
+    #[test]
+    fn strict_is_said_by_the_peer_authentication_and_the_source_is_brought_in_first() {
+        let refused = |policy: &str| json!({"decision": {"verdict": "deny", "reason": "denied", "policy": policy}});
+        let mut outside = facts(json!({}));
+        outside.source.report = None;
+        let ours = admitted(&outside, &refused("t/converted_peer_authentication_strict")).unwrap();
+        assert_eq!(ours.object.as_deref(), Some("PeerAuthentication t/strict"));
+        assert!(ours.remedy.starts_with("bring the source into the mesh"), "{}", ours.remedy);
+        outside.strict = vec!["t/default".to_owned(), "t/other".to_owned()];
+        let theirs = admitted(&outside, &refused("istio-system/istio_converted_static_strict")).unwrap();
+        assert_eq!(theirs.object.as_deref(), Some("PeerAuthentication t/default, t/other"));
+    }
+
+    #[test]
+    fn of_what_is_outside_and_was_not_tried_nothing_is_known() {
+        let through =
+            |probe: Value| json!({"nextHop": {"type": "passthrough", "address": "1.2.3.4:443"}, "probe": probe});
+        let known = |outbound: Value| Facts { target: None, ..facts(outbound) }.is_outside();
+        assert!(known(through(Value::Null)));
+        assert!(!known(through(json!({"open": true}))));
+        let mut of_mesh = through(Value::Null);
+        of_mesh["service"] = "t/b.t.svc.cluster.local".into();
+        assert!(!known(of_mesh));
     }
 
     #[test]
