@@ -265,7 +265,7 @@ impl Facts {
         }
         let Some(answer) = &self.outbound else { return false };
         let known = !answer["service"].is_null() || !answer["destinationWorkload"].is_null() || self.target.is_some();
-        !known && self.hop().is_none_or(|hop| hop["type"] == "passthrough") && answer["probe"]["open"] != true
+        !known && self.hop().is_none_or(|hop| hop["type"] == "passthrough") && answer["probe"]["open"].is_null()
     }
 
     /// Where the connection ends: what the tunnel names, what is dialled, or for a source outside the mesh an endpoint.

@@ -535,12 +535,12 @@ mod tests {
     fn of_what_is_outside_and_was_not_tried_nothing_is_known() {
         let through =
             |probe: Value| json!({"nextHop": {"type": "passthrough", "address": "1.2.3.4:443"}, "probe": probe});
-        let known = |outbound: Value| Facts { target: None, ..facts(outbound) }.is_outside();
-        assert!(known(through(Value::Null)));
-        assert!(!known(through(json!({"open": true}))));
+        let nothing = |outbound: Value| Facts { target: None, ..facts(outbound) }.is_outside();
+        assert!(nothing(through(Value::Null)));
+        assert!(!nothing(through(json!({"open": true}))) && !nothing(through(json!({"open": false}))));
         let mut of_mesh = through(Value::Null);
         of_mesh["service"] = "t/b.t.svc.cluster.local".into();
-        assert!(!known(of_mesh));
+        assert!(!nothing(of_mesh));
     }
 
     #[test]
