@@ -6,8 +6,10 @@ use clap::{Args as ClapArgs, Parser, Subcommand, ValueEnum};
 
 mod app;
 mod cluster;
+mod early;
 mod lab;
 
+pub(crate) use self::early::flags_last;
 pub(crate) use self::{
     app::{App, TransferMode},
     cluster::{Check, ClusterStatus, Install, Place, SYSTEM, Selection, Uninstall, Upgrade},
@@ -17,7 +19,12 @@ use self::{cluster::namespace, lab::node_and_path};
 
 /// An ambient service mesh: identity and mutual TLS for pods by a namespace label, nothing restarted.
 #[derive(Debug, Parser)]
-#[command(name = "fairway", version, arg_required_else_help = true)]
+#[command(
+    name = "fairway",
+    version,
+    arg_required_else_help = true,
+    after_help = "--context, --kubeconfig and --namespace may also stand before the command, as for kubectl."
+)]
 pub(crate) struct Args {
     #[command(subcommand)]
     pub(crate) command: Command,
@@ -44,6 +51,8 @@ pub(crate) enum Command {
     Uninstall(Uninstall),
     /// Bring an installation to this version, one component after the other.
     Upgrade(Upgrade),
+    /// The version of this program.
+    Version,
     /// Say why a pod can or cannot reach a service or pod: the policy, file, line and field at fault.
     Why(Why),
     /// The small programs that the demo's pods run.

@@ -4,9 +4,11 @@
 
 mod clock;
 mod evidence;
+mod labels;
 mod membership;
 mod network;
 mod nodes;
+mod older;
 mod selector;
 mod server;
 mod strict;
@@ -24,6 +26,10 @@ use crate::{
     output::{self, bad, dim, good, say},
     status::Overview,
 };
+
+/// Of the table's columns, also where no terminal says how wide it is.
+const FINDING_WIDTH: u16 = 80;
+const REMEDY_WIDTH: u16 = 60;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -90,6 +96,8 @@ fn judge(evidence: &Evidence) -> Vec<Item> {
     items.extend(server::quotas(evidence));
     items.push(server::pod_security(evidence));
     items.push(webhooks::judge(evidence));
+    items.extend(webhooks::admission(evidence));
+    items.extend(labels::judge(evidence));
     items.extend(clock::judge(evidence));
     // Nothing found where nothing could be seen is not fine.
     let is_blind =
@@ -106,7 +114,7 @@ fn judge(evidence: &Evidence) -> Vec<Item> {
 
 /// What the programs that run say of themselves.
 fn installed(overview: &Overview) -> Vec<Item> {
-    let mut complaints: Vec<String> = overview.programs.iter().flat_map(crate::status::Program::complaints).collect();
+    let mut complaints: Vec<String> = overview.complaints();
     let shown = complaints.len().min(5);
     let more = complaints.len() - shown;
     complaints.truncate(shown);
@@ -142,7 +150,8 @@ pub(crate) fn text(server: &str, items: &[Item]) -> String {
         Level::Fault => bad("FAULT"),
     };
     let row = |item: &Item| vec![item.what.to_owned(), mark(item.level), item.finding.clone(), item.remedy.clone()];
-    let table = output::table(&["WHAT", "", "FINDING", "REMEDY"], items.iter().map(row));
+    let mut table = output::table(&["WHAT", "", "FINDING", "REMEDY"], items.iter().map(row));
+    output::bound(&mut table, &[(2, FINDING_WIDTH), (3, REMEDY_WIDTH)]);
     let count = |level: Level| items.iter().filter(|item| item.level == level).count();
     let verdict = match count(Level::Fault) {
         0 => good("fit"),
@@ -188,13 +197,20 @@ mod tests {
         assert!(of("API server").iter().all(|(level, _)| *level == Level::Fine));
     }
 
+    #[test]
+    fn a_long_finding_is_broken_into_lines_also_where_there_is_no_terminal() {
+        let items = [Item::new("mesh", Level::Fault, "word ".repeat(100), "remedy ".repeat(100))];
+        let widest = text("s", &items).lines().map(|line| line.chars().count()).max().unwrap();
+        assert!(widest <= usize::from(FINDING_WIDTH + REMEDY_WIDTH) + 30, "{widest}");
+    }
+
     #[tokio::test]
     async fn a_list_that_is_refused_is_unknown_to_everything_that_reads_it() {
         let policy = json!({"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
             "metadata": {"name": "p", "namespace": "d"}, "spec": {"podSelector": {}, "policyTypes": ["Ingress"]}});
         for (refused, unknown) in [
             ("/api/v1/namespaces/d/pods", &["network policies"][..]),
-            ("/api/v1/namespaces", &["network policies", "pod security", "webhooks"]),
+            ("/api/v1/namespaces", &["labels", "network policies", "pod security", "webhooks"]),
             ("/api/v1/nodes", &["clocks", "nodes", "quotas"]),
             ("/apis/apps/v1/daemonsets", &["network", "other meshes"]),
             ("/api/v1/namespaces/m/configmaps/fairway-node", &["network policies", "webhooks"]),

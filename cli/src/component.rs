@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::cluster::{Cluster, escape};
+use crate::cluster::{Cluster, Kind, escape};
 
 #[derive(Debug)]
 pub(crate) struct Component {
@@ -25,6 +25,12 @@ pub(crate) const ZTUNNEL: Component =
 pub(crate) const COMPONENTS: [Component; 3] = [CONTROL_PLANE, AGENT, ZTUNNEL];
 
 impl Component {
+    /// Whether there is an object that pods of it are made from.
+    pub(crate) async fn is_wanted(&self, cluster: &Cluster, namespace: &str) -> anyhow::Result<bool> {
+        let Some(kind) = Kind::named(self.kind) else { return Ok(false) };
+        Ok(cluster.get_metadata(&format!("{}/{}", kind.path(Some(namespace)), self.name)).await?.is_some())
+    }
+
     /// Its pods in the namespace of an installation.
     pub(crate) async fn pods(&self, cluster: &Cluster, namespace: &str) -> anyhow::Result<Vec<Value>> {
         let path = format!("/api/v1/namespaces/{namespace}/pods");

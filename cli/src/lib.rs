@@ -69,7 +69,7 @@ fn text(arguments: &[OsString]) -> Vec<String> {
 }
 
 fn command_line(arguments: Vec<OsString>) -> ExitCode {
-    let args = match args::Args::try_parse_from(arguments) {
+    let args = match args::Args::try_parse_from(args::flags_last(arguments)) {
         Ok(args) => args,
         Err(error) => {
             // Help and version are not failures; clap knows which stream and colour.
@@ -88,6 +88,10 @@ fn command_line(arguments: Vec<OsString>) -> ExitCode {
         args::Command::Status(query) => status::run(&query),
         args::Command::Top(query) => top::run(&query),
         args::Command::Uninstall(options) => install::uninstall(&options),
+        args::Command::Version => {
+            output::say!("fairway {}", env!("CARGO_PKG_VERSION"));
+            Ok(ExitCode::SUCCESS)
+        }
         args::Command::Upgrade(options) => install::upgrade(&options),
         args::Command::Why(query) => why::run(&query),
     };

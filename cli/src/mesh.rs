@@ -63,6 +63,16 @@ impl<'a> Page<'a> {
     }
 }
 
+/// What a service's name stands for.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Service {
+    pub(crate) addresses: Vec<String>,
+    /// Names, which may be empty, and numbers; none where they are not known, as in a lab.
+    pub(crate) ports: Vec<(String, u16)>,
+    /// Of a headless one: the selector of the pods that it is another name for.
+    pub(crate) headless: Option<String>,
+}
+
 /// What can be asked of either.
 pub(crate) trait Mesh {
     fn pod(&self, namespace: &str, name: &str) -> anyhow::Result<Option<PodStatus>>;
@@ -72,8 +82,22 @@ pub(crate) trait Mesh {
 
     fn any_pod(&self) -> anyhow::Result<Option<PodStatus>>;
 
-    /// Its addresses.
-    fn service(&self, namespace: &str, name: &str) -> anyhow::Result<Option<Vec<String>>>;
+    /// The running ones of a namespace that a selector (as `kubectl -l` takes it; empty: all) picks, those that are ready first.
+    fn pods(&self, namespace: &str, selector: &str) -> anyhow::Result<Vec<PodStatus>>;
+
+    fn service(&self, namespace: &str, name: &str) -> anyhow::Result<Option<Service>>;
+
+    /// The selector of its pods.
+    fn deployment(&self, namespace: &str, name: &str) -> anyhow::Result<Option<String>>;
+
+    fn has_namespace(&self, name: &str) -> anyhow::Result<bool>;
+
+    /// `namespace/name` of those that make a namespace STRICT as a whole.
+    fn strict_authentications(&self, namespace: &str) -> anyhow::Result<Vec<String>>;
+
+    /// # Errors
+    /// When no program of a mesh is there that could be asked.
+    fn installed(&self) -> anyhow::Result<()>;
 
     fn nodes(&self) -> anyhow::Result<Vec<NodeStatus>>;
 
@@ -132,8 +156,35 @@ impl Mesh for Lab {
         Ok(self.status()?.pods.into_iter().next())
     }
 
-    fn service(&self, namespace: &str, name: &str) -> anyhow::Result<Option<Vec<String>>> {
-        Ok(self.status()?.services.remove(&format!("{namespace}/{name}")))
+    /// A lab knows no labels: every one is picked.
+    fn pods(&self, namespace: &str, _selector: &str) -> anyhow::Result<Vec<PodStatus>> {
+        let mut pods = self.status()?.pods;
+        pods.retain(|pod| pod.namespace == namespace);
+        Ok(pods)
+    }
+
+    fn service(&self, namespace: &str, name: &str) -> anyhow::Result<Option<Service>> {
+        let addresses = self.status()?.services.remove(&format!("{namespace}/{name}"));
+        Ok(addresses.map(|addresses| Service { addresses, ..Service::default() }))
+    }
+
+    /// A lab has pods only.
+    fn deployment(&self, _namespace: &str, _name: &str) -> anyhow::Result<Option<String>> {
+        Ok(None)
+    }
+
+    /// A lab does not tell what is in none of them.
+    fn has_namespace(&self, _name: &str) -> anyhow::Result<bool> {
+        Ok(true)
+    }
+
+    /// A lab's policies always say which object they were.
+    fn strict_authentications(&self, _namespace: &str) -> anyhow::Result<Vec<String>> {
+        Ok(Vec::new())
+    }
+
+    fn installed(&self) -> anyhow::Result<()> {
+        Ok(())
     }
 
     fn nodes(&self) -> anyhow::Result<Vec<NodeStatus>> {

@@ -6,10 +6,13 @@ use std::{
 };
 
 use anstyle::{AnsiColor, Style};
-use comfy_table::{ContentArrangement, Table, presets::NOTHING};
+use comfy_table::{ColumnConstraint, ContentArrangement, Table, Width, presets::NOTHING};
 use serde::Serialize;
 
 use crate::args::Output;
+
+/// Exit status for "nothing is known": neither a yes nor a no, and no error of this program.
+pub(crate) const NOTHING_KNOWN: u8 = 4;
 
 /// `println!` for people who pipe us into `head`: a reader that has gone ends the program quietly.
 macro_rules! say {
@@ -47,6 +50,15 @@ pub(crate) fn table(headings: &[&str], rows: impl IntoIterator<Item = Vec<String
         table.add_row(row);
     }
     table
+}
+
+/// How wide columns may become.
+pub(crate) fn bound(table: &mut Table, widths: &[(usize, u16)]) {
+    for (column, width) in widths {
+        if let Some(column) = table.column_mut(*column) {
+            column.set_constraint(ColumnConstraint::UpperBoundary(Width::Fixed(*width)));
+        }
+    }
 }
 
 /// Coloured only where someone looks (a terminal, and no `NO_COLOR`).

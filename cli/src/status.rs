@@ -32,7 +32,7 @@ pub(crate) fn run(query: &ClusterStatus) -> anyhow::Result<ExitCode> {
         })
     })?;
     crate::output::say!("{}", query.output.render(&overview, || overview.text(SystemTime::now()))?);
-    Ok(if overview.programs.iter().all(Program::is_well) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if overview.complaints().is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 /// Everything at one moment.
@@ -44,6 +44,9 @@ pub(crate) struct Overview {
     /// Of `fairway install`; absent where something else installed the mesh.
     #[serde(skip_serializing_if = "Option::is_none")]
     installed: Option<String>,
+    /// Components that should have a pod and have none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    absent: Vec<&'static str>,
     pub(crate) programs: Vec<Program>,
 }
 
@@ -82,6 +85,8 @@ pub(crate) enum Facts {
         /// `namespace/name: why`.
         uncaptured: Vec<String>,
         ztunnels: f64,
+        /// Connections of its captured pods that were open when these were captured, and are in clear while they last.
+        older_flows: u64,
     },
     Ztunnel {
         /// Of the discovery stream; none where the ztunnel does not say.
@@ -110,11 +115,18 @@ impl Overview {
         if all.is_empty() {
             return Ok(None);
         }
+        let mut absent = Vec::new();
+        for component in COMPONENTS.iter().filter(|component| !all.iter().any(|(of, _)| of.name == component.name)) {
+            // Beside another implementation, not every component is ours.
+            if record.is_some() || component.is_wanted(cluster, namespace).await? {
+                absent.push(component.name);
+            }
+        }
         let asked = all.iter().map(|(component, pod)| Program::ask(cluster, namespace, component, pod));
         let mut programs: Vec<Program> = stream::iter(asked).buffered(ASKED).collect().await;
         programs.sort_by(|a, b| (rank(&a.program), &a.node, &a.pod).cmp(&(rank(&b.program), &b.node, &b.pod)));
         let installed = record.map(|r| format!("{}/…:{} by fairway {} for {}", r.hub, r.tag, r.version, r.platform));
-        Ok(Some(Self { server: cluster.server.clone(), namespace: namespace.to_owned(), installed, programs }))
+        Ok(Some(Self { server: cluster.server.clone(), namespace: namespace.to_owned(), installed, absent, programs }))
     }
 
     fn text(&self, now: SystemTime) -> String {
@@ -124,15 +136,27 @@ impl Overview {
             let rows = self.programs.iter().filter(|p| p.program == component).map(|program| program.row(now));
             lines.push(format!("\n{}", output::table(headings, rows)));
         }
-        let told = self.programs.iter().flat_map(Program::complaints);
-        lines.extend(told.map(|line| format!("{} {line}", bad("!"))));
+        lines.extend(self.complaints().iter().map(|line| format!("{} {line}", bad("!"))));
         lines.join("\n")
+    }
+
+    pub(crate) fn complaints(&self) -> Vec<String> {
+        let absent = self.absent.iter().map(|name| {
+            let means = match *name {
+                "fairwayd" => "what is captured goes on as it was, but no change arrives and certificates run out",
+                "fairway-node" => "no pod is captured anew, and pods of the mesh do not start",
+                _ => "what is captured goes nowhere",
+            };
+            format!("no pod of {name} is there: {means}")
+        });
+        absent.chain(self.programs.iter().flat_map(Program::complaints)).collect()
     }
 }
 
 const CONTROL_PLANE: &[&str] =
     &["CONTROL PLANE", "NODE", "VERSION", "READY", "RESTARTS", "LEADER", "PROXIES", "WORKLOADS", "PROBLEMS"];
-const AGENT: &[&str] = &["NODE AGENT", "NODE", "VERSION", "READY", "RESTARTS", "CAPTURED", "UNCAPTURED", "ZTUNNELS"];
+const AGENT: &[&str] =
+    &["NODE AGENT", "NODE", "VERSION", "READY", "RESTARTS", "CAPTURED", "UNCAPTURED", "ZTUNNELS", "OLDER FLOWS"];
 const ZTUNNEL: &[&str] = &[
     "ZTUNNEL",
     "NODE",
@@ -196,12 +220,8 @@ impl Program {
         }
     }
 
-    /// Ready, connected, and everything it should have captured is.
-    pub(crate) fn is_well(&self) -> bool {
-        self.complaints().is_empty()
-    }
-
-    pub(crate) fn complaints(&self) -> Vec<String> {
+    /// None of one that is ready and connected, and has captured what it should have.
+    fn complaints(&self) -> Vec<String> {
         let mut told: Vec<String> = self.problem.clone().into_iter().collect();
         if !self.ready && told.is_empty() {
             told.push(format!("{} is not ready", self.pod));
@@ -249,8 +269,9 @@ impl Program {
                 known(*workloads),
                 known(*problems),
             ]),
-            Facts::Agent { captured, uncaptured, ztunnels } => {
-                row.extend([captured.to_string(), uncaptured.len().to_string(), count(*ztunnels)]);
+            Facts::Agent { captured, uncaptured, ztunnels, older_flows } => {
+                let uncaptured = uncaptured.len().to_string();
+                row.extend([captured.to_string(), uncaptured, count(*ztunnels), older_flows.to_string()]);
             }
             Facts::Ztunnel {
                 connected,
@@ -322,6 +343,7 @@ fn agent(metrics: &str, pods: &str) -> anyhow::Result<Facts> {
         captured: pods.iter().filter(is("enrolled")).count(),
         uncaptured: pods.iter().filter(is("uncaptured")).map(named).collect(),
         ztunnels: total(&samples, "ztunnel_connected").unwrap_or_default(),
+        older_flows: pods.iter().filter(is("enrolled")).filter_map(|pod| pod["olderFlows"].as_u64()).sum(),
     })
 }
 
@@ -392,7 +414,7 @@ mod tests {
 
     #[test]
     fn an_agent_that_misses_pods_or_its_ztunnel_is_not_well() {
-        let pods = json!([{"namespace": "d", "name": "a", "state": "enrolled"},
+        let pods = json!([{"namespace": "d", "name": "a", "state": "enrolled", "olderFlows": 3},
             {"namespace": "d", "name": "b", "state": "uncaptured", "reason": "no namespace"}]);
         let facts = agent("ztunnel_connected 0\n", &pods.to_string()).unwrap();
         let program = Program { ready: true, node: "n".to_owned(), facts, ..Program::default() };
@@ -400,5 +422,22 @@ mod tests {
             program.complaints(),
             ["d/b: no namespace (on n) is not captured", "no ztunnel is connected to the agent on n"]
         );
+        assert_eq!(program.row(SystemTime::UNIX_EPOCH).last().map(String::as_str), Some("3"));
+    }
+
+    #[tokio::test]
+    async fn a_component_that_should_be_there_and_has_no_pod_is_told() {
+        let api = cluster::fake::FakeApi::start().await;
+        let pod = json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "z", "namespace": "m", "labels": {"app": "ztunnel"}},
+            "status": {"phase": "Pending"}});
+        api.server.put("api/v1/pods", pod);
+        let absent = async || Overview::of(&api.cluster(), "m").await.unwrap().unwrap().absent;
+        assert!(absent().await.is_empty(), "beside another mesh's control plane");
+        api.put(
+            json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "fairwayd", "namespace": "m"}}),
+        );
+        assert_eq!(absent().await, ["fairwayd"]);
+        let overview = Overview::of(&api.cluster(), "m").await.unwrap().unwrap();
+        assert!(overview.text(SystemTime::UNIX_EPOCH).contains("! no pod of fairwayd is there"));
     }
 }

@@ -24,6 +24,7 @@ const CLEAR: &str = "\x1b[H\x1b[2J";
 
 pub(crate) fn run(query: &Top) -> anyhow::Result<ExitCode> {
     let mesh = mesh::find(&query.place)?;
+    mesh.installed()?;
     let (mut before, mut at) = (look(&*mesh)?, Instant::now());
     loop {
         // What is shown is what happened meanwhile.

@@ -5,6 +5,7 @@
 
 mod facts;
 mod findings;
+mod names;
 
 use std::process::ExitCode;
 
@@ -29,13 +30,18 @@ pub(crate) struct Explanation {
 
 pub(crate) fn run(query: &Why) -> anyhow::Result<ExitCode> {
     let mesh = mesh::find(&query.place)?;
+    mesh.installed()?;
     let source = match &query.namespace {
         Some(namespace) if !query.source.contains('/') => format!("{namespace}/{}", query.source),
         _ => query.source.clone(),
     };
     let explanation = explain(&*mesh, &source, &query.destination)?;
     crate::output::say!("{}", query.output.render(&explanation.json(), || explanation.text())?);
-    Ok(if explanation.allowed() { ExitCode::SUCCESS } else { ExitCode::from(CANNOT) })
+    Ok(match explanation.allowed() {
+        Some(true) => ExitCode::SUCCESS,
+        Some(false) => ExitCode::from(CANNOT),
+        None => ExitCode::from(output::NOTHING_KNOWN),
+    })
 }
 
 /// Asks both ends.
@@ -49,8 +55,12 @@ pub(crate) fn explain(mesh: &dyn Mesh, source: &str, destination: &str) -> anyho
 }
 
 impl Explanation {
-    pub(crate) fn allowed(&self) -> bool {
-        !self.findings.iter().any(|finding| finding.blocks)
+    /// `None`: nothing is known of it.
+    pub(crate) fn allowed(&self) -> Option<bool> {
+        match self.findings.iter().any(|finding| finding.blocks) {
+            true => Some(false),
+            false => (!self.facts.is_outside()).then_some(true),
+        }
     }
 
     pub(crate) fn json(&self) -> Value {
@@ -66,7 +76,11 @@ impl Explanation {
 
     /// The verdict first, then what decides, then what else is worth knowing, then how the connection travels.
     pub(crate) fn text(&self) -> String {
-        let verdict = if self.allowed() { output::good("can reach") } else { output::bad("cannot reach") };
+        let verdict = match self.allowed() {
+            Some(true) => output::good("can reach"),
+            Some(false) => output::bad("cannot reach"),
+            None => output::dim("may or may not reach"),
+        };
         let mut lines = vec![format!("{} {verdict} {}", self.facts.source.name, self.facts.destination)];
         let (blocking, notes): (Vec<&Finding>, Vec<&Finding>) = self.findings.iter().partition(|f| f.blocks);
         for finding in blocking.into_iter().chain(notes) {

@@ -32,6 +32,8 @@ pub(super) struct Evidence {
     /// The pods of namespaces with policies.
     pub(super) pods: BTreeMap<String, Vec<Pod>>,
     pub(super) quotas: Vec<Value>,
+    /// The control plane's Deployment, where one is installed.
+    pub(super) fairwayd: Option<Value>,
     /// Of both kinds, and API services.
     pub(super) webhooks: Vec<Value>,
     pub(super) peer_authentications: Vec<Value>,
@@ -40,7 +42,7 @@ pub(super) struct Evidence {
 }
 
 /// Who asks where an applicable label or exclusion stands.
-const MEMBERSHIP: [&str; 2] = ["network policies", "webhooks"];
+const MEMBERSHIP: [&str; 3] = ["labels", "network policies", "webhooks"];
 
 impl Evidence {
     /// # Errors
@@ -71,10 +73,13 @@ impl Evidence {
             evidence.list(cluster, &["network", "other meshes"], "/apis/apps/v1/daemonsets", "").await;
         evidence.control_planes =
             evidence.list(cluster, &["other meshes"], "/apis/apps/v1/deployments", "labelSelector=app%3Distiod").await;
-        evidence.cilium = evidence.get(cluster, "/api/v1/namespaces/kube-system/configmaps/cilium-config").await;
-        evidence.felix = evidence.get(cluster, "/apis/crd.projectcalico.org/v1/felixconfigurations/default").await;
-        evidence.namespaces =
-            evidence.list(cluster, &["pod security", MEMBERSHIP[0], MEMBERSHIP[1]], "/api/v1/namespaces", "").await;
+        evidence.cilium =
+            evidence.get(cluster, "network", "/api/v1/namespaces/kube-system/configmaps/cilium-config").await;
+        evidence.felix =
+            evidence.get(cluster, "network", "/apis/crd.projectcalico.org/v1/felixconfigurations/default").await;
+        evidence.namespaces = evidence
+            .list(cluster, &["pod security", MEMBERSHIP[0], MEMBERSHIP[1], MEMBERSHIP[2]], "/api/v1/namespaces", "")
+            .await;
         match Membership::read(cluster, namespace).await {
             Ok(membership) => evidence.membership = membership,
             Err(error) => evidence.missing(&MEMBERSHIP, &error),
@@ -91,9 +96,11 @@ impl Evidence {
         }
         let quotas = format!("/api/v1/namespaces/{namespace}/resourcequotas");
         evidence.quotas = evidence.list(cluster, &["quotas"], &quotas, "").await;
+        let fairwayd = format!("/apis/apps/v1/namespaces/{namespace}/deployments/fairwayd");
+        evidence.fairwayd = evidence.get(cluster, "admission", &fairwayd).await;
         for kind in ["mutatingwebhookconfigurations", "validatingwebhookconfigurations"] {
             let path = format!("/apis/admissionregistration.k8s.io/v1/{kind}");
-            let mut found = evidence.list(cluster, &["webhooks"], &path, "").await;
+            let mut found = evidence.list(cluster, &["webhooks", "admission"], &path, "").await;
             evidence.webhooks.append(&mut found);
         }
         let services = "/apis/apiregistration.k8s.io/v1/apiservices";
@@ -115,11 +122,11 @@ impl Evidence {
         }
     }
 
-    async fn get(&mut self, cluster: &Cluster, path: &str) -> Option<Value> {
+    async fn get(&mut self, cluster: &Cluster, reader: &'static str, path: &str) -> Option<Value> {
         match cluster.get(path).await {
             Ok(object) => object,
             Err(error) => {
-                self.missing(&["network"], &error);
+                self.missing(&[reader], &error);
                 None
             }
         }

@@ -35,6 +35,11 @@ impl Membership {
         eligibility::decide(pod, namespace, &self.excluded).is_ok()
     }
 
+    /// Whether pods there stay outside whatever the labels say.
+    pub(super) fn is_excluded(&self, namespace: &str) -> bool {
+        self.excluded.iter().any(|excluded| excluded == namespace)
+    }
+
     /// Whether it would be captured if its namespace were in the mesh.
     pub(super) fn could_belong(&self, pod: &Pod) -> bool {
         self.belongs(pod, &Labels::from([(MODE.to_owned(), "ambient".to_owned())]))

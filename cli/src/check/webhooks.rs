@@ -31,6 +31,28 @@ pub(super) fn judge(evidence: &Evidence) -> Item {
     Item::fine("webhooks", "none in a namespace of the mesh")
 }
 
+/// Where the control plane listens for the API server's questions, somebody has to tell the API server to ask.
+pub(super) fn admission(evidence: &Evidence) -> Option<Item> {
+    let containers = evidence.fairwayd.as_ref()?["spec"]["template"]["spec"]["containers"].as_array()?;
+    let arguments = containers.iter().filter_map(|container| container["args"].as_array()).flatten();
+    if !arguments.filter_map(Value::as_str).any(|argument| argument.starts_with("--webhook")) {
+        return None;
+    }
+    // What could not be listed is not missing.
+    if evidence.unknown.iter().any(|(what, _)| *what == "admission") {
+        return None;
+    }
+    let wanted = format!("fairway-{}", evidence.namespace);
+    let is_there = evidence.webhooks.iter().any(|configuration| configuration["metadata"]["name"] == *wanted);
+    Some(match is_there {
+        true => Item::fine("admission", "policies are looked at before they are taken"),
+        false => {
+            let says = format!("ValidatingWebhookConfiguration {wanted} is missing: policies with mistakes are taken");
+            Item::new("admission", Level::Warning, says, "`fairway install` makes it again")
+        }
+    })
+}
+
 /// Of a webhook configuration's entries, or of an API service.
 fn services(configuration: &Value) -> impl Iterator<Item = &Value> {
     let entries = configuration["webhooks"].as_array().into_iter().flatten();
@@ -53,6 +75,21 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn a_control_plane_that_listens_for_questions_that_nobody_asks_is_told() {
+        let found = |argument: &str, name: &str| {
+            let fairwayd = json!({"spec": {"template": {"spec": {"containers": [{"args": ["run", argument]}]}}}});
+            let webhooks = vec![json!({"metadata": {"name": name}})];
+            let evidence =
+                Evidence { namespace: "m".to_owned(), fairwayd: Some(fairwayd), webhooks, ..Evidence::default() };
+            admission(&evidence).map(|item| item.level)
+        };
+        assert_eq!(found("--webhook=0.0.0.0:15017", "fairway-m"), Some(Level::Fine));
+        assert_eq!(found("--webhook=0.0.0.0:15017", "another"), Some(Level::Warning));
+        assert_eq!(found("--kubernetes", "another"), None);
+        assert_eq!(admission(&Evidence::default()), None);
+    }
 
     #[test]
     fn a_webhook_in_a_strict_namespace_cannot_be_called() {

@@ -9,7 +9,7 @@ use lab::protocol::{NodeStatus, PodStatus};
 use serde_json::Value;
 use tokio::runtime::Runtime;
 
-use super::{Mesh, Page, Program};
+use super::{Mesh, Page, Program, Service};
 use crate::{
     args::Place,
     cluster::{Cluster, escape, rollout},
@@ -103,16 +103,46 @@ impl Mesh for OnCluster {
         Ok(items.iter().find(|pod| pod["spec"]["hostNetwork"] != true).map(pod))
     }
 
-    fn service(&self, namespace: &str, name: &str) -> anyhow::Result<Option<Vec<String>>> {
+    fn service(&self, namespace: &str, name: &str) -> anyhow::Result<Option<Service>> {
         let service = self.get(&format!("/api/v1/namespaces/{namespace}/services/{name}"))?;
-        Ok(service.map(|service| {
-            let spec = &service["spec"];
-            let mut addresses = texts(&spec["clusterIPs"]);
-            if addresses.is_empty() {
-                addresses.extend(spec["clusterIP"].as_str().map(str::to_owned));
-            }
-            addresses
-        }))
+        Ok(service.as_ref().map(of_service))
+    }
+
+    fn pods(&self, namespace: &str, selector: &str) -> anyhow::Result<Vec<PodStatus>> {
+        let path = format!("/api/v1/namespaces/{namespace}/pods");
+        let query = format!("labelSelector={}&fieldSelector=status.phase%3DRunning", escape(selector));
+        let mut pods = self.runtime.block_on(self.cluster.list(&path, &query))?;
+        pods.retain(|pod| pod["spec"]["hostNetwork"] != true);
+        pods.sort_by_key(|pod| !rollout::is_ready(pod));
+        Ok(pods.iter().map(pod).collect())
+    }
+
+    fn deployment(&self, namespace: &str, name: &str) -> anyhow::Result<Option<String>> {
+        let found = self.get(&format!("/apis/apps/v1/namespaces/{namespace}/deployments/{name}"))?;
+        Ok(found.map(|deployment| selector(&deployment["spec"]["selector"]["matchLabels"])))
+    }
+
+    fn has_namespace(&self, name: &str) -> anyhow::Result<bool> {
+        Ok(self.get(&format!("/api/v1/namespaces/{name}"))?.is_some())
+    }
+
+    fn strict_authentications(&self, namespace: &str) -> anyhow::Result<Vec<String>> {
+        let path = format!("/apis/security.istio.io/v1/namespaces/{namespace}/peerauthentications");
+        let listed = self.runtime.block_on(self.cluster.list(&path, ""))?;
+        let whole =
+            listed.iter().filter(|p| p["spec"]["mtls"]["mode"] == "STRICT" && !p["spec"]["selector"].is_object());
+        let name = |p: &Value| p["metadata"]["name"].as_str().map(|name| format!("{namespace}/{name}"));
+        Ok(whole.filter_map(name).collect())
+    }
+
+    fn installed(&self) -> anyhow::Result<()> {
+        anyhow::ensure!(
+            !self.programs()?.is_empty(),
+            "no mesh runs in {} of {}; `fairway install` makes one, --mesh-namespace names another place",
+            self.system,
+            self.cluster.server
+        );
+        Ok(())
     }
 
     fn nodes(&self) -> anyhow::Result<Vec<NodeStatus>> {
@@ -158,6 +188,27 @@ fn pod(object: &Value) -> PodStatus {
         enrolment: text(&metadata["annotations"][REDIRECTION]),
         ..PodStatus::default()
     }
+}
+
+fn of_service(object: &Value) -> Service {
+    let spec = &object["spec"];
+    let mut addresses = texts(&spec["clusterIPs"]);
+    if addresses.is_empty() {
+        addresses.extend(spec["clusterIP"].as_str().map(str::to_owned));
+    }
+    let is_headless = addresses.iter().any(|address| address == "None");
+    addresses.retain(|address| address != "None");
+    let ports = spec["ports"].as_array().into_iter().flatten().filter_map(|port| {
+        let number = port["port"].as_u64().and_then(|number| u16::try_from(number).ok())?;
+        Some((port["name"].as_str().unwrap_or_default().to_owned(), number))
+    });
+    Service { addresses, ports: ports.collect(), headless: is_headless.then(|| selector(&spec["selector"])) }
+}
+
+/// `a=b,c=d`.
+fn selector(labels: &Value) -> String {
+    let labels = labels.as_object().into_iter().flatten();
+    labels.map(|(key, value)| format!("{key}={}", value.as_str().unwrap_or_default())).collect::<Vec<_>>().join(",")
 }
 
 fn node(object: &Value) -> NodeStatus {
@@ -207,7 +258,18 @@ mod tests {
         assert_eq!((found("n1").unwrap().as_str(), found("n2").unwrap().as_str()), ("z-new", "z-other"));
         let error = format!("{:#}", found("n3").unwrap_err());
         assert!(error.contains("ztunnel/n3") && error.contains("namespace m"), "{error}");
-        assert_eq!(mesh.service("d", "s").unwrap(), Some(vec!["10.1.0.1".to_owned(), "fd00::1".to_owned()]));
+        let found = mesh.service("d", "s").unwrap().unwrap();
+        assert_eq!((found.addresses, found.headless), (vec!["10.1.0.1".to_owned(), "fd00::1".to_owned()], None));
+        let headless = json!({"spec": {"clusterIPs": ["None"], "selector": {"app": "db"}, "ports": [{"name": "sql", "port": 5432}]}});
+        assert_eq!(
+            of_service(&headless),
+            Service {
+                headless: Some("app=db".to_owned()),
+                ports: vec![("sql".to_owned(), 5432)],
+                ..Service::default()
+            }
+        );
+        assert!(mesh.installed().is_ok());
         assert_eq!(mesh.service("d", "t").unwrap(), None);
         let pod = mesh.pod("m", "z-new").unwrap().unwrap();
         assert_eq!((pod.node.as_str(), pod.addresses), ("n1", vec!["10.0.0.1".to_owned()]));

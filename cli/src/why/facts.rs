@@ -6,6 +6,7 @@ use anyhow::{Context as _, ensure};
 use lab::protocol::PodStatus;
 use serde_json::Value;
 
+use super::{findings::STATIC_STRICT, names};
 use crate::{
     cluster::escape,
     mesh::{Mesh, Page, Program},
@@ -37,6 +38,8 @@ pub(crate) struct Facts {
     pub(crate) mute: Vec<String>,
     /// Programs that did not answer, with what was said instead.
     pub(crate) silent: Vec<(String, String)>,
+    /// Where a control plane of another kind says only that something is STRICT: the PeerAuthentications that say so.
+    pub(crate) strict: Vec<String>,
     /// What the control plane could not accept.
     pub(crate) problems: Vec<Value>,
 }
@@ -57,7 +60,7 @@ pub(crate) struct End {
 }
 
 impl End {
-    fn of_pod(pod: &PodStatus) -> Self {
+    pub(super) fn of_pod(pod: &PodStatus) -> Self {
         Self {
             name: format!("{}/{}", pod.namespace, pod.name),
             node: pod.node.clone(),
@@ -126,9 +129,8 @@ impl Facts {
 
 /// Asks in the order of a connection.
 pub(crate) fn gather(mesh: &dyn Mesh, source: &str, destination: &str) -> anyhow::Result<Facts> {
-    let (name, port) = destination.rsplit_once(':').context("the destination needs a port: namespace/name:port")?;
-    let port: u16 = port.parse().with_context(|| format!("`{port}` is not a port"))?;
-    let source = find_source(mesh, source)?;
+    let source = names::source(mesh, source)?;
+    let (target, port) = names::destination(mesh, destination, &source)?;
     let mut facts = Facts {
         system: mesh.system().to_owned(),
         destination: destination.to_owned(),
@@ -137,11 +139,7 @@ pub(crate) fn gather(mesh: &dyn Mesh, source: &str, destination: &str) -> anyhow
         ..Facts::default()
     };
     facts.source.report = facts.ask_agent(mesh, &facts.source.clone());
-    let target = match address_of(mesh, name, &facts.source) {
-        Ok(address) => Some(SocketAddr::new(address, port)),
-        Err(_) if is_host(name) => None,
-        Err(error) => return Err(error),
-    };
+    let target = target.map(|address| SocketAddr::new(address, port));
     let asked = target.map_or_else(|| destination.to_owned(), |target| target.to_string());
     facts.by_name = target.is_none();
     facts.ask_source(mesh, &asked)?;
@@ -149,6 +147,7 @@ pub(crate) fn gather(mesh: &dyn Mesh, source: &str, destination: &str) -> anyhow
     if let Some(target) = target.or(said) {
         facts.ask_target(mesh, target)?;
     }
+    facts.name_strict(mesh);
     match mesh.fetch(&Program::ControlPlane, "/debug/problems") {
         Ok(Value::Array(problems)) => facts.problems = problems,
         Ok(_) => {}
@@ -245,6 +244,30 @@ impl Facts {
         Ok(())
     }
 
+    /// The namespace's own go before the mesh's; what cannot be listed is not named.
+    fn name_strict(&mut self, mesh: &dyn Mesh) {
+        let policy = self.inbound.as_ref().and_then(|answer| answer["decision"]["policy"].as_str());
+        if !policy.is_some_and(|policy| policy.ends_with(&format!("/{STATIC_STRICT}"))) {
+            return;
+        }
+        let namespace = self.target.as_ref().map_or("", |target| &target.namespace);
+        let of = |namespace: &str| mesh.strict_authentications(namespace).unwrap_or_default();
+        self.strict = of(namespace);
+        if self.strict.is_empty() {
+            self.strict = of(&self.system);
+        }
+    }
+
+    /// Whether the connection goes where no object of the mesh is, and nobody tried: nothing of what is known decides about it.
+    pub(crate) fn is_outside(&self) -> bool {
+        if self.foreign_name {
+            return true;
+        }
+        let Some(answer) = &self.outbound else { return false };
+        let known = !answer["service"].is_null() || !answer["destinationWorkload"].is_null() || self.target.is_some();
+        !known && self.hop().is_none_or(|hop| hop["type"] == "passthrough") && answer["probe"]["open"].is_null()
+    }
+
     /// Where the connection ends: what the tunnel names, what is dialled, or for a source outside the mesh an endpoint.
     fn chosen(&self, target: SocketAddr) -> Option<SocketAddr> {
         if let Some(hop) = self.hop() {
@@ -287,43 +310,4 @@ fn ask(mesh: &dyn Mesh, node: &str, end: &str, parameters: &[(&str, &str)]) -> a
     }
     ensure!(status == 200, "{}", body.trim());
     serde_json::from_str(&body).map(Some).with_context(|| format!("not JSON: {body}"))
-}
-
-/// A pod, or a node as `node/<name>`.
-fn find_source(mesh: &dyn Mesh, name: &str) -> anyhow::Result<End> {
-    if let Some(node) = name.strip_prefix("node/") {
-        let found = mesh.nodes()?.into_iter().find(|n| n.name == node);
-        let found =
-            found.with_context(|| format!("there is no node `{node}`; `{}` lists them", mesh.lister("nodes")))?;
-        let addresses = found.addresses;
-        return Ok(End { name: name.to_owned(), node: node.to_owned(), addresses, ..End::default() });
-    }
-    let (namespace, name) = name.split_once('/').unwrap_or_else(|| (mesh.namespace(), name));
-    find_pod(mesh, namespace, name).map(|pod| End::of_pod(&pod))
-}
-
-fn find_pod(mesh: &dyn Mesh, namespace: &str, name: &str) -> anyhow::Result<PodStatus> {
-    let found = mesh.pod(namespace, name)?;
-    found.with_context(|| format!("there is no pod `{namespace}/{name}`; `{}` lists them", mesh.lister("pods")))
-}
-
-fn is_host(name: &str) -> bool {
-    name.contains('.') && !name.contains('/')
-}
-
-fn address_of(mesh: &dyn Mesh, name: &str, from: &End) -> anyhow::Result<IpAddr> {
-    if let Ok(ip) = name.trim_matches(['[', ']']).parse() {
-        return Ok(ip);
-    }
-    anyhow::ensure!(!is_host(name), "`{name}` is a host");
-    let (namespace, name) = name.split_once('/').unwrap_or((&from.namespace, name));
-    let full = format!("{namespace}/{name}");
-    let addresses = match mesh.service(namespace, name)? {
-        Some(addresses) => addresses,
-        None => {
-            let pod = find_pod(mesh, namespace, name);
-            pod.with_context(|| format!("`{full}` is neither a service nor a pod"))?.addresses
-        }
-    };
-    addresses.iter().find_map(|a| a.parse().ok()).with_context(|| format!("`{full}` has no address"))
 }

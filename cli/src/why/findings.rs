@@ -1,8 +1,11 @@
 //! What follows from the answers: one finding for each thing that decides, or that somebody who asks should know.
 
+mod refusal;
+
 use serde::Serialize;
 use serde_json::Value;
 
+pub(super) use self::refusal::STATIC_STRICT;
 use super::facts::{End, Facts};
 use crate::output::short_name;
 
@@ -80,11 +83,12 @@ pub(crate) fn of(facts: &Facts) -> Vec<Finding> {
         findings.extend(unserved(facts));
     }
     findings.extend(facts.outbound.as_ref().and_then(|answer| way(facts, answer)));
+    findings.extend(outside(facts));
     // A waypoint may speak for itself instead of being captured.
     if let Some(target) = facts.target.as_ref().filter(|_| facts.waypoint().is_none()) {
         findings.extend(capture(target, "destination"));
     }
-    findings.extend(facts.inbound.as_ref().and_then(admitted));
+    findings.extend(facts.inbound.as_ref().and_then(|answer| refusal::admitted(facts, answer)));
     findings.extend(facts.inbound.as_ref().and_then(|answer| application(facts, answer)));
     findings.extend(problems(facts));
     findings
@@ -243,6 +247,14 @@ fn certificate(facts: &Facts) -> Option<Finding> {
     Some(finding.reason("identity").in_field(format!("certificate of {identity}"), "notAfter").remedy(remedy))
 }
 
+/// Nothing of the mesh decides, and nobody has tried.
+fn outside(facts: &Facts) -> Option<Finding> {
+    facts.is_outside().then(|| {
+        let says = format!("{} is outside of what the mesh knows, and was not tried from here", facts.destination);
+        Finding::new("way", says).remedy("try it from the source; a ServiceEntry makes it known to the mesh")
+    })
+}
+
 /// The way was tried, and is not open.
 fn way(facts: &Facts, answer: &Value) -> Option<Finding> {
     let probe = &answer["probe"];
@@ -264,27 +276,29 @@ fn way(facts: &Facts, answer: &Value) -> Option<Finding> {
         _ => (behind, port_of(address)),
     };
     let finding = Finding::blocking("way", text("detail")).reason(text("reason"));
+    if let Some((says, remedy)) = unserved_pod(facts, text("reason"), text("detail")) {
+        return Some(Finding { says, ..finding }.in_field(object, field).remedy(remedy));
+    }
     Some(finding.in_field(object, field).remedy(text("remedy")))
 }
 
-/// The receiving end's policies.
-fn admitted(answer: &Value) -> Option<Finding> {
-    let decision = &answer["decision"];
-    let text = |field: &str| decision[field].as_str().map(str::to_owned);
-    let dry_run: Vec<&str> = decision["dryRun"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-    if decision["verdict"] != "deny" {
-        let says = format!("would be denied by {}, were it not a dry run", dry_run.join(", "));
-        return (!dry_run.is_empty()).then(|| {
-            let object = format!("AuthorizationPolicy {}", dry_run[0]);
-            Finding::new("destination", says).in_field(object, "metadata.annotations[istio.io/dry-run]")
-        });
-    }
-    let mut finding = Finding::blocking("destination", text("explanation").unwrap_or_default());
-    finding.reason = text("reason");
-    finding.object = text("object").filter(|object| !object.is_empty()).or_else(|| text("policy"));
-    finding.place = text("place");
-    finding.field = text("field");
-    Some(finding.remedy(text("remedy").unwrap_or_default()))
+/// A captured pod's port for tunnels is its ztunnel's, not the application's: where nobody answers there, none serves the pod.
+fn unserved_pod(facts: &Facts, reason: &str, detail: &str) -> Option<(String, String)> {
+    let address = facts.hop()?["tunnel"]["address"].as_str()?;
+    let target = facts.target.as_ref().filter(|target| target.is_captured() && facts.waypoint().is_none())?;
+    let ztunnel = format!("the ztunnel on {}", target.node);
+    let is_silent = facts.silent.iter().any(|(who, _)| *who == ztunnel);
+    let is_timeout = matches!(reason, "network_policy" | "connect_timeout");
+    // Refused is an answer of the pod's own namespace; nothing at all may be a firewall's too, unless the ztunnel is known to be away.
+    (reason == "connect" || (is_timeout && is_silent)).then(|| {
+        let says = format!(
+            "nothing answers on {} at node {}, so no ztunnel serves pod {} there: {detail}",
+            port_of(address),
+            target.node,
+            target.name
+        );
+        (says, format!("see in `fairway status` whether {ztunnel} is ready; the application has no part in it"))
+    })
 }
 
 /// Admitted, but nobody listens.
@@ -353,7 +367,7 @@ mod tests {
     }
 
     /// A captured source and what its ztunnel says.
-    fn facts(outbound: Value) -> Facts {
+    pub(super) fn facts(outbound: Value) -> Facts {
         let report = json!({"state": "enrolled", "rules": true, "announced": true, "dns": true});
         let end = |name: &str| End {
             name: name.to_owned(),
@@ -397,6 +411,38 @@ mod tests {
         assert_eq!(closed("network_policy"), [certificate.clone(), firewall]);
         // Another trust domain, another account: the peer is not who is expected.
         assert_eq!(closed("tls"), [certificate, ("Pod t/b".to_owned(), "the identity it proves".to_owned())]);
+    }
+
+    #[test]
+    fn a_pod_that_no_ztunnel_serves_is_not_its_applications_fault() {
+        let found = |reason: &str, silent: bool| {
+            let mut facts = facts(hbone(json!({"open": false, "reason": reason, "detail": "refused", "remedy": "r"})));
+            facts.silent =
+                silent.then(|| ("the ztunnel on n1".to_owned(), "no such pod".to_owned())).into_iter().collect();
+            way(&facts, facts.outbound.as_ref().unwrap()).unwrap()
+        };
+        for (reason, silent, blamed) in [
+            ("connect", false, true),
+            ("connect", true, true),
+            ("network_policy", true, true),
+            ("network_policy", false, false),
+        ] {
+            let finding = found(reason, silent);
+            let says = finding.says.contains("nothing answers on port 15008 at node n1");
+            assert_eq!((says, finding.remedy.contains("`fairway status`")), (blamed, blamed), "{reason} {silent}");
+        }
+    }
+
+    #[test]
+    fn of_what_is_outside_and_was_not_tried_nothing_is_known() {
+        let through =
+            |probe: Value| json!({"nextHop": {"type": "passthrough", "address": "1.2.3.4:443"}, "probe": probe});
+        let nothing = |outbound: Value| Facts { target: None, ..facts(outbound) }.is_outside();
+        assert!(nothing(through(Value::Null)));
+        assert!(!nothing(through(json!({"open": true}))) && !nothing(through(json!({"open": false}))));
+        let mut of_mesh = through(Value::Null);
+        of_mesh["service"] = "t/b.t.svc.cluster.local".into();
+        assert!(!nothing(of_mesh));
     }
 
     #[test]

@@ -10,6 +10,8 @@
 //! Shapes that are part of the contract: a policy without rules never matches; a rule without clauses matches everything; a clause
 //! without matches holds; a match without any field is skipped, so a clause of only such matches does not hold.
 
+mod nearest;
+
 use std::{net::IpAddr, net::SocketAddr, sync::Arc};
 
 use ipnet::IpNet;
@@ -21,6 +23,8 @@ use crate::{
     policy::{Action, Clause, Match, Policy, Rule, ServiceAccountMatch, StringMatch},
     reason::Reason,
 };
+
+pub use self::nearest::{Nearest, nearest};
 
 /// What is asked: may this peer reach this destination?
 #[derive(Clone, Copy, Debug)]
@@ -211,20 +215,51 @@ fn clause_holds(clause: &Clause, request: &Subject<'_>) -> bool {
 }
 
 fn match_holds(m: &Match, request: &Subject<'_>) -> bool {
-    let namespace = |s: &StringMatch| string_matches(s, request.namespace());
-    let principal = |s: &StringMatch| request.principal.as_deref().is_some_and(|p| string_matches(s, p));
-    let account = |s: &ServiceAccountMatch| {
-        request.identity.is_some_and(|i| i.namespace == s.namespace && i.service_account == s.service_account)
-    };
-    let source = |net: &IpNet| net.contains(&request.source_ip);
-    let destination = |net: &IpNet| net.contains(&request.destination_ip);
-    let port = |port: &u16| *port == request.destination_port;
-    field_holds(&m.namespaces, &m.not_namespaces, namespace)
-        && field_holds(&m.principals, &m.not_principals, principal)
-        && field_holds(&m.service_accounts, &m.not_service_accounts, account)
-        && field_holds(&m.source_ips, &m.not_source_ips, source)
-        && field_holds(&m.destination_ips, &m.not_destination_ips, destination)
-        && field_holds(&m.destination_ports, &m.not_destination_ports, port)
+    Field::ALL.iter().all(|field| field.holds(m, request))
+}
+
+/// What a match may ask for, each in a positive and a negative list.
+#[derive(Clone, Copy, Debug)]
+enum Field {
+    Namespaces,
+    Principals,
+    ServiceAccounts,
+    SourceIps,
+    DestinationIps,
+    DestinationPorts,
+}
+
+impl Field {
+    const ALL: [Self; 6] = [
+        Self::Namespaces,
+        Self::Principals,
+        Self::ServiceAccounts,
+        Self::SourceIps,
+        Self::DestinationIps,
+        Self::DestinationPorts,
+    ];
+
+    fn holds(self, m: &Match, request: &Subject<'_>) -> bool {
+        let namespace = |s: &StringMatch| string_matches(s, request.namespace());
+        let principal = |s: &StringMatch| request.principal.as_deref().is_some_and(|p| string_matches(s, p));
+        let account = |s: &ServiceAccountMatch| {
+            request.identity.is_some_and(|i| i.namespace == s.namespace && i.service_account == s.service_account)
+        };
+        match self {
+            Self::Namespaces => field_holds(&m.namespaces, &m.not_namespaces, namespace),
+            Self::Principals => field_holds(&m.principals, &m.not_principals, principal),
+            Self::ServiceAccounts => field_holds(&m.service_accounts, &m.not_service_accounts, account),
+            Self::SourceIps => {
+                field_holds(&m.source_ips, &m.not_source_ips, |net: &IpNet| net.contains(&request.source_ip))
+            }
+            Self::DestinationIps => field_holds(&m.destination_ips, &m.not_destination_ips, |net: &IpNet| {
+                net.contains(&request.destination_ip)
+            }),
+            Self::DestinationPorts => field_holds(&m.destination_ports, &m.not_destination_ports, |port: &u16| {
+                *port == request.destination_port
+            }),
+        }
+    }
 }
 
 fn field_holds<T>(positive: &[T], negative: &[T], hit: impl Fn(&T) -> bool) -> bool {

@@ -5,7 +5,7 @@ use std::{net::IpAddr, net::SocketAddr, str::FromStr, sync::Arc};
 use http::StatusCode;
 use mesh_core::{
     addr::NetworkAddress,
-    authorize::{Connection, Decision, Verdict, authorize},
+    authorize::{Connection, Decision, PolicySet, Verdict, authorize, nearest},
     balance::{Ineligible, examine},
     headers::Authority,
     identity::Identity,
@@ -169,7 +169,19 @@ fn far_side(index: &Index, selection: &Selection, source_ip: IpAddr, source: &Id
         _ => return None,
     };
     let policies = index.policies_for(selection.destination_workload.as_ref()?);
-    Some(decision(&authorize(&policies, &Connection { source_ip, source_identity, destination })))
+    Some(judged(&policies, &Connection { source_ip, source_identity, destination }))
+}
+
+/// The decision, and where nothing allowed the rule that came nearest.
+fn judged(policies: &PolicySet, connection: &Connection<'_>) -> Value {
+    let decided = authorize(policies, connection);
+    let mut answer = decision(&decided);
+    if !decided.is_allowed()
+        && let Some(nearest) = nearest(policies, connection)
+    {
+        answer["nearest"] = json!({ "rule": nearest.origin.to_string(), "wants": nearest.wants });
+    }
+    answer
 }
 
 fn explain_inbound(context: &Context, request: &Request) -> Result<(Value, SocketAddr), Unanswerable> {
@@ -193,7 +205,7 @@ fn explain_inbound(context: &Context, request: &Request) -> Result<(Value, Socke
         "sourceIdentity": source_identity.as_ref().map(ToString::to_string),
         "destination": destination,
         "destinationWorkload": party(&workload),
-        "decision": decision(&authorize(&policies, &connection)),
+        "decision": judged(&policies, &connection),
         "policies": policies.policies.iter().map(|policy| policy.key()).collect::<Vec<_>>(),
         "missingPolicies": policies.missing,
         "policiesComplete": policies.complete,
