@@ -155,6 +155,14 @@ impl Line {
         }
     }
 
+    /// When there is nothing to be told of it.
+    pub(super) fn clear(&self) {
+        if self.moving && !self.shown.is_empty() {
+            let mut out = std::io::stdout();
+            drop(write!(out, "\r\x1b[K").and_then(|()| out.flush()));
+        }
+    }
+
     pub(super) fn end(&self, state: &str) {
         let start = if self.moving { "\r\x1b[K" } else { "" };
         say!("{start}{}: {state}", self.what);
