@@ -300,3 +300,21 @@ async fn a_definition_that_another_control_plane_may_use_stays_whatever_is_purge
     uninstall::with(&api.cluster(), &removal(&["--purge-crds"])).await.unwrap();
     assert!(api.changes().is_empty());
 }
+
+#[tokio::test]
+async fn a_helm_release_is_left_to_helm_and_nothing_is_changed() {
+    let api = FakeApi::start().await;
+    let agent = |part_of: &str| {
+        json!({"apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": {"name": "ztunnel", "namespace": "istio-system",
+            "labels": {"app.kubernetes.io/part-of": part_of},
+            "annotations": {"meta.helm.sh/release-name": "mesh", "meta.helm.sh/release-namespace": "istio-system"}}})
+    };
+    api.put(agent("fairway"));
+    leave_a_definition(&api);
+    let options = removal(&["--purge-labels", "--purge-crds"]);
+    let error = uninstall::with(&api.cluster(), &options).await.unwrap_err().to_string();
+    assert_eq!(error, "this is the Helm release mesh: `helm uninstall mesh -n istio-system`; nothing was changed");
+    assert!(api.changes().is_empty());
+    api.put(agent("istio"));
+    uninstall::with(&api.cluster(), &options).await.unwrap();
+}

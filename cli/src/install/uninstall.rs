@@ -16,13 +16,13 @@ use serde_json::{Value, json};
 use super::{
     INSTALL, MANAGED_BY,
     made::{self, Made},
-    owned,
+    owned, ownership,
     ready::{AGAIN, Line},
 };
 use crate::{
     args::Uninstall,
     cluster::{self, Cluster, Kind, Object, escape},
-    component::{AGENT, CONTROL_PLANE, Component, ZTUNNEL},
+    component::{AGENT, COMPONENTS, CONTROL_PLANE, Component, ZTUNNEL},
     output::{say, took},
 };
 
@@ -45,6 +45,9 @@ impl Removal<'_> {
         let started = Instant::now();
         let namespace = &self.options.namespace;
         let objects = owned(&self.cluster, namespace).await?;
+        if !COMPONENTS.iter().any(|component| objects.iter().any(|object| object.is(component.kind, component.name))) {
+            self.not_of_helm().await?;
+        }
         if objects.is_empty() {
             say!("{}: nothing was installed by `fairway` in namespace {namespace}", self.cluster.server);
             self.remove_remains().await?;
@@ -68,6 +71,27 @@ impl Removal<'_> {
             self.remove_namespace().await?;
         }
         self.tell_leftovers(started, made.is_shared()).await
+    }
+
+    /// # Errors
+    /// When the mesh there is a Helm release, which Helm alone can remove: it would go on to believe that it is there.
+    async fn not_of_helm(&self) -> anyhow::Result<()> {
+        let namespace = &self.options.namespace;
+        for component in &COMPONENTS {
+            let there =
+                super::one(&self.cluster, component.kind, Some(namespace), component.name).await?.unwrap_or_default();
+            let metadata = &there["metadata"];
+            // Others have a ztunnel as well.
+            if metadata["labels"]["app.kubernetes.io/part-of"] == "fairway"
+                && let Some((release, within)) = ownership::release(metadata)
+            {
+                bail!(
+                    "this is the Helm release {release}: `helm uninstall {release} -n {}`; nothing was changed",
+                    within.unwrap_or(namespace)
+                );
+            }
+        }
+        Ok(())
     }
 
     /// What an uninstallation has left that was not asked to remove it, or could not.
