@@ -5,17 +5,21 @@ use std::{
     time::{Duration, Instant},
 };
 
+use anyhow::Context as _;
 use cni_plugin::{agent::status::REDIRECTION, eligibility::MODE};
 use serde_json::Value;
 
 use super::{
     INSTALL,
     made::{self, CA, ROOTS},
-    owned,
+    manifest, owned, ownership,
     ready::{AGAIN, Line},
     uninstall::{Removal, names, text},
 };
-use crate::output::{good, say, took};
+use crate::{
+    cluster::Kind,
+    output::{good, say, took},
+};
 
 /// Annotations are the agents' last act, and another agent may be at work.
 const ANNOTATIONS: Duration = Duration::from_secs(5);
@@ -110,7 +114,7 @@ impl Removal<'_> {
     }
 
     /// With another control plane there, labels and definitions are as well for that one.
-    async fn stays(&self) -> anyhow::Result<Vec<String>> {
+    pub(super) async fn stays(&self) -> anyhow::Result<Vec<String>> {
         let namespace = &self.options.namespace;
         let mut stays = Vec::new();
         if !made::others(&self.cluster, namespace).await?.is_empty() {
@@ -129,6 +133,20 @@ impl Removal<'_> {
             stays.push(format!(
                 "definitions {} (--purge-crds deletes them, and every object of them)",
                 names.join(", ")
+            ));
+        }
+        let kind = Kind::named("CustomResourceDefinition").context("a kind of this program's list")?;
+        let mut kept = Vec::new();
+        for name in manifest::definitions()? {
+            let there = self.cluster.get_metadata(&format!("{}/{name}", kind.path(None))).await?;
+            if there.is_some_and(|definition| ownership::release(&definition["metadata"]).is_some()) {
+                kept.push(name);
+            }
+        }
+        if !kept.is_empty() {
+            stays.push(format!(
+                "definitions that Helm has kept: `kubectl delete crd {}`, with every object of them",
+                kept.join(" ")
             ));
         }
         let secret = self.cluster.get_metadata(&format!("/api/v1/namespaces/{namespace}/secrets/{CA}")).await?;

@@ -318,3 +318,18 @@ async fn a_helm_release_is_left_to_helm_and_nothing_is_changed() {
     api.put(agent("istio"));
     uninstall::with(&api.cluster(), &options).await.unwrap();
 }
+
+#[tokio::test]
+async fn definitions_that_helm_has_kept_are_told_and_stay() {
+    let api = FakeApi::start().await;
+    let name = "peerauthentications.security.istio.io";
+    api.put(json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": {"name": name, "annotations": {"meta.helm.sh/release-name": "mesh"}}}));
+    let options = removal(&["--purge-crds"]);
+    uninstall::with(&api.cluster(), &options).await.unwrap();
+    assert!(api.changes().is_empty());
+    let deadline = Instant::now();
+    let removal = uninstall::Removal { cluster: api.cluster(), options: &options, deadline };
+    let stays = removal.stays().await.unwrap();
+    assert!(stays.len() == 1 && stays[0].contains(name), "{stays:?}");
+}
