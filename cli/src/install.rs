@@ -3,6 +3,7 @@
 //! What is installed carries two labels and is written down in a ConfigMap, so that `upgrade` finds what a new version no longer has, and
 //! `uninstall` everything.
 
+mod leftovers;
 mod made;
 mod manifest;
 mod ownership;

@@ -62,17 +62,22 @@ use crate::{decision::Decisions, request::socket_path};
 const STOP_LIMIT: Duration = Duration::from_secs(5);
 /// Of captured flows when everything is removed: well within the grace period of a pod.
 const LAST_GRACE: Duration = Duration::from_secs(10);
+/// Of all agents together: more than the grace period of their pods.
+const RETIRE_LIMIT: Duration = Duration::from_secs(60);
 const QUEUED_CALLS: usize = 64;
 
 /// The agent as a program, configured by its environment. With the argument `cleanup` it removes from the node what an agent left
-/// behind, says what, and ends.
+/// behind, says what, and ends; with `retire` it ends the agents of all nodes, before a release is removed.
 pub fn agent_main(args: Vec<OsString>) -> ExitCode {
     let act = match args.first() {
         None => start,
         Some(command) if command == "cleanup" && args.len() == 1 => cleanup,
+        Some(command) if command == "retire" && args.len() == 1 => retire,
         Some(argument) => {
             let argument = argument.display();
-            eprintln!("unexpected argument `{argument}`: there is only `cleanup`; all else is in the environment");
+            eprintln!(
+                "unexpected argument `{argument}`: there are `cleanup` and `retire`; all else is in the environment"
+            );
             return ExitCode::from(2);
         }
     };
@@ -122,6 +127,22 @@ fn cleanup(config: Config) -> anyhow::Result<()> {
         done.removed.iter().for_each(|what| println!("removed {what}"));
         println!("{} removed, {} failed", done.removed.len(), done.failed.len());
         anyhow::ensure!(done.failed.is_empty(), "not everything could be removed:\n  {}", done.failed.join("\n  "));
+        Ok(())
+    })
+}
+
+fn retire(config: Config) -> anyhow::Result<()> {
+    telemetry::init(&config.log_filter, config.log_format).map_err(|e| anyhow::anyhow!("RUST_LOG: {e}"))?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let World::Kubernetes(kubernetes) = &config.world else {
+            anyhow::bail!("FAIRWAY_MANIFESTS is set: in the lab, `fairway lab down` ends the agents");
+        };
+        let client = kubernetes.api.client().await?;
+        let left = leave::retire(&client, &kubernetes.namespace, &kubernetes.daemon_set, RETIRE_LIMIT).await?;
+        // Of a node that is down; to wait for it is to keep everything.
+        left.iter().for_each(|pod| println!("{pod} has not ended: `fairway-node cleanup` on its node"));
+        println!("{} agents have not ended within {RETIRE_LIMIT:?}", left.len());
         Ok(())
     })
 }

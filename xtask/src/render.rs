@@ -39,10 +39,12 @@ impl Render {
 
     /// File name to content.
     fn rendered(&self, root: &Path) -> anyhow::Result<BTreeMap<String, String>> {
-        let mut files = BTreeMap::from([("default.yaml".to_owned(), self.template(root, &[])?)]);
+        // Hooks are for helm alone: applied, they would act at once.
+        const NO_HOOKS: &str = "--no-hooks";
+        let mut files = BTreeMap::from([("default.yaml".to_owned(), self.template(root, &[NO_HOOKS])?)]);
         for platform in platforms(root)? {
             let values = format!("global.platform={platform}");
-            files.insert(format!("{platform}.yaml"), self.template(root, &["--set", &values])?);
+            files.insert(format!("{platform}.yaml"), self.template(root, &[NO_HOOKS, "--set", &values])?);
         }
         Ok(files)
     }

@@ -1,5 +1,7 @@
 //! Whether a Deployment or DaemonSet runs as it is written, and if not, what keeps it.
 
+use std::collections::BTreeSet;
+
 use serde_json::Value;
 
 /// How far a rollout is.
@@ -84,6 +86,19 @@ fn reason(pod: &Value) -> String {
     })
 }
 
+/// Images that nodes do not have and cannot pull.
+pub(crate) fn unpulled(pods: &[Value]) -> Vec<String> {
+    const REASONS: [&str; 5] =
+        ["ErrImagePull", "ImagePullBackOff", "ErrImageNeverPull", "InvalidImageName", "RegistryUnavailable"];
+    let containers = pods.iter().filter_map(|pod| pod["status"]["containerStatuses"].as_array()).flatten();
+    let images = containers.filter_map(|container| {
+        let reason = container["state"]["waiting"]["reason"].as_str()?;
+        REASONS.contains(&reason).then(|| container["image"].as_str().map(str::to_owned)).flatten()
+    });
+    let images: BTreeSet<String> = images.collect();
+    images.into_iter().collect()
+}
+
 #[cfg(test)]
 mod tests {
     use serde_json::json;
@@ -132,5 +147,19 @@ mod tests {
                 "d: runs, and does not report ready"
             ]
         );
+    }
+
+    #[test]
+    fn each_image_that_cannot_be_pulled_is_named_once() {
+        let pod = |reason: &str, image: &str| json!({"status": {"containerStatuses": [{"image": image, "state": {"waiting": {"reason": reason}}}]}});
+        let running = json!({"status": {"containerStatuses": [{"image": "h/c:1", "state": {"running": {}}}]}});
+        let pods = [
+            pod("ImagePullBackOff", "h/a:1"),
+            pod("ErrImagePull", "h/a:1"),
+            pod("ContainerCreating", "h/b:1"),
+            running,
+            json!({}),
+        ];
+        assert_eq!(unpulled(&pods), ["h/a:1"]);
     }
 }

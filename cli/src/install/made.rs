@@ -9,7 +9,7 @@ use crate::{
 };
 
 pub(super) const ROOTS: &str = "istio-ca-root-cert";
-const CA: &str = "istio-ca-secret";
+pub(super) const CA: &str = "istio-ca-secret";
 /// The control plane, in the name of its Lease and in what it makes.
 const MAKER: &str = "fairwayd";
 

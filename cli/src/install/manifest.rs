@@ -102,6 +102,14 @@ fn own(object: &mut Value, namespace: &str) {
     labels[INSTALL] = namespace.into();
 }
 
+/// Names of the definitions that an installation brings.
+pub(super) fn definitions() -> anyhow::Result<Vec<String>> {
+    let (namespace, platform) = (NAMESPACE.to_owned(), "default".to_owned());
+    let objects = objects(&Choice { namespace, platform, ..Choice::default() })?;
+    let definitions = objects.iter().filter(|object| object.kind.name == "CustomResourceDefinition");
+    Ok(definitions.map(|definition| definition.name().to_owned()).collect())
+}
+
 /// The containers of a workload.
 pub(super) fn containers(object: &mut Object) -> impl Iterator<Item = &mut Value> {
     let template = object.value.pointer_mut("/spec/template/spec/containers");

@@ -20,14 +20,19 @@ pub(super) fn of(there: Option<&Value>, namespace: &str) -> Owner {
         Some(other) => return Owner::Other(format!("the installation in namespace {other}")),
         None => {}
     }
-    let annotation = |name: &str| metadata["annotations"][format!("meta.helm.sh/{name}")].as_str();
-    if let Some(release) = annotation("release-name") {
-        let within = annotation("release-namespace").map(|ns| format!(" of namespace {ns}")).unwrap_or_default();
+    if let Some((release, within)) = release(metadata) {
+        let within = within.map(|namespace| format!(" of namespace {namespace}")).unwrap_or_default();
         return Owner::Other(format!("the Helm release {release}{within}"));
     }
     let managers = metadata["managedFields"].as_array().map(Vec::as_slice).unwrap_or_default();
     let manager = managers.iter().find_map(|entry| entry["manager"].as_str());
     Owner::Other(manager.unwrap_or("an unknown writer").to_owned())
+}
+
+/// The Helm release an object belongs to, by its metadata, and the release's namespace.
+pub(super) fn release(metadata: &Value) -> Option<(&str, Option<&str>)> {
+    let annotation = |name: &str| metadata["annotations"][format!("meta.helm.sh/{name}")].as_str();
+    annotation("release-name").map(|release| (release, annotation("release-namespace")))
 }
 
 #[cfg(test)]

@@ -106,6 +106,13 @@ impl<'a> Waiter<'a> {
             told.push(state.to_owned());
         }
         told.truncate(6);
+        let images = rollout::unpulled(&pods).join(", ");
+        if !images.is_empty() {
+            told.push(format!(
+                "nodes cannot pull {images}: is it there, and may they? --hub and --tag say where images come from; `fairway install` again \
+                 goes on from here"
+            ));
+        }
         let told = told.iter().map(|line| format!("\n  {line}")).collect::<String>();
         let logs = format!("kubectl -n {} logs -l {} --tail=20", self.namespace, component.selector);
         bail!("{} is not ready within {}:{told}\n  see `{logs}`", component.name, took(self.patience))
@@ -152,6 +159,14 @@ impl Line {
             drop(write!(out, "\r\x1b[K{line}").and_then(|()| out.flush()));
         } else {
             say!("{}: {state}", self.what);
+        }
+    }
+
+    /// When there is nothing to be told of it.
+    pub(super) fn clear(&self) {
+        if self.moving && !self.shown.is_empty() {
+            let mut out = std::io::stdout();
+            drop(write!(out, "\r\x1b[K").and_then(|()| out.flush()));
         }
     }
 

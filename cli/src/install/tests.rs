@@ -208,3 +208,128 @@ async fn a_definition_stays_while_there_are_objects_of_it() {
     uninstall::with(&api.cluster(), &removal(&["--purge-crds"])).await.unwrap();
     assert_eq!(api.server.paths(), [object], "the server itself deletes the objects");
 }
+
+/// `used.g.example`, as it stays after an uninstallation, and one object of it.
+fn leave_a_definition(api: &FakeApi) {
+    api.put(json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": {"name": "used.g.example", "labels": {MANAGED_BY: "fairway"}},
+        "spec": {"group": "g.example", "names": {"plural": "used"}, "versions": [{"name": "v1", "served": true}]}}));
+    api.server.put(
+        "apis/g.example/v1/used",
+        json!({"apiVersion": "g.example/v1", "kind": "Used", "metadata": {"name": "one", "namespace": "shop"}}),
+    );
+}
+
+#[tokio::test]
+async fn what_is_being_deleted_is_waited_for_and_only_what_does_not_go_is_left_behind() {
+    let api = FakeApi::start().await;
+    install(&api, &[]).await.unwrap();
+    let service = json!({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "slow", "namespace": "istio-system",
+        "labels": {INSTALL: "istio-system"}, "finalizers": ["foregroundDeletion"]}});
+    api.put(service.clone());
+    // Somebody else's, so that the namespace stays, and does not take everything with it.
+    api.put(
+        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "theirs", "namespace": "istio-system"}}),
+    );
+    let (asked, mut questions) = tokio::sync::mpsc::unbounded_channel();
+    api.server.refuse(move |question| {
+        drop(asked.send(format!("{} {}", question.method, question.path)));
+        None
+    });
+    let collector = async {
+        let mut looks = None;
+        while let Some(question) = questions.recv().await {
+            match looks.as_mut() {
+                None if question == format!("DELETE {SYSTEM}/services/slow") => looks = Some(0),
+                Some(looks) if question == "GET /api/v1/services" => {
+                    *looks += 1;
+                    // The first look has seen it.
+                    if *looks == 2 {
+                        api.server.delete("api/v1/services", "istio-system", "slow");
+                    }
+                }
+                _ => {}
+            }
+        }
+        unreachable!("the server asks as long as it is there");
+    };
+    let (cluster, options) = (api.cluster(), removal(&[]));
+    let status = tokio::select! {
+        status = uninstall::with(&cluster, &options) => status.unwrap(),
+        () = collector => unreachable!(),
+    };
+    assert_eq!(format!("{status:?}"), format!("{:?}", ExitCode::SUCCESS));
+    assert!(api.server.at(&format!("{SYSTEM}/services/slow")).is_none());
+
+    install(&api, &[]).await.unwrap();
+    api.put(service);
+    let status = uninstall::with(&cluster, &removal(&["--timeout", "1s"])).await.unwrap();
+    assert_eq!(format!("{status:?}"), format!("{:?}", ExitCode::FAILURE), "it never goes");
+}
+
+#[tokio::test]
+async fn a_second_uninstall_purges_what_the_first_was_not_asked_to() {
+    let api = FakeApi::start().await;
+    install(&api, &[]).await.unwrap();
+    leave_a_definition(&api);
+    api.put(json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "shop", "labels": {"istio.io/dataplane-mode": "ambient"}}}));
+    let theirs =
+        json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "theirs", "namespace": "istio-system"}});
+    api.put(theirs);
+    uninstall::with(&api.cluster(), &removal(&[])).await.unwrap();
+    let definition = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/used.g.example";
+    for path in [SYSTEM, definition] {
+        assert!(api.server.at(path).is_some(), "{path} stays");
+    }
+    api.server.delete("api/v1/configmaps", "istio-system", "theirs");
+    uninstall::with(&api.cluster(), &removal(&["--purge-labels", "--purge-crds"])).await.unwrap();
+    let object = "/apis/g.example/v1/namespaces/shop/used/one";
+    assert_eq!(api.server.paths(), ["/api/v1/namespaces/shop", object], "the server itself deletes the objects");
+    let shop = api.server.at("/api/v1/namespaces/shop").unwrap();
+    assert!(shop["metadata"]["labels"]["istio.io/dataplane-mode"].is_null(), "{shop}");
+}
+
+#[tokio::test]
+async fn a_definition_that_another_control_plane_may_use_stays_whatever_is_purged() {
+    let api = FakeApi::start().await;
+    leave_a_definition(&api);
+    api.put(
+        json!({"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {"name": "fairwayd", "namespace": "elsewhere",
+        "labels": {"app.kubernetes.io/name": "fairwayd", INSTALL: "elsewhere"}}}),
+    );
+    uninstall::with(&api.cluster(), &removal(&["--purge-crds"])).await.unwrap();
+    assert!(api.changes().is_empty());
+}
+
+#[tokio::test]
+async fn a_helm_release_is_left_to_helm_and_nothing_is_changed() {
+    let api = FakeApi::start().await;
+    let agent = |part_of: &str| {
+        json!({"apiVersion": "apps/v1", "kind": "DaemonSet", "metadata": {"name": "ztunnel", "namespace": "istio-system",
+            "labels": {"app.kubernetes.io/part-of": part_of},
+            "annotations": {"meta.helm.sh/release-name": "mesh", "meta.helm.sh/release-namespace": "istio-system"}}})
+    };
+    api.put(agent("fairway"));
+    leave_a_definition(&api);
+    let options = removal(&["--purge-labels", "--purge-crds"]);
+    let error = uninstall::with(&api.cluster(), &options).await.unwrap_err().to_string();
+    assert_eq!(error, "this is the Helm release mesh: `helm uninstall mesh -n istio-system`; nothing was changed");
+    assert!(api.changes().is_empty());
+    api.put(agent("istio"));
+    uninstall::with(&api.cluster(), &options).await.unwrap();
+}
+
+#[tokio::test]
+async fn definitions_that_helm_has_kept_are_told_and_stay() {
+    let api = FakeApi::start().await;
+    let name = "peerauthentications.security.istio.io";
+    api.put(json!({"apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": {"name": name, "annotations": {"meta.helm.sh/release-name": "mesh"}}}));
+    let options = removal(&["--purge-crds"]);
+    uninstall::with(&api.cluster(), &options).await.unwrap();
+    assert!(api.changes().is_empty());
+    let deadline = Instant::now();
+    let removal = uninstall::Removal { cluster: api.cluster(), options: &options, deadline };
+    let stays = removal.stays().await.unwrap();
+    assert!(stays.len() == 1 && stays[0].contains(name), "{stays:?}");
+}

@@ -6,24 +6,24 @@
 use std::{
     io::{IsTerminal as _, Write as _},
     process::ExitCode,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
-use anyhow::{bail, ensure};
+use anyhow::{Context as _, bail, ensure};
 use cni_plugin::{agent::status::REDIRECTION, eligibility::MODE};
 use serde_json::{Value, json};
 
 use super::{
-    INSTALL,
-    made::{self, Made, ROOTS},
-    owned,
+    INSTALL, MANAGED_BY,
+    made::{self, Made},
+    owned, ownership,
     ready::{AGAIN, Line},
 };
 use crate::{
     args::Uninstall,
-    cluster::{self, Cluster, Object, escape},
-    component::{AGENT, CONTROL_PLANE, Component, ZTUNNEL},
-    output::{good, say, took},
+    cluster::{self, Cluster, Kind, Object, escape},
+    component::{AGENT, COMPONENTS, CONTROL_PLANE, Component, ZTUNNEL},
+    output::{say, took},
 };
 
 pub(crate) fn run(options: &Uninstall) -> anyhow::Result<ExitCode> {
@@ -34,10 +34,10 @@ pub(super) async fn with(cluster: &Cluster, options: &Uninstall) -> anyhow::Resu
     Removal { cluster: cluster.clone(), options, deadline: Instant::now() + options.timeout }.run().await
 }
 
-struct Removal<'a> {
-    cluster: Cluster,
-    options: &'a Uninstall,
-    deadline: Instant,
+pub(super) struct Removal<'a> {
+    pub(super) cluster: Cluster,
+    pub(super) options: &'a Uninstall,
+    pub(super) deadline: Instant,
 }
 
 impl Removal<'_> {
@@ -45,14 +45,18 @@ impl Removal<'_> {
         let started = Instant::now();
         let namespace = &self.options.namespace;
         let objects = owned(&self.cluster, namespace).await?;
+        if !COMPONENTS.iter().any(|component| objects.iter().any(|object| object.is(component.kind, component.name))) {
+            self.not_of_helm().await?;
+        }
         if objects.is_empty() {
             say!("{}: nothing was installed by `fairway` in namespace {namespace}", self.cluster.server);
+            self.remove_remains().await?;
             return self.tell_leftovers(started, false).await;
         }
         say!("{}: {} objects of the installation in namespace {namespace}", self.cluster.server, objects.len());
         self.tell_enrolled().await?;
         let made = Made::find(&self.cluster, namespace, self.options.keep_ca).await?;
-        self.confirm(&made)?;
+        self.confirm(&made.question(&self.cluster.server))?;
         if self.options.purge_labels {
             self.purge_labels().await?;
         }
@@ -62,9 +66,54 @@ impl Removal<'_> {
         }
         self.remove_objects(&objects).await?;
         made.remove(&self.cluster).await?;
-        self.remove_definitions(&objects).await?;
-        self.remove_namespace(&objects).await?;
+        self.remove_definitions(&self.definitions().await?).await?;
+        if objects.iter().any(|object| object.is("Namespace", namespace)) {
+            self.remove_namespace().await?;
+        }
         self.tell_leftovers(started, made.is_shared()).await
+    }
+
+    /// # Errors
+    /// When the mesh there is a Helm release, which Helm alone can remove: it would go on to believe that it is there.
+    async fn not_of_helm(&self) -> anyhow::Result<()> {
+        let namespace = &self.options.namespace;
+        for component in &COMPONENTS {
+            let there =
+                super::one(&self.cluster, component.kind, Some(namespace), component.name).await?.unwrap_or_default();
+            let metadata = &there["metadata"];
+            // Others have a ztunnel as well.
+            if metadata["labels"]["app.kubernetes.io/part-of"] == "fairway"
+                && let Some((release, within)) = ownership::release(metadata)
+            {
+                bail!(
+                    "this is the Helm release {release}: `helm uninstall {release} -n {}`; nothing was changed",
+                    within.unwrap_or(namespace)
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// What an uninstallation has left that was not asked to remove it, or could not.
+    async fn remove_remains(&self) -> anyhow::Result<()> {
+        let definitions = self.definitions().await?;
+        let own_namespace = self.is_namespace_ours().await?;
+        let mut labelled = self.labelled("/api/v1/namespaces").await?;
+        labelled.extend(self.labelled("/api/v1/pods").await?);
+        let purge_labels = self.options.purge_labels && !labelled.is_empty();
+        if definitions.is_empty() && !own_namespace && !purge_labels {
+            return Ok(());
+        }
+        let with = if self.options.purge_crds { ", with every object of its definitions," } else { "" };
+        self.confirm(&format!("remove what is left of an installation{with} from {}? [y/N] ", self.cluster.server))?;
+        if purge_labels {
+            self.purge_labels().await?;
+        }
+        self.remove_definitions(&definitions).await?;
+        if own_namespace {
+            self.remove_namespace().await?;
+        }
+        Ok(())
     }
 
     async fn tell_enrolled(&self) -> anyhow::Result<()> {
@@ -87,13 +136,13 @@ impl Removal<'_> {
         Ok(())
     }
 
-    fn confirm(&self, made: &Made) -> anyhow::Result<()> {
+    fn confirm(&self, question: &str) -> anyhow::Result<()> {
         if self.options.yes {
             return Ok(());
         }
         ensure!(std::io::stdin().is_terminal(), "nobody is there to be asked: say --yes");
         let mut out = std::io::stdout();
-        write!(out, "{}", made.question(&self.cluster.server)).and_then(|()| out.flush())?;
+        write!(out, "{question}").and_then(|()| out.flush())?;
         let mut answer = String::new();
         std::io::stdin().read_line(&mut answer)?;
         ensure!(["y", "yes"].contains(&answer.trim()), "nothing was changed");
@@ -150,9 +199,25 @@ impl Removal<'_> {
         Ok(())
     }
 
+    /// Of this installation, or left behind by one; the latter another installation may have found there, and use.
+    pub(super) async fn definitions(&self) -> anyhow::Result<Vec<Object>> {
+        let namespace = &self.options.namespace;
+        let shared = !made::others(&self.cluster, namespace).await?.is_empty();
+        let kind = Kind::named("CustomResourceDefinition").context("a kind of this program's list")?;
+        let mut found = self.cluster.list_metadata(&kind.path(None), "").await?;
+        found.retain(|definition| {
+            let labels = &definition["metadata"]["labels"];
+            match labels[INSTALL].as_str() {
+                Some(installation) => installation == namespace,
+                None => labels[MANAGED_BY] == cluster::MANAGER && !shared,
+            }
+        });
+        Ok(found.into_iter().filter_map(|definition| Object::listed(kind, definition)).collect())
+    }
+
     /// To delete a definition is to delete all objects of the kind.
-    async fn remove_definitions(&self, objects: &[Object]) -> anyhow::Result<()> {
-        for definition in objects.iter().filter(|object| object.kind.name == "CustomResourceDefinition") {
+    async fn remove_definitions(&self, definitions: &[Object]) -> anyhow::Result<()> {
+        for definition in definitions {
             let whole = self.cluster.get(&definition.path()).await?.unwrap_or_default();
             let versions = whole["spec"]["versions"].as_array().map(Vec::as_slice).unwrap_or_default();
             let served =
@@ -175,11 +240,14 @@ impl Removal<'_> {
         Ok(())
     }
 
-    async fn remove_namespace(&self, objects: &[Object]) -> anyhow::Result<()> {
+    /// Whether `fairway install` made it, of this installation or one before.
+    pub(super) async fn is_namespace_ours(&self) -> anyhow::Result<bool> {
+        let there = self.cluster.get_metadata(&format!("/api/v1/namespaces/{}", self.options.namespace)).await?;
+        Ok(there.is_some_and(|namespace| namespace["metadata"]["labels"][MANAGED_BY] == cluster::MANAGER))
+    }
+
+    async fn remove_namespace(&self) -> anyhow::Result<()> {
         let namespace = &self.options.namespace;
-        if !objects.iter().any(|object| object.is("Namespace", namespace)) {
-            return Ok(());
-        }
         let left = self.inhabitants().await?;
         if !left.is_empty() {
             say!("namespace {namespace} stays: it still has {}", left.join(", "));
@@ -235,43 +303,11 @@ impl Removal<'_> {
         Ok(left)
     }
 
-    /// # Errors
-    /// When something cannot be asked for; what is left is told, and is the exit status.
-    async fn tell_leftovers(&self, started: Instant, roots_stay: bool) -> anyhow::Result<ExitCode> {
-        let mut left: Vec<String> =
-            owned(&self.cluster, &self.options.namespace).await?.iter().map(ToString::to_string).collect();
-        // Annotations are the agents' last act, and another agent may be at work.
-        let patience = Instant::now() + Duration::from_secs(5);
-        let mut captured = self.captured().await?;
-        while !captured.is_empty() && Instant::now() < patience {
-            tokio::time::sleep(AGAIN).await;
-            captured = self.captured().await?;
-        }
-        left.extend(captured.into_iter().map(|pod| format!("annotation {REDIRECTION} of pod {pod}")));
-        if !roots_stay && made::others(&self.cluster, &self.options.namespace).await?.is_empty() {
-            left.extend(
-                made::roots(&self.cluster)
-                    .await?
-                    .iter()
-                    .map(|root| format!("ConfigMap {}/{ROOTS}", text(&root["metadata"]["namespace"]))),
-            );
-        }
-        if left.is_empty() {
-            say!("{} after {}: nothing of the mesh is left in the cluster", good("removed"), took(started.elapsed()));
-            return Ok(ExitCode::SUCCESS);
-        }
-        say!("left behind:\n  {}", left.join("\n  "));
-        say!(
-            "a pod that is still annotated keeps its redirection until it is restarted, or `fairway-node cleanup` runs on its node"
-        );
-        Ok(ExitCode::FAILURE)
-    }
-
-    async fn labelled(&self, path: &str) -> anyhow::Result<Vec<Value>> {
+    pub(super) async fn labelled(&self, path: &str) -> anyhow::Result<Vec<Value>> {
         self.cluster.list_metadata(path, &format!("labelSelector={}", escape(&format!("{MODE}=ambient")))).await
     }
 
-    async fn captured(&self) -> anyhow::Result<Vec<String>> {
+    pub(super) async fn captured(&self) -> anyhow::Result<Vec<String>> {
         let mut pods = self.cluster.list_metadata("/api/v1/pods", "").await?;
         pods.retain(|pod| pod["metadata"]["annotations"][REDIRECTION] == "enabled");
         Ok(names(&pods))
@@ -279,7 +315,7 @@ impl Removal<'_> {
 }
 
 /// `name`, or `namespace/name`.
-fn names(objects: &[Value]) -> Vec<String> {
+pub(super) fn names(objects: &[Value]) -> Vec<String> {
     let name = |object: &Value| {
         let metadata = &object["metadata"];
         match metadata["namespace"].as_str() {
@@ -290,6 +326,6 @@ fn names(objects: &[Value]) -> Vec<String> {
     objects.iter().map(name).collect()
 }
 
-fn text(value: &Value) -> String {
+pub(super) fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }

@@ -26,7 +26,10 @@ use super::{
 };
 use crate::{decision::Decisions, eligibility::Labels, request::socket_path, rules};
 
+mod retire;
 mod selector;
+
+pub use retire::retire;
 
 /// What is known about our own DaemonSet when we are told to stop.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -146,6 +146,7 @@ impl ApiServer {
         self.shared.announce();
     }
 
+    /// For good, finalizers or not.
     pub fn delete(&self, resource: &str, namespace: &str, name: &str) {
         lock(&self.shared.store).delete(&Key::new(resource, namespace, name));
         self.shared.announce();

@@ -87,6 +87,16 @@ fn gke_alone_gets_a_quota_and_openshift_alone_its_constraints_and_multus() {
 }
 
 #[test]
+fn what_only_helm_may_run_is_in_no_file() {
+    for platform in ["default", "openshift"] {
+        for object in objects(platform) {
+            let hook = &object["metadata"]["annotations"]["helm.sh/hook"];
+            assert!(hook.is_null(), "{platform}: {} {}", object["kind"], object["metadata"]["name"]);
+        }
+    }
+}
+
+#[test]
 fn nobody_may_more_than_what_is_written_down() {
     for object in objects("default").iter().filter(|o| o["kind"] == "ClusterRole" || o["kind"] == "Role") {
         let name = &object["metadata"]["name"];

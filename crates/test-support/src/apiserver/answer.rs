@@ -86,7 +86,7 @@ fn work(store: &mut Store, asked: &Asked, target: &Target, content: &str, page: 
             }
         }
         Method::PATCH => patched(store, target, content, &body()),
-        Method::DELETE => found(store.delete(&target.key())),
+        Method::DELETE => found(store.end(&target.key())),
         _ => status(StatusCode::METHOD_NOT_ALLOWED, "MethodNotAllowed"),
     }
 }
